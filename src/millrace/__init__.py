@@ -1,0 +1,1 @@
+"""Millrace: post-training of large language models on Megatron-Core and vLLM."""

@@ -1,0 +1,291 @@
+"""What a recipe may say.
+
+Every class is frozen and every field's comment-docstring (the string below it) is its documentation: `millrace check
+--explain KEY` and the README's tables are read from here. Paths are resolved against the recipe's own folder unless they
+are absolute. Nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    path: str
+    """Folder of the Hugging Face checkpoint to start from (config.json, safetensors, tokenizer)."""
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    """Data type of parameters and activations in the trainer. Optimizer state is float32 in any case."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParallelConfig:
+    tp: int = 1
+    """Tensor-parallel ranks: each weight matrix is cut over them."""
+    pp: int = 1
+    """Pipeline-parallel stages: the layers are cut over them."""
+    cp: int = 1
+    """Context-parallel ranks: each sequence is cut over them (CUDA with Transformer Engine only)."""
+    dp: int = 1
+    """Data-parallel replicas of the model. World size = tp * pp * cp * dp."""
+    ep: int = 1
+    """Expert-parallel ranks of a mixture-of-experts model; taken from the ranks of tp * cp * dp."""
+    etp: int = 1
+    """Tensor-parallel ranks inside one expert."""
+    sequence_parallel: bool = False
+    """Cut the activations between tensor-parallel regions along the sequence. A mixture of experts with tp > 1 needs it."""
+
+    @property
+    def world_size(self) -> int:
+        return self.tp * self.pp * self.cp * self.dp
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    lr: float = 3e-6
+    """Highest learning rate."""
+    min_lr: float = 0.0
+    """Learning rate at the end of a cosine or linear schedule."""
+    schedule: Literal["constant", "cosine", "linear"] = "constant"
+    """Shape of the learning rate after the warm-up."""
+    warmup_steps: int = 0
+    """Steps over which the learning rate rises linearly."""
+    warmup_from: float = 0.0
+    """Learning rate at the first step of the warm-up."""
+    decay_steps: int | None = None
+    """Length of the schedule in steps; the stage's own steps when absent."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """Adam's two decay rates."""
+    eps: float = 1e-8
+    """Adam's denominator term."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay (AdamW); norms and biases are exempt."""
+    clip_grad: float = 1.0
+    """Largest global gradient norm; 0 switches clipping off."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainerConfig:
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where the trainer runs: CUDA with NCCL, or CPU ranks over gloo. `auto` takes CUDA where there is one."""
+    max_tokens_per_micro_batch: int = 4096
+    """Capacity of one packed micro-batch in tokens; the longest sequence of any stage must fit."""
+    recompute: Literal["none", "selective", "full"] = "none"
+    """Activation recomputation: core attention only (selective) or whole layers (full)."""
+    distributed_optimizer: bool = False
+    """Shard optimizer state over data-parallel ranks."""
+    threads_per_rank: int | None = None
+    """CPU threads of one trainer rank on CPU; the cores divided by the ranks when absent."""
+    logprob_chunk_tokens: int = 1024
+    """Tokens whose vocabulary logits exist at one time in the log-prob head."""
+    collective_timeout_s: float = 600.0
+    """How long a collective of the trainer may wait before the run is stopped."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    every: int = 50
+    """Steps between checkpoints; the end of each stage is saved in any case. 0: only there."""
+    keep: int = 2
+    """How many checkpoints stay on disk, the newest first; the end of each stage is kept besides."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FleetConfig:
+    engines: int = 1
+    """vLLM servers started on this machine. 0 with `addresses`: a fleet that already runs."""
+    addresses: tuple[str, ...] = ()
+    """Base URLs of servers that already run (started with Millrace's worker extension)."""
+    interface: str = "127.0.0.1"
+    """Address the servers listen on."""
+    tensor_parallel: int = 1
+    """Ranks of one engine."""
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    """Data type of the engine; with the trainer's own the log-probs agree best."""
+    max_model_len: int = 4096
+    """Longest prompt plus answer in tokens."""
+    max_num_seqs: int = 64
+    """Most sequences an engine decodes at one time."""
+    kv_cache_bytes: int = 268435456
+    """KV cache of one engine on CPU."""
+    gpu_memory_utilization: float = 0.85
+    """Share of a GPU's memory an engine may take."""
+    threads_per_engine: int = 1
+    """CPU threads of one engine on CPU."""
+    transport: Literal["shared_memory", "disk", "nccl", "ipc"] = "shared_memory"
+    """How weights reach the engines: shared memory on one host, safetensors on a shared disk, NCCL, or CUDA IPC."""
+    bucket_bytes: int = 268435456
+    """Weights travel in buckets of about this size."""
+    start_timeout_s: float = 300.0
+    """How long an engine may take to start."""
+    request_timeout_s: float = 600.0
+    """How long one request may take before its prompt is given to another engine."""
+    heartbeat_s: float = 2.0
+    """Seconds between health probes; three unanswered in a row and the engine counts as dead."""
+    max_restarts: int = 3
+    """Restarts of one engine before the run gives up."""
+    probe_tolerance: float = 1e-3
+    """Largest allowed mean |log-prob difference| of the probe prompt between trainer and engine after a sync (bfloat16
+    needs about 0.05)."""
+    extra_args: tuple[str, ...] = ()
+    """Further command-line arguments of the vLLM server."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DomainConfig:
+    environment: Literal["math", "instruction_following"]
+    """Which environment scores the answers."""
+    train: str
+    """JSONL file of training prompts."""
+    held_out: str
+    """JSONL file of held-out prompts; measured, never trained on."""
+    grading: Literal["binary", "fraction"] = "binary"
+    """instruction_following: 1 only when every constraint holds, or the share that holds."""
+    system_prompt: str | None = None
+    """System message put before each prompt."""
+    verify_timeout_s: float = 10.0
+    """Longest time one verification may take; then it is killed and scores 0."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingConfig:
+    temperature: float = 1.0
+    """Sampling temperature; trainer log-probs are taken at the same one."""
+    top_p: float = 1.0
+    """Nucleus sampling threshold."""
+    max_response_tokens: int = 1024
+    """Longest answer in tokens; an answer that reaches it is overlong."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationConfig:
+    every: int = 0
+    """Steps between evaluations inside an RL stage; before the first and after each stage it is measured in any case."""
+    samples: int = 1
+    """Answers a prompt (avg@k)."""
+    max_prompts: int | None = None
+    """Only the first so many held-out prompts of each domain."""
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    """How held-out answers are sampled."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdvantageConfig:
+    baseline: Literal["mean", "leave_one_out"] = "mean"
+    """What is subtracted from each reward: the group's mean, or the mean of the others."""
+    scale: Literal["std", "none"] = "std"
+    """Divide by the group's standard deviation (GRPO), or not (Dr. GRPO)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PolicyLossConfig:
+    kind: Literal["reinforce", "ppo", "cispo", "gspo"] = "reinforce"
+    """Strictly on-policy REINFORCE, PPO's clip (clip-higher with unequal bounds), CISPO, or GSPO."""
+    clip_low: float = 0.2
+    """Ratios below 1 - clip_low are clipped."""
+    clip_high: float = 0.2
+    """Ratios above 1 + clip_high are clipped."""
+    aggregation: Literal["token", "sequence"] = "token"
+    """Mean over all tokens of the global batch, or mean over sequences of their token means."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OffPolicyConfig:
+    kind: Literal["none", "tis", "icepop", "sequence_mask"] = "none"
+    """Correction for train/inference mismatch: truncated importance sampling, IcePop's gate, or masking whole sequences."""
+    low: float = 0.5
+    """Lowest train/rollout ratio that keeps its weight (icepop, sequence_mask)."""
+    high: float = 2.0
+    """Highest ratio (icepop, sequence_mask), or where it is truncated (tis)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class KlConfig:
+    coefficient: float = 0.0
+    """Weight of the KL term to the stage's starting point; 0 builds no reference model."""
+    estimator: Literal["k1", "k2", "k3"] = "k3"
+    """Schulman's estimator."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MismatchConfig:
+    stop_above: float | None = 0.5
+    """Stop the stage when the mean |log p_train - log p_rollout| of a batch exceeds this; null never stops."""
+    mask_above: float | None = None
+    """Tokens whose |log p_train - log p_rollout| exceeds this get weight 0 (still counted in the denominator)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SftStage:
+    type: Literal["sft"] = "sft"
+    name: str
+    """Name of the stage, unique in the recipe."""
+    data: tuple[str, ...]
+    """JSONL files of conversations: {"messages": [{"role", "content"}, ...]}."""
+    steps: int | None = None
+    """Optimizer steps; `epochs` when absent."""
+    epochs: float | None = None
+    """Passes over the data; exactly one of steps and epochs is given."""
+    global_batch: int = 64
+    """Conversations a step."""
+    max_length: int = 4096
+    """Longest conversation in tokens; longer ones are an error, or are dropped with `drop_overlong`."""
+    drop_overlong: bool = False
+    """Leave conversations longer than max_length out (their number is logged)."""
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RlStage:
+    type: Literal["rl"] = "rl"
+    name: str
+    """Name of the stage, unique in the recipe."""
+    domains: tuple[str, ...]
+    """Domains whose training prompts are mixed evenly by size."""
+    steps: int
+    """Policy updates."""
+    prompts_per_step: int = 128
+    """Groups a step."""
+    samples_per_prompt: int = 16
+    """Answers a group."""
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    advantage: AdvantageConfig = field(default_factory=AdvantageConfig)
+    loss: PolicyLossConfig = field(default_factory=PolicyLossConfig)
+    off_policy: OffPolicyConfig = field(default_factory=OffPolicyConfig)
+    kl: KlConfig = field(default_factory=KlConfig)
+    mismatch: MismatchConfig = field(default_factory=MismatchConfig)
+    updates_per_batch: int = 1
+    """Optimizer steps on one batch of rollouts; 1 is strictly on-policy."""
+    dynamic_sampling: bool = False
+    """Drop groups whose rewards are all equal and sample others until the batch is full."""
+    dynamic_sampling_max_rounds: int = 10
+    """Rounds of refilling before the stage goes on with a smaller batch."""
+    overlong: Literal["keep", "filter", "zero_reward"] = "keep"
+    """Answers that reach the length limit: scored as they are, left out of the loss, or given reward 0."""
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+
+
+StageConfig = SftStage | RlStage
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    name: str
+    """Name of the run."""
+    run_dir: str
+    """Folder of the run: resolved recipe, ledger, checkpoints, metrics, rollouts, export. Against the current folder."""
+    seed: int = 1
+    """Seed of everything that is drawn at random."""
+    model: ModelConfig
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    fleet: FleetConfig = field(default_factory=FleetConfig)
+    domains: dict[str, DomainConfig] = field(default_factory=dict)
+    """The domains by name."""
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    stages: tuple[StageConfig, ...]
+    """What is done, in order."""
+    export: bool = True
+    """Write the final policy as a Hugging Face checkpoint to RUN_DIR/export."""

@@ -1,0 +1,56 @@
+"""What an environment is: it opens an episode with a prompt and answers each of the policy's turns.
+
+A single-turn domain ends its episode at the first answer; one with tools answers with an observation and goes on. Stages
+and the evaluation only know this interface.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+Message = Mapping[str, str]
+"""{"role": ..., "content": ...}"""
+
+
+@dataclass(frozen=True)
+class Observation:
+    """The environment's turn: messages to append before the policy answers again."""
+
+    messages: Sequence[Message]
+
+
+@dataclass(frozen=True)
+class Reward:
+    """The end of an episode."""
+
+    value: float
+    reason: str
+    """Why the episode ended with this value, in a few words; shown in the report."""
+    details: Mapping[str, float] = field(default_factory=dict)
+    """Named partial scores, averaged into the stage's metrics."""
+
+
+class Environment(Protocol):
+    """One domain. `row` is a validated row of its data set."""
+
+    required_fields: Sequence[str]
+    """Keys a data row must have; checked when the data set is opened."""
+
+    def validate(self, row: Mapping[str, Any]) -> str | None:
+        """What is wrong with a row, in one sentence, or None."""
+        ...
+
+    def reset(self, row: Mapping[str, Any]) -> list[Message]:
+        """The messages that open an episode."""
+        ...
+
+    async def step(self, row: Mapping[str, Any], transcript: Sequence[Message], answer: str) -> Observation | Reward:
+        """Answer the policy's turn. Never raises for what a policy can write; a verifier that takes too long is killed
+        and gives a reward of 0 with the reason `timeout`."""
+        ...
+
+    async def close(self) -> None:
+        """End the processes the environment holds."""
+        ...
