@@ -1,0 +1,77 @@
+"""The metrics of a run: what each means, where it should lie, and what to do when it does not."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Metric:
+    meaning: str
+    """Formula or definition, with its unit."""
+    healthy: str
+    """The range of a run that goes well."""
+    otherwise: str
+    """What to look at first when it leaves that range."""
+
+
+METRICS: dict[str, Metric] = {
+    "loss": Metric(
+        "sum of weight * per-token loss over the global batch",
+        "SFT: falls; RL on-policy: near 0, its gradient is what counts",
+        "SFT loss rising: lower optimizer.lr",
+    ),
+    "grad_norm": Metric(
+        "L2 norm of the gradient over all parameters, before clipping",
+        "steady, below clip_grad most of the time",
+        "growing: lower optimizer.lr, look at the mismatch, lengthen the warm-up",
+    ),
+    "lr": Metric("learning rate of this step", "follows the schedule", "see optimizer.schedule"),
+    "tokens": Metric("tokens trained on in this step, padding not counted", "steady", "see reward/length"),
+    "reward/mean": Metric(
+        "mean reward of the step's answers",
+        "rises over tens of steps",
+        "flat at 0 or 1: the prompts are too hard or too easy; see groups/without_variance",
+    ),
+    "reward/length": Metric(
+        "mean answer length, tokens", "moves slowly", "running away: overlong: zero_reward, or lower max_response_tokens"
+    ),
+    "reward/overlong": Metric(
+        "share of answers that reached max_response_tokens",
+        "below 0.1",
+        "raise max_response_tokens, or set overlong: filter or zero_reward",
+    ),
+    "groups/without_variance": Metric(
+        "share of groups whose rewards are all equal, so that they give no gradient",
+        "below 0.5",
+        "dynamic_sampling: true, or other data",
+    ),
+    "entropy": Metric(
+        "mean entropy of the policy at the answers' tokens, nats", "falls slowly", "collapsing: lower lr, clip-higher"
+    ),
+    "mismatch/mean": Metric(
+        "mean |log p_train - log p_rollout| over the answers' tokens",
+        "float32: < 1e-5; bfloat16: < 0.02 dense, < 0.05 mixture of experts",
+        "same dtype in trainer and fleet; off_policy.kind: icepop or tis; a sudden jump is a wrong weight",
+    ),
+    "mismatch/max": Metric(
+        "largest |log p_train - log p_rollout| of the batch",
+        "float32: < 1e-3; bfloat16: < 1",
+        "as mismatch/mean; mismatch.mask_above leaves such tokens out",
+    ),
+    "kl": Metric("mean KL estimate to the reference", "below 0.1", "raise kl.coefficient"),
+    "time/rollout": Metric("seconds spent sampling and scoring", "the larger part of a step", "more engines"),
+    "time/train": Metric("seconds spent on log-probs and the update", "steady", "see benchmarks/"),
+    "time/sync": Metric("seconds from pause to resume of the fleet", "below 10% of the step", "fleet.transport"),
+}
+
+
+def format_value(name: str, value: float) -> str:
+    """A metric as a short text with a sensible number of digits."""
+    if name == "lr" or (value != 0 and abs(value) < 1e-3):
+        return f"{value:.1e}"
+    if name == "tokens":
+        return f"{value:,.0f}"
+    if name.startswith("time/"):
+        return f"{value:.1f}s"
+    return f"{value:.3f}"
