@@ -1,8 +1,8 @@
 """What a recipe may say.
 
 Every class is frozen and every field's comment-docstring (the string below it) is its documentation: `millrace check
---explain KEY` and the README's tables are read from here. Paths are resolved against the recipe's own folder unless they
-are absolute. Nothing here imports torch.
+--explain KEY` and the README's tables are read from here. Paths are resolved against the folder of the recipe that wrote
+them unless they are absolute. Nothing here imports torch.
 """
 
 from __future__ import annotations
@@ -34,7 +34,8 @@ class ParallelConfig:
     etp: int = 1
     """Tensor-parallel ranks inside one expert."""
     sequence_parallel: bool = False
-    """Cut the activations between tensor-parallel regions along the sequence. A mixture of experts with tp > 1 needs it."""
+    """Cut the activations between tensor-parallel regions along the sequence.
+    A mixture of experts with tp > 1 needs it."""
 
     @property
     def world_size(self) -> int:
@@ -161,7 +162,7 @@ class SamplingConfig:
 @dataclass(frozen=True, kw_only=True)
 class EvaluationConfig:
     every: int = 0
-    """Steps between evaluations inside an RL stage; before the first and after each stage it is measured in any case."""
+    """Steps between evaluations inside an RL stage; before the first and after each stage is measured in any case."""
     samples: int = 1
     """Answers a prompt (avg@k)."""
     max_prompts: int | None = None
@@ -193,7 +194,7 @@ class PolicyLossConfig:
 @dataclass(frozen=True, kw_only=True)
 class OffPolicyConfig:
     kind: Literal["none", "tis", "icepop", "sequence_mask"] = "none"
-    """Correction for train/inference mismatch: truncated importance sampling, IcePop's gate, or masking whole sequences."""
+    """Correction of train/inference mismatch: truncated importance sampling, IcePop's gate, or whole sequences masked."""
     low: float = 0.5
     """Lowest train/rollout ratio that keeps its weight (icepop, sequence_mask)."""
     high: float = 2.0
@@ -274,7 +275,7 @@ class Recipe:
     name: str
     """Name of the run."""
     run_dir: str
-    """Folder of the run: resolved recipe, ledger, checkpoints, metrics, rollouts, export. Against the current folder."""
+    """Folder of the run: recipe, ledger, checkpoints, metrics, rollouts, export. Against the current folder."""
     seed: int = 1
     """Seed of everything that is drawn at random."""
     model: ModelConfig

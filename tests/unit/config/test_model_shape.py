@@ -1,0 +1,105 @@
+import json
+from pathlib import Path
+
+import pytest
+
+from millrace.config.errors import ConfigError
+from millrace.config.model_shape import ModelShape
+
+SMALL = {
+    "vocab_size": 331,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "rms_norm_eps": 1e-5,
+}
+
+
+def write(folder: Path, **facts: object) -> Path:
+    (folder / "config.json").write_text(json.dumps(SMALL | facts))
+    return folder
+
+
+def dense(folder: Path, **facts: object) -> ModelShape:
+    return ModelShape.from_hf(write(folder, **{"architectures": ["Qwen3ForCausalLM"], "head_dim": 32} | facts))
+
+
+def problems(folder: Path, **facts: object) -> list[str]:
+    with pytest.raises(ConfigError) as caught:
+        dense(folder, **facts)
+    return caught.value.problems
+
+
+@pytest.mark.parametrize("family", ["Qwen3", "Qwen3Moe", "Llama"])
+@pytest.mark.parametrize("tied", [False, True])
+def test_parameters_are_counted_as_transformers_counts_them(tmp_path: Path, family: str, tied: bool) -> None:
+    import torch
+    import transformers
+
+    extra = {"moe_intermediate_size": 48, "num_experts": 6, "num_experts_per_tok": 2, "mlp_only_layers": [1]}
+    facts = SMALL | {"head_dim": 32, "tie_word_embeddings": tied} | (extra if family == "Qwen3Moe" else {})
+    config = getattr(transformers, f"{family}Config")(**facts, architectures=[f"{family}ForCausalLM"])
+    config.save_pretrained(tmp_path)
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(config)
+    shape = ModelShape.from_hf(tmp_path)
+    assert shape.parameter_count() == sum(p.numel() for p in model.parameters())
+    assert shape.tied_embeddings is tied
+    assert shape.moe_layer_mask == (family == "Qwen3Moe",) + (False,) + (family == "Qwen3Moe",) * 2
+
+
+def test_both_spellings_of_rope_are_read(tmp_path: Path) -> None:
+    assert dense(tmp_path, rope_theta=5e5).rope_theta == 5e5
+    assert dense(tmp_path, rope_parameters={"rope_type": "default", "rope_theta": 1e6}).rope_theta == 1e6
+    old = dense(tmp_path, rope_theta=5e5, rope_scaling={"type": "linear", "factor": 2.0})
+    new = dense(tmp_path, rope_parameters={"rope_type": "linear", "factor": 2.0, "rope_theta": 5e5})
+    assert old.rope_scaling == new.rope_scaling == {"rope_type": "linear", "factor": 2.0}
+    assert old == new
+
+
+def test_an_absent_head_dim_follows_the_family(tmp_path: Path) -> None:
+    assert dense(tmp_path, head_dim=None).head_dim == 128
+    assert ModelShape.from_hf(write(tmp_path, architectures=["LlamaForCausalLM"])).head_dim == 16
+
+
+def test_the_dtype_is_read_under_its_old_and_new_name(tmp_path: Path) -> None:
+    assert dense(tmp_path, torch_dtype="float16").torch_dtype == "float16"
+    assert dense(tmp_path, dtype="bfloat16").torch_dtype == "bfloat16"
+
+
+def test_the_vocabulary_is_padded_to_whole_blocks_on_every_rank(tmp_path: Path) -> None:
+    shape = dense(tmp_path)
+    assert [shape.padded_vocab_size(tp) for tp in (1, 2, 4)] == [384, 384, 512]
+    assert dense(tmp_path, vocab_size=384).padded_vocab_size(2) == 384
+
+
+def test_every_reason_for_refusal_is_named_at_once(tmp_path: Path) -> None:
+    text = "\n".join(problems(tmp_path, use_sliding_window=True, attention_bias=True, hidden_act="gelu", head_dim=31))
+    for reason in ("sliding-window", "attention_bias", "gelu", "head_dim 31"):
+        assert reason in text
+    assert str(tmp_path / "config.json") in text
+
+
+@pytest.mark.parametrize(
+    ("facts", "reason"),
+    [
+        ({"architectures": ["MambaForCausalLM"]}, "MambaForCausalLM is not supported"),
+        ({"num_key_value_heads": 3}, "not a multiple of 3"),
+        ({"hidden_size": None}, "hidden_size is missing"),
+        ({"num_hidden_layers": "4"}, "num_hidden_layers is '4'"),
+        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "'yarn' is not supported"),
+        ({"quantization_config": {"quant_method": "fp8"}}, "quantized"),
+    ],
+)
+def test_a_model_that_cannot_be_built_is_refused(tmp_path: Path, facts: dict[str, object], reason: str) -> None:
+    assert any(reason in problem for problem in problems(tmp_path, **facts))
+
+
+def test_a_missing_or_broken_config_json_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"config\.json does not exist"):
+        ModelShape.from_hf(tmp_path / "nowhere")
+    (tmp_path / "config.json").write_text('{"a": 1,\n')
+    with pytest.raises(ConfigError, match=r"not valid JSON \(line 2"):
+        ModelShape.from_hf(tmp_path)
