@@ -1,8 +1,8 @@
 """What a recipe may say.
 
 Every class is frozen and every field's comment-docstring (the string below it) is its documentation: `millrace check
---explain KEY` and the README's tables are read from here. Paths are resolved against the folder of the recipe that wrote
-them unless they are absolute. Nothing here imports torch.
+--explain KEY` and the README's tables are read from here. Paths are resolved against the folder of the recipe that
+wrote them unless they are absolute. Nothing here imports torch.
 """
 
 from __future__ import annotations

@@ -57,9 +57,7 @@ class RunConsole:
             TextColumn("{task.fields[note]}"),
             TimeElapsedColumn(),
         )
-        with Progress(
-            *columns, console=self.console, transient=True, disable=not self.console.is_terminal
-        ) as progress:
+        with Progress(*columns, console=self.console, transient=True, disable=not self.console.is_terminal) as progress:
             yield Bar(progress, progress.add_task(what, total=total, note=""))
 
     def matrix(self, title: str, rows: Mapping[str, Mapping[str, str]]) -> None:

@@ -34,7 +34,9 @@ METRICS: dict[str, Metric] = {
         "flat at 0 or 1: the prompts are too hard or too easy; see groups/without_variance",
     ),
     "reward/length": Metric(
-        "mean answer length, tokens", "moves slowly", "running away: overlong: zero_reward, or lower max_response_tokens"
+        "mean answer length, tokens",
+        "moves slowly",
+        "running away: overlong: zero_reward, or lower max_response_tokens",
     ),
     "reward/overlong": Metric(
         "share of answers that reached max_response_tokens",

@@ -13,8 +13,8 @@ from torch.utils.tensorboard import SummaryWriter
 class MetricsWriter:
     """Writes RUN_DIR/metrics.jsonl and RUN_DIR/tensorboard.
 
-    A resumed run repeats the steps since its last checkpoint: lines at or after `first_step` are dropped at the start, so
-    that each step stands in the file once.
+    A resumed run repeats the steps since its last checkpoint: lines at or after `first_step` are dropped at the start,
+    so that each step stands in the file once.
     """
 
     def __init__(self, run_dir: Path, first_step: int) -> None:

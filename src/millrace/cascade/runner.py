@@ -1,0 +1,165 @@
+"""A run from recipe to export: stages in order, held-out pass rates after each, resumed where it stood."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import ExitStack
+from pathlib import Path
+
+from millrace.cascade.engines import needs_fleet
+from millrace.cascade.export import export_policy
+from millrace.cascade.ledger import Ledger
+from millrace.config.model_shape import ModelShape
+from millrace.config.schema import OptimizerConfig, Recipe, SftStage, StageConfig
+from millrace.data.tokenizer import ChatTokenizer
+from millrace.environments.registry import make_environment
+from millrace.evaluation.pass_rate import PassRate
+from millrace.megatron.checkpoint import Checkpointer
+from millrace.megatron.policy import Policy
+from millrace.megatron.topology import Topology, init_distributed
+from millrace.observe.console import RunConsole
+from millrace.observe.report import write_report
+from millrace.observe.writer import MetricsWriter
+from millrace.rollout.fleet import Fleet
+from millrace.rollout.weight_sync import WeightSync
+from millrace.stages.context import Progress, StageContext, Stopped
+from millrace.stages.control import ControlGroup
+from millrace.stages.episodes import Domain, EpisodePlayer
+from millrace.stages.evaluate import evaluate
+from millrace.stages.reference import checkpoint_name
+from millrace.stages.rl import run_rl
+from millrace.stages.sft import run_sft
+
+START = "start"
+"""Label of the row measured before the first stage."""
+
+
+def run(recipe: Recipe, run_dir: Path, fleet: Fleet | None) -> bool:
+    """Run or resume a recipe on this rank; every rank of the trainer calls it. `fleet` is rank 0's, already starting.
+
+    Returns whether the recipe is finished (False: stopped on request, and saved).
+    """
+    topology = init_distributed(recipe.parallel, recipe.trainer, recipe.seed)
+    with ExitStack() as stack:
+        stack.callback(topology.close)
+        ctx, progress = _open(recipe, run_dir, fleet, topology, stack)
+        ledger = Ledger(run_dir)
+        try:
+            _run_stages(ctx, progress, ledger)
+        except Stopped:
+            ctx.say("stopped as asked; the same command goes on from here")
+            _record(ctx, ledger, "stopped", step=ctx.policy.step)
+            return False
+        if recipe.export:
+            export_policy(ctx.policy, recipe.model.path, run_dir / "export", ctx.control)
+            _record(ctx, ledger, "exported", path="export", step=ctx.policy.step)
+            ctx.say(f"exported to {run_dir / 'export'}")
+        if ctx.console:
+            ctx.console.matrix("held-out pass rates", _matrix_texts(ledger))
+            ctx.say(f"report: {write_report(run_dir)}")
+    return True
+
+
+def _open(
+    recipe: Recipe, run_dir: Path, fleet: Fleet | None, topology: Topology, stack: ExitStack
+) -> tuple[StageContext, Progress]:
+    """Everything a stage works with, and where the run stands. What is opened here is closed by `stack`."""
+    control = ControlGroup()
+    control.stop_on_signals()
+    console = RunConsole(run_dir) if control.is_main else None
+    shape = ModelShape.from_hf(recipe.model.path)
+    tokenizer = ChatTokenizer(recipe.model.path)
+    policy = Policy(
+        recipe.model, shape, recipe.parallel, recipe.trainer, topology, optimizer=OptimizerConfig(), seed=recipe.seed
+    )
+    checkpointer = Checkpointer(run_dir / "checkpoints", keep=recipe.checkpoint.keep)
+    progress = _load(policy, recipe, checkpointer, console)
+    sync = player = None
+    if needs_fleet(recipe):
+        sync = WeightSync(policy, fleet, recipe.fleet, topology)
+        player = _player(recipe, control, sync, tokenizer, fleet, console)
+        stack.callback(player.close)
+        control.on_main(lambda: fleet.wait_ready() if fleet else None)
+        sync.push(policy.step)
+    metrics = MetricsWriter(run_dir, policy.step) if control.is_main else None
+    if console and metrics:
+        stack.callback(console.close)
+        stack.callback(metrics.close)
+    ctx = StageContext(recipe, run_dir, control, policy, tokenizer, checkpointer, sync, player, console, metrics)
+    return ctx, progress
+
+
+def _load(policy: Policy, recipe: Recipe, checkpointer: Checkpointer, console: RunConsole | None) -> Progress:
+    state = checkpointer.load(policy)
+    if state is None:
+        policy.load_hf(recipe.model.path)
+        return Progress()
+    progress = Progress(**state)
+    if console and progress.stage < len(recipe.stages):
+        name = recipe.stages[progress.stage].name
+        console.say(f"resuming at step {progress.step} of stage {name} (update {policy.step})")
+    return progress
+
+
+def _player(
+    recipe: Recipe,
+    control: ControlGroup,
+    sync: WeightSync,
+    tokenizer: ChatTokenizer,
+    fleet: Fleet | None,
+    console: RunConsole | None,
+) -> EpisodePlayer:
+    domains = {}
+    if control.is_main:
+        domains = {
+            name: Domain(name, config, make_environment(config), tokenizer) for name, config in recipe.domains.items()
+        }
+    return EpisodePlayer(control, sync, tokenizer, fleet, domains, console)
+
+
+def _run_stages(ctx: StageContext, progress: Progress, ledger: Ledger) -> None:
+    stages = ctx.recipe.stages
+    _measure(ctx, ledger, START if progress.stage == 0 else stages[progress.stage - 1].name, fresh=progress.step == 0)
+    for index in range(progress.stage, len(stages)):
+        here = progress if index == progress.stage else Progress(index)
+        _run_stage(stages[index], ctx, here, ledger)
+        ctx.save(Progress(index + 1), name=checkpoint_name(index, stages[index].name))
+        _record(ctx, ledger, "stage_finished", stage=stages[index].name, step=ctx.policy.step)
+        _measure(ctx, ledger, stages[index].name)
+        if ctx.control.should_stop():
+            raise Stopped
+
+
+def _run_stage(stage: StageConfig, ctx: StageContext, progress: Progress, ledger: Ledger) -> None:
+    if progress.step == 0:
+        ctx.policy.reset_optimizer(stage.optimizer, getattr(stage, "steps", None) or 0)
+        _record(ctx, ledger, "stage_started", stage=stage.name, step=ctx.policy.step)
+    if isinstance(stage, SftStage):
+        run_sft(stage, ctx, progress)
+    else:
+        run_rl(stage, ctx, progress)
+
+
+def _measure(ctx: StageContext, ledger: Ledger, after: str, fresh: bool = True) -> None:
+    """One row of the stage-by-domain matrix, unless the ledger has it or the policy has moved on since."""
+    known = ctx.control.on_main(lambda: after in ledger.scores())
+    if ctx.player is None or not ctx.recipe.domains or known or not fresh:
+        return
+    assert ctx.sync is not None
+    ctx.sync.push(ctx.policy.step)
+    scores = evaluate(ctx, after)
+    _record(
+        ctx, ledger, "evaluated", after=after, step=ctx.policy.step, scores={d: s.to_json() for d, s in scores.items()}
+    )
+
+
+def _record(ctx: StageContext, ledger: Ledger, event: str, **facts) -> None:
+    if ctx.control.is_main:
+        ledger.append(event, **facts)
+
+
+def _matrix_texts(ledger: Ledger) -> Mapping[str, Mapping[str, str]]:
+    return {
+        label: {domain: str(PassRate(**score)) for domain, score in scores.items()}
+        for label, scores in ledger.scores().items()
+    }

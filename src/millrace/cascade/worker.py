@@ -1,0 +1,32 @@
+"""One rank of the trainer, started by `millrace run` as `python -m millrace.cascade.worker RUN_DIR`."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from millrace.cascade.engines import start_fleet
+from millrace.config.loading import load_recipe
+from millrace.errors import MillraceError
+
+FINISHED, FAILED, STOPPED = 0, 1, 130
+
+
+def main(run_dir: Path) -> int:
+    recipe = load_recipe(run_dir / "recipe.yaml")
+    # Engines take longest to come up, and starting them needs no torch: they start while this rank is still importing.
+    fleet = start_fleet(recipe, run_dir)
+    try:
+        from millrace.cascade.runner import run
+
+        return FINISHED if run(recipe, run_dir, fleet) else STOPPED
+    except MillraceError as error:
+        sys.stderr.write(f"{error}\n")
+        return FAILED
+    finally:
+        if fleet is not None:
+            fleet.close()
+
+
+if __name__ == "__main__":
+    sys.exit(main(Path(sys.argv[1])))

@@ -1,0 +1,122 @@
+"""A step's groups for RL: draw prompts, play them, refill what gives no gradient, record."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+from millrace.config.schema import RlStage
+from millrace.data.sampler import MixedSampler
+from millrace.errors import MillraceError
+from millrace.stages.context import StageContext
+from millrace.stages.episodes import Episode, EpisodePlayer, Group, Scored
+from millrace.stages.journal import RolloutJournal
+
+
+class NothingToLearn(MillraceError):
+    """No group of a step has a gradient."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Collected:
+    """What one step trains on. `groups` is rank 0's; the rest is the same on every rank."""
+
+    groups: list[Group]
+    metrics: dict[str, float]
+    sampler: dict
+
+
+class GroupCollector:
+    def __init__(self, stage: RlStage, ctx: StageContext, stage_index: int, sampler_state: dict | None) -> None:
+        assert ctx.player is not None
+        self._stage, self._ctx, self._index = stage, ctx, stage_index
+        self._player: EpisodePlayer = ctx.player
+        sizes = ctx.control.on_main(lambda: {name: len(self._player.domains[name].train) for name in stage.domains})
+        self._sampler = MixedSampler(sizes, seed=ctx.recipe.seed + stage_index)
+        if sampler_state is not None:
+            self._sampler.load_state_dict(sampler_state)
+        self._journal = RolloutJournal(ctx.run_dir, stage.name)
+
+    def collect(self, step: int) -> Collected:
+        """The groups of a step: those on record for these weights, or newly sampled ones. Collective."""
+        version = self._ctx.policy.step
+        recorded = self._ctx.control.on_main(lambda: self._recorded(step, version))
+        if recorded is None:
+            groups, metrics = self._sample(step)
+            state = self._sampler.state_dict()
+            if self._ctx.control.is_main:
+                header = {"step": step, "weight_version": version, "sampler": state, "metrics": metrics}
+                self._journal.write(step, header, groups)
+            return Collected(groups, self._ctx.control.on_main(lambda: metrics), state)
+        self._ctx.say(f"{self._stage.name}: step {step + 1} trains on its recorded rollouts")
+        header, groups = recorded
+        self._sampler.load_state_dict(header["sampler"])
+        return Collected(groups, header["metrics"], header["sampler"])
+
+    def _recorded(self, step: int, version: int) -> tuple[dict, list[Group]] | None:
+        return self._journal.read(step, version)
+
+    def _sample(self, step: int) -> tuple[list[Group], dict[str, float]]:
+        stage, kept, played = self._stage, [], []
+        rounds = stage.dynamic_sampling_max_rounds if stage.dynamic_sampling else 1
+        for round_number in range(rounds):
+            drawn = self._sampler.next(stage.prompts_per_step)
+            episodes = self._episodes(drawn, step, round_number)
+            what = f"{stage.name} {step + 1}/{stage.steps} rollouts"
+            groups = self._player.play(episodes, stage.sampling, stage.samples_per_prompt, what)
+            groups = [self._penalise_overlong(group) for group in groups]
+            played += groups
+            kept += [group for group in groups if has_variance(group)] if stage.dynamic_sampling else groups
+            full = len(kept) >= stage.prompts_per_step
+            if self._ctx.control.on_main(lambda full=full: full):
+                break
+        if self._ctx.control.is_main and len(kept) < stage.updates_per_batch:
+            raise NothingToLearn(
+                f"{stage.name}: in {rounds} rounds of {stage.prompts_per_step} prompts only {len(kept)} groups had "
+                "answers of different reward, so there is nothing to learn from; use harder or easier prompts"
+            )
+        return kept[: stage.prompts_per_step], rollout_metrics(played) if played else {}
+
+    def _episodes(self, drawn: Sequence[tuple[str, int]], step: int, round_number: int) -> list[Episode]:
+        """Rank 0's episodes; every prompt of the run has its own seeds, whatever ran before."""
+        if not self._ctx.control.is_main:
+            return []
+        stage, n = self._stage, self._stage.samples_per_prompt
+        first = ((self._index * 1_000_003 + step) * stage.dynamic_sampling_max_rounds + round_number) * len(drawn) * n
+        base = (self._ctx.recipe.seed * 0x9E3779B1 + first) % 2**31
+        return [
+            self._player.domains[name].episode(self._player.domains[name].train, row, seed=base + slot * n)
+            for slot, (name, row) in enumerate(drawn)
+        ]
+
+    def _penalise_overlong(self, group: Group) -> Group:
+        if self._stage.overlong != "zero_reward":
+            return group
+        return dataclasses.replace(group, answers=tuple(map(_zero_if_overlong, group.answers)))
+
+
+def _zero_if_overlong(answer: Scored) -> Scored:
+    if answer.rollout.finish_reason != "length":
+        return answer
+    return dataclasses.replace(answer, reward=dataclasses.replace(answer.reward, value=0.0, reason="overlong"))
+
+
+def has_variance(group: Group) -> bool:
+    return len(set(group.rewards)) > 1
+
+
+def rollout_metrics(groups: Sequence[Group]) -> dict[str, float]:
+    """Metrics over all groups that were played, the dropped ones too."""
+    answers = [answer for group in groups for answer in group.answers]
+    n = len(answers)
+    metrics = {
+        "reward/mean": sum(a.reward.value for a in answers) / n,
+        "reward/length": sum(len(a.rollout.answer) for a in answers) / n,
+        "reward/overlong": sum(a.rollout.finish_reason == "length" for a in answers) / n,
+        "groups/without_variance": sum(not has_variance(group) for group in groups) / len(groups),
+        "groups/played": float(len(groups)),
+    }
+    for domain in sorted({group.episode.domain for group in groups}):
+        rewards = [r for group in groups if group.episode.domain == domain for r in group.rewards]
+        metrics[f"reward/{domain}"] = sum(rewards) / len(rewards)
+    return metrics

@@ -1,0 +1,88 @@
+"""What every stage works with, and what every stage does at the end of a step."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from millrace.config.schema import Recipe, StageConfig
+from millrace.data.tokenizer import ChatTokenizer
+from millrace.megatron.checkpoint import Checkpointer
+from millrace.megatron.policy import Policy
+from millrace.observe.console import RunConsole
+from millrace.observe.writer import MetricsWriter
+from millrace.rollout.weight_sync import WeightSync
+from millrace.stages.control import ControlGroup
+from millrace.stages.episodes import EpisodePlayer
+
+
+class Stopped(Exception):
+    """The run was asked to stop; everything up to here is saved."""
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a run stands: what a checkpoint says beside weights and optimizer."""
+
+    stage: int = 0
+    """Index of the stage to go on with."""
+    step: int = 0
+    """Steps of that stage that are done."""
+    sampler: Mapping[str, Any] | None = None
+    """State of the stage's data sampler; None at its beginning."""
+
+    def to_json(self) -> dict[str, Any]:
+        return {"stage": self.stage, "step": self.step, "sampler": self.sampler}
+
+
+@dataclass
+class StageContext:
+    recipe: Recipe
+    run_dir: Path
+    control: ControlGroup
+    policy: Policy
+    tokenizer: ChatTokenizer
+    checkpointer: Checkpointer
+    sync: WeightSync | None
+    """None in a run without rollouts."""
+    player: EpisodePlayer | None
+    console: RunConsole | None
+    """Rank 0 only."""
+    metrics: MetricsWriter | None
+    """Rank 0 only."""
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    def say(self, sentence: str) -> None:
+        if self.console:
+            self.console.say(sentence)
+
+    @contextmanager
+    def timed(self, phase: str) -> Iterator[None]:
+        """Add the time of a phase to this step's `time/PHASE`."""
+        start = time.perf_counter()
+        yield
+        self.seconds[f"time/{phase}"] = self.seconds.get(f"time/{phase}", 0.0) + time.perf_counter() - start
+
+    def end_step(self, stage: StageConfig, progress: Progress, steps: int, values: Mapping[str, float]) -> None:
+        """Record a step, save when it is time, stop when asked to (raises Stopped after saving)."""
+        times = {**self.seconds, "time/step": sum(self.seconds.values())}
+        self.seconds.clear()
+        if self.console and self.metrics:
+            self.metrics.write(self.policy.step, stage.name, {**values, **times})
+            self.console.step(stage.type, stage.name, progress.step, steps, {**values, **times})
+        every = self.recipe.checkpoint.every
+        stopping = self.control.should_stop()
+        if progress.step < steps and (stopping or (every and progress.step % every == 0)):
+            self.save(progress)
+        if stopping and progress.step < steps:
+            raise Stopped
+
+    def save(self, progress: Progress, name: str | None = None) -> None:
+        """Checkpoint policy, optimizer, random states and progress; a named one is kept for good."""
+        self.checkpointer.save(
+            self.policy, self.policy.step, progress.to_json(), name=name, keep_always=name is not None
+        )

@@ -1,0 +1,66 @@
+"""Small messages between the trainer's ranks: rank 0 talks to fleet and verifiers, the others follow.
+
+The control group is apart from the groups that train: a rank may wait in it for as long as a batch of rollouts takes,
+and it stays on CPU where the others use NCCL.
+"""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable
+from datetime import timedelta
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+
+from millrace.data.batch import TokenBatch
+
+T = TypeVar("T")
+
+LONGEST_WAIT = timedelta(hours=24)
+"""Rank 0 has its own, named limits on what it waits for; this one only ends ranks whose rank 0 is gone without a trace."""
+
+
+class ControlGroup:
+    def __init__(self) -> None:
+        self._group = dist.new_group(backend="gloo", timeout=LONGEST_WAIT)
+        self.rank = dist.get_rank()
+        self.is_main = self.rank == 0
+        self._stop_asked = False
+
+    def on_main(self, function: Callable[[], T]) -> T:
+        """Call `function` on rank 0 and return its result on every rank."""
+        box = [function() if self.is_main else None]
+        dist.broadcast_object_list(box, src=0, group=self._group)
+        return box[0]
+
+    def broadcast_batch(self, batch: TokenBatch | None) -> TokenBatch:
+        """Rank 0's batch on every rank, as plain tensors."""
+        names = self.on_main(lambda: (batch.tokens.numel(), len(batch), sorted(batch.streams)))
+        n, b, streams = names
+        tokens = batch.tokens if self.is_main else torch.empty(n, dtype=torch.int64)
+        lengths = batch.lengths if self.is_main else torch.empty(b, dtype=torch.int64)
+        values = torch.stack([batch.streams[s] for s in streams]) if self.is_main else torch.empty(len(streams), n)
+        for tensor in (tokens, lengths, values):
+            dist.broadcast(tensor, src=0, group=self._group)
+        return TokenBatch(tokens, lengths, dict(zip(streams, values, strict=True)))
+
+    def barrier(self) -> None:
+        dist.barrier(group=self._group)
+
+    # ---- stopping
+
+    def ask_to_stop(self) -> None:
+        self._stop_asked = True
+
+    def should_stop(self) -> bool:
+        """Whether any rank was asked to stop; the same answer on every rank."""
+        flag = torch.tensor([int(self._stop_asked)])
+        dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=self._group)
+        return bool(flag.item())
+
+    def stop_on_signals(self) -> None:
+        """SIGINT, SIGTERM and SIGUSR1 (a scheduler's warning) end the run, saved, after the step in progress."""
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(number, lambda *_: self.ask_to_stop())

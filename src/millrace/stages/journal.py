@@ -1,0 +1,94 @@
+"""Rollouts on disk: RUN_DIR/rollouts/STAGE/step-000012.jsonl, written before the step trains on them.
+
+The first line says what the step needs besides the answers; each further line is one answer. A resumed run trains on
+the recorded answers instead of sampling again, so that it ends with the very weights of a run that was not stopped,
+and a person can read what the model wrote.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from millrace.environments.base import Reward
+from millrace.rollout.types import Rollout
+from millrace.stages.episodes import Episode, Group, Scored
+
+
+class RolloutJournal:
+    def __init__(self, run_dir: Path, stage: str) -> None:
+        self.folder = run_dir / "rollouts" / stage
+        self.folder.mkdir(parents=True, exist_ok=True)
+
+    def path(self, step: int) -> Path:
+        return self.folder / f"step-{step:06d}.jsonl"
+
+    def write(self, step: int, header: Mapping[str, Any], groups: Sequence[Group]) -> None:
+        """Record a step's groups; a reader sees the whole file or none."""
+        aside = self.path(step).with_suffix(".tmp")
+        with aside.open("w", encoding="utf-8") as file:
+            file.write(json.dumps(dict(header)) + "\n")
+            for group in groups:
+                for answer in group.answers:
+                    file.write(json.dumps(_to_json(group.episode, answer)) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, self.path(step))
+
+    def read(self, step: int, weight_version: int) -> tuple[dict[str, Any], list[Group]] | None:
+        """What was recorded for a step with these weights, or None. Other weights' answers are not used."""
+        path = self.path(step)
+        if not path.exists():
+            return None
+        lines = path.read_text(encoding="utf-8").splitlines()
+        header = json.loads(lines[0])
+        if header["weight_version"] != weight_version:
+            return None
+        groups: dict[str, list[Scored]] = {}
+        episodes: dict[str, Episode] = {}
+        for line in lines[1:]:
+            episode, answer = _from_json(json.loads(line))
+            episodes[answer.rollout.request_id] = episode
+            groups.setdefault(answer.rollout.request_id, []).append(answer)
+        return header, [Group(episodes[key], tuple(answers)) for key, answers in groups.items()]
+
+
+def _to_json(episode: Episode, answer: Scored) -> dict[str, Any]:
+    rollout = answer.rollout
+    return {
+        "request": rollout.request_id,
+        "domain": episode.domain,
+        "row": episode.id,
+        "seed": episode.seed,
+        "index": rollout.index,
+        "messages": list(episode.messages),
+        "answer": answer.text,
+        "reward": answer.reward.value,
+        "reason": answer.reward.reason,
+        "details": dict(answer.reward.details),
+        "finish_reason": rollout.finish_reason,
+        "weight_version": rollout.weight_version,
+        "engine": rollout.engine,
+        "prompt_tokens": list(rollout.prompt),
+        "answer_tokens": list(rollout.answer),
+        "rollout_logp": list(rollout.rollout_logp),
+    }
+
+
+def _from_json(line: Mapping[str, Any]) -> tuple[Episode, Scored]:
+    prompt = tuple(line["prompt_tokens"])
+    episode = Episode(line["row"], line["domain"], {}, line["messages"], prompt, line["seed"])
+    rollout = Rollout(
+        request_id=line["request"],
+        index=line["index"],
+        prompt=prompt,
+        answer=tuple(line["answer_tokens"]),
+        rollout_logp=tuple(line["rollout_logp"]),
+        finish_reason=line["finish_reason"],
+        weight_version=line["weight_version"],
+        engine=line["engine"],
+    )
+    return episode, Scored(rollout, line["answer"], Reward(line["reward"], line["reason"], line["details"]))

@@ -1,0 +1,116 @@
+"""Reinforcement learning on verifiable rewards: rollout, score, advantages, train, sync, record.
+
+GRPO as Nemotron-Cascade 2 runs it (arXiv 2603.19220, section 4.1): strictly on-policy, one update a batch,
+group-normalised rewards, token-level loss over the tokens of the global batch, no KL. What the recipe asks for beyond
+that (PPO clip, off-policy correction, KL, dynamic sampling) composes in `algorithms` and changes nothing in this loop.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+
+from millrace.algorithms.advantages import group_advantages
+from millrace.algorithms.aggregation import token_weights
+from millrace.algorithms.losses import LossFn, policy_loss_fn
+from millrace.config.schema import RlStage
+from millrace.data.batch import TokenBatch
+from millrace.errors import MillraceError
+from millrace.megatron.policy import Policy
+from millrace.stages.collect import Collected, GroupCollector
+from millrace.stages.context import Progress, StageContext
+from millrace.stages.episodes import Group
+from millrace.stages.reference import reference_policy
+
+
+class MismatchTooLarge(MillraceError):
+    """Trainer and engines disagree about the log-probs of the same tokens."""
+
+
+def run_rl(stage: RlStage, ctx: StageContext, progress: Progress) -> None:
+    """Train to the stage's end from `progress`. Collective."""
+    assert ctx.sync is not None
+    collector = GroupCollector(stage, ctx, progress.stage, progress.sampler)
+    reference = reference_policy(ctx, progress.stage) if stage.kl.coefficient else None
+    loss_fn = stage_loss_fn(stage)
+    temperature = stage.sampling.temperature
+    for step in range(progress.step, stage.steps):
+        with ctx.timed("rollout"):
+            collected = collector.collect(step)
+        values = dict(collected.metrics)
+        with ctx.timed("train"):
+            for batch in _batches(collected, stage, ctx, reference):
+                values |= ctx.policy.train_step(
+                    batch, loss_fn, temperature=temperature, before_update=mismatch_guard(stage)
+                )
+        with ctx.timed("sync"):
+            ctx.sync.push(ctx.policy.step)
+        ctx.end_step(stage, Progress(progress.stage, step + 1, collected.sampler), stage.steps, values)
+
+
+def _batches(collected: Collected, stage: RlStage, ctx: StageContext, reference: Policy | None) -> list[TokenBatch]:
+    """The step's batch, cut by groups into as many parts as there are updates, with the log-probs the loss needs.
+
+    With more than one update the log-probs before the first one are kept, since the policy moves away from them.
+    """
+    temperature, batches = stage.sampling.temperature, []
+    for part in range(stage.updates_per_batch):
+        groups = collected.groups[part :: stage.updates_per_batch]
+        batch = ctx.control.broadcast_batch(policy_batch(groups, stage) if ctx.control.is_main else None)
+        if reference is not None:
+            batch = batch.with_streams(reference_logp=reference.logprobs(batch, temperature=temperature)[0])
+        if stage.updates_per_batch > 1:
+            batch = batch.with_streams(old_logp=ctx.policy.logprobs(batch, temperature=temperature)[0])
+        batches.append(batch)
+    return batches
+
+
+def policy_batch(groups: Sequence[Group], stage: RlStage) -> TokenBatch:
+    """The groups' answers as one batch with the streams `weight`, `advantage`, `mask` and `rollout_logp`."""
+    rewards = torch.tensor([group.rewards for group in groups], dtype=torch.float64)
+    advantages = group_advantages(rewards, baseline=stage.advantage.baseline, scale=stage.advantage.scale).flatten()
+    answers = [answer for group in groups for answer in group.answers]
+    tokens, mask, advantage, rollout_logp = [], [], [], []
+    for answer, value in zip(answers, advantages.tolist(), strict=True):
+        rollout = answer.rollout
+        prompt, length = len(rollout.prompt), len(rollout.answer)
+        kept = 0.0 if stage.overlong == "filter" and rollout.finish_reason == "length" else 1.0
+        tokens.append(rollout.prompt + rollout.answer)
+        mask.append([0.0] * prompt + [kept] * length)
+        advantage.append([0.0] * prompt + [value] * length)
+        rollout_logp.append([0.0] * prompt + list(rollout.rollout_logp))
+    streams = {"mask": mask, "advantage": advantage, "rollout_logp": rollout_logp}
+    batch = TokenBatch.from_sequences(tokens, streams)
+    return batch.with_streams(weight=token_weights(batch.streams["mask"], batch.lengths, kind=stage.loss.aggregation))
+
+
+def stage_loss_fn(stage: RlStage) -> LossFn:
+    """The recipe's choices as plain numbers for the pure loss."""
+    return policy_loss_fn(
+        stage.loss.kind,
+        clip_low=stage.loss.clip_low,
+        clip_high=stage.loss.clip_high,
+        off_policy=stage.off_policy.kind,
+        off_policy_low=stage.off_policy.low,
+        off_policy_high=stage.off_policy.high,
+        kl_coefficient=stage.kl.coefficient,
+        kl_estimator=stage.kl.estimator,
+        mask_above=stage.mismatch.mask_above,
+    )
+
+
+def mismatch_guard(stage: RlStage) -> Callable[[dict[str, float]], None]:
+    """A check of the reduced metrics before the optimizer steps: too large a mismatch stops the run without an update."""
+
+    def guard(metrics: dict[str, float]) -> None:
+        limit, found = stage.mismatch.stop_above, metrics["mismatch/mean"]
+        if limit is not None and not found <= limit:
+            raise MismatchTooLarge(
+                f"{stage.name}: trainer and engines differ by {found:.3g} in mean |log-prob| over the same tokens, "
+                f"more than stages.{stage.name}.mismatch.stop_above = {limit}; no update was made. "
+                "`millrace verify sync` tells whether the weights arrive; else use one dtype in model and fleet, or "
+                "an off_policy correction."
+            )
+
+    return guard

@@ -1,0 +1,46 @@
+"""Supervised fine-tuning: packed conversations, loss on the assistant's tokens, mean over the global batch's tokens."""
+
+from __future__ import annotations
+
+import math
+
+from millrace.algorithms.aggregation import token_weights
+from millrace.algorithms.losses import sft_loss_fn
+from millrace.config.schema import SftStage
+from millrace.data.batch import TokenBatch
+from millrace.data.datasets import ConversationDataset
+from millrace.data.sampler import EpochSampler
+from millrace.stages.context import Progress, StageContext
+
+
+def run_sft(stage: SftStage, ctx: StageContext, progress: Progress) -> None:
+    """Train to the stage's end from `progress`. Collective."""
+    data = ConversationDataset(
+        stage.data, ctx.tokenizer, max_length=stage.max_length, drop_overlong=stage.drop_overlong
+    )
+    sampler = EpochSampler(len(data), seed=ctx.recipe.seed + progress.stage)
+    if progress.sampler is not None:
+        sampler.load_state_dict(progress.sampler)
+    steps = total_steps(stage, len(data))
+    loss_fn = sft_loss_fn()
+    for step in range(progress.step, steps):
+        with ctx.timed("data"):
+            indices = sampler.next(stage.global_batch)
+            batch = ctx.control.broadcast_batch(sft_batch(data, indices) if ctx.control.is_main else None)
+        with ctx.timed("train"):
+            metrics = ctx.policy.train_step(batch, loss_fn)
+        ctx.end_step(stage, Progress(progress.stage, step + 1, sampler.state_dict()), steps, metrics)
+
+
+def total_steps(stage: SftStage, conversations: int) -> int:
+    if stage.steps is not None:
+        return stage.steps
+    assert stage.epochs is not None, "the recipe's rules ask for steps or epochs"
+    return math.ceil(stage.epochs * conversations / stage.global_batch)
+
+
+def sft_batch(data: ConversationDataset, indices: list[int]) -> TokenBatch:
+    """Conversations behind one another, each trained token weighted by one over their number in the whole batch."""
+    rows = [data[i] for i in indices]
+    batch = TokenBatch.from_sequences([row.tokens for row in rows], {"mask": [row.loss_mask for row in rows]})
+    return batch.with_streams(weight=token_weights(batch.streams["mask"], batch.lengths, kind="token"))
