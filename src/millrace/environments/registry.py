@@ -1,0 +1,23 @@
+"""From a domain of a recipe to its environment."""
+
+from __future__ import annotations
+
+import os
+
+from millrace.config.schema import DomainConfig
+from millrace.environments.base import Environment
+from millrace.environments.instruction_following import InstructionFollowingEnvironment
+from millrace.environments.math import MathEnvironment
+
+MOST_WORKERS = 16
+"""Verifier processes of one domain; more would only idle, a comparison takes milliseconds."""
+
+
+def make_environment(config: DomainConfig) -> Environment:
+    """The environment that scores a domain. Its processes start with the first answer that needs one."""
+    match config.environment:
+        case "math":
+            workers = min(MOST_WORKERS, os.cpu_count() or 1)
+            return MathEnvironment(verify_timeout_s=config.verify_timeout_s, workers=workers)
+        case "instruction_following":
+            return InstructionFollowingEnvironment(grading=config.grading)
