@@ -68,7 +68,7 @@ def _open(
     control.stop_on_signals()
     console = RunConsole(run_dir) if control.is_main else None
     shape = ModelShape.from_hf(recipe.model.path)
-    tokenizer = ChatTokenizer(recipe.model.path)
+    tokenizer = ChatTokenizer(recipe.model.path, shape.vocab_size)
     policy = Policy(
         recipe.model, shape, recipe.parallel, recipe.trainer, topology, optimizer=OptimizerConfig(), seed=recipe.seed
     )

@@ -19,7 +19,7 @@ from millrace.data.batch import TokenBatch
 T = TypeVar("T")
 
 LONGEST_WAIT = timedelta(hours=24)
-"""Rank 0 has its own, named limits on what it waits for; this one only ends ranks whose rank 0 is gone without a trace."""
+"""Rank 0 has its own, named limits on what it waits for; this one only ends orphans."""
 
 
 class ControlGroup:

@@ -16,7 +16,8 @@ from millrace.data.datasets import PromptDataset
 from millrace.data.tokenizer import ChatTokenizer
 from millrace.environments.base import Environment, Message, Observation, Reward
 from millrace.observe.console import RunConsole
-from millrace.rollout.fleet import EnginesLost, Fleet
+from millrace.rollout.fleet import Fleet
+from millrace.rollout.member import FleetNeedsSync
 from millrace.rollout.types import Request, Rollout, SamplingParams
 from millrace.rollout.weight_sync import WeightSync
 from millrace.stages.control import ControlGroup
@@ -127,7 +128,7 @@ class EpisodePlayer:
                 rollouts[:] = self._fleet.generate(
                     list(requests), on_progress=lambda done, total, tokens: bar.update(done, f"{tokens:,} tokens")
                 )
-            except EnginesLost as lost:
+            except FleetNeedsSync as lost:
                 self._console.say(str(lost))
                 return False
         return True

@@ -18,5 +18,5 @@ def reference_policy(ctx: StageContext, stage_index: int) -> Policy:
         reference.load_hf(ctx.recipe.model.path)
     else:
         name = checkpoint_name(stage_index - 1, ctx.recipe.stages[stage_index - 1].name)
-        ctx.checkpointer.load(reference, ctx.checkpointer.directory / name)
+        ctx.checkpointer.load(reference, ctx.checkpointer.store.directory / name)
     return reference

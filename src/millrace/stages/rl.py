@@ -101,7 +101,7 @@ def stage_loss_fn(stage: RlStage) -> LossFn:
 
 
 def mismatch_guard(stage: RlStage) -> Callable[[dict[str, float]], None]:
-    """A check of the reduced metrics before the optimizer steps: too large a mismatch stops the run without an update."""
+    """A check of the reduced metrics before the optimizer steps: too large a mismatch stops without an update."""
 
     def guard(metrics: dict[str, float]) -> None:
         limit, found = stage.mismatch.stop_above, metrics["mismatch/mean"]
