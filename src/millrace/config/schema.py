@@ -194,7 +194,7 @@ class PolicyLossConfig:
 @dataclass(frozen=True, kw_only=True)
 class OffPolicyConfig:
     kind: Literal["none", "tis", "icepop", "sequence_mask"] = "none"
-    """Correction of train/inference mismatch: truncated importance sampling, IcePop's gate, or whole sequences masked."""
+    """Correction for train/inference mismatch: truncated importance sampling, IcePop's gate, or sequence masks."""
     low: float = 0.5
     """Lowest train/rollout ratio that keeps its weight (icepop, sequence_mask)."""
     high: float = 2.0

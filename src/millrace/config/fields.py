@@ -1,0 +1,55 @@
+"""The schema's fields as data: evaluated types, and the documentation strings below them."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import inspect
+import types
+import typing
+from functools import cache
+from typing import Any, Union
+
+from millrace.config import schema
+
+STAGE_TYPES: dict[str, type] = {cls.type: cls for cls in typing.get_args(schema.StageConfig)}
+
+
+@cache
+def field_types(cls: type) -> dict[str, Any]:
+    """The evaluated annotations of a schema class, in the order of its fields."""
+    hints = typing.get_type_hints(cls)
+    return {field.name: hints[field.name] for field in dataclasses.fields(cls)}
+
+
+def is_optional(kind: Any) -> bool:
+    return typing.get_origin(kind) in (Union, types.UnionType) and type(None) in typing.get_args(kind)
+
+
+def is_section(kind: Any) -> bool:
+    return isinstance(kind, type) and dataclasses.is_dataclass(kind)
+
+
+def is_required(field: dataclasses.Field[Any]) -> bool:
+    return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+
+
+@cache
+def field_docs(cls: type) -> dict[str, str]:
+    """The string below each field of a schema class, as one line."""
+    body = _class_bodies()[cls.__name__]
+    docs: dict[str, str] = {}
+    for statement, after in zip(body, [*body[1:], None], strict=True):
+        if isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name) and _is_text(after):
+            docs[statement.target.id] = " ".join(ast.literal_eval(typing.cast(ast.Expr, after).value).split())
+    return docs
+
+
+def _is_text(node: ast.stmt | None) -> bool:
+    return isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
+
+
+@cache
+def _class_bodies() -> dict[str, list[ast.stmt]]:
+    tree = ast.parse(inspect.getsource(schema))
+    return {node.name: node.body for node in tree.body if isinstance(node, ast.ClassDef)}

@@ -1,0 +1,170 @@
+from pathlib import Path
+
+import pytest
+
+from millrace.config.errors import ConfigError
+from millrace.config.loading import changed_keys, dump_recipe, load_recipe
+from millrace.config.schema import RlStage, SftStage
+
+BASE = """\
+name: small
+run_dir: runs/small
+model: {path: base-model}
+domains:
+  math: {environment: math, train: data/math.jsonl, held_out: data/math-held-out.jsonl}
+stages:
+  - type: sft
+    name: warm
+    data: [data/sft.jsonl]
+    steps: 10
+    optimizer: {lr: 1e-4}
+  - type: rl
+    name: climb
+    domains: [math]
+    steps: 5
+    optimizer: ${stages.0.optimizer}
+"""
+
+
+@pytest.fixture
+def base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "recipes").mkdir()
+    return write(tmp_path / "recipes" / "base.yaml", BASE)
+
+
+def write(path: Path, text: str) -> Path:
+    path.write_text(text)
+    return path
+
+
+def problems(path: Path, *overrides: str) -> list[str]:
+    with pytest.raises(ConfigError) as caught:
+        load_recipe(path, overrides)
+    return caught.value.problems
+
+
+def test_a_recipe_becomes_typed_dataclasses_with_defaults(base: Path) -> None:
+    recipe = load_recipe(base)
+    warm, climb = recipe.stages
+    assert isinstance(warm, SftStage) and isinstance(climb, RlStage)
+    assert warm.optimizer.lr == climb.optimizer.lr == 1e-4
+    assert climb.samples_per_prompt == 16 and climb.domains == ("math",)
+    assert recipe.parallel.world_size == 1
+
+
+def test_paths_start_at_the_file_that_wrote_them_and_run_dir_at_the_current_folder(base: Path, tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    child = write(tmp_path / "mine" / "child.yaml", "extends: ../recipes/base.yaml\nmodel: {path: other}\n")
+    recipe = load_recipe(child, ["domains.math.held_out=here.jsonl"])
+    assert recipe.model.path == str(tmp_path / "mine" / "other")
+    assert recipe.stages[0].data == (str(tmp_path / "recipes" / "data" / "sft.jsonl"),)
+    assert recipe.domains["math"].held_out == str(tmp_path / "here.jsonl")
+    assert recipe.run_dir == str(tmp_path / "runs" / "small")
+
+
+def test_the_resolved_recipe_loads_back_equal_from_anywhere(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompt = r"domains.math.system_prompt='cost ${x} and \${y}: ü #1'"
+    recipe = load_recipe(base, [prompt.replace("${x}", r"\${x}"), "stages.warm.optimizer.lr=1e-6"])
+    assert recipe.domains["math"].system_prompt == "cost ${x} and ${y}: ü #1"
+    dumped = write(tmp_path / "resolved.yaml", dump_recipe(recipe))
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert load_recipe(dumped) == recipe
+
+
+def test_several_bases_are_merged_in_order_and_lists_are_replaced(base: Path) -> None:
+    write(base.parent / "tp.yaml", "parallel: {tp: 4, sequence_parallel: true}\nseed: 3\n")
+    stages = "stages: [{type: sft, name: only, data: [x.jsonl], epochs: 1}]\n"
+    child = write(base.parent / "child.yaml", f"extends: [base.yaml, tp.yaml]\nparallel: {{tp: 2}}\n{stages}")
+    recipe = load_recipe(child)
+    assert (recipe.parallel.tp, recipe.parallel.sequence_parallel, recipe.seed) == (2, True, 3)
+    assert [stage.name for stage in recipe.stages] == ["only"]
+
+
+def test_overrides_address_a_stage_by_name_or_position(base: Path) -> None:
+    recipe = load_recipe(base, ["stages.climb.sampling.temperature=0.7", "stages.0.steps=3", "fleet.addresses=[a, b]"])
+    assert recipe.stages[1].sampling.temperature == 0.7  # type: ignore[union-attr]
+    assert recipe.stages[0].steps == 3
+    assert recipe.fleet.addresses == ("a", "b")
+
+
+def test_numbers_may_be_written_in_any_usual_way(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANKS", "2")
+    monkeypatch.setenv("SP", "true")
+    overrides = [
+        "stages.warm.optimizer.eps='1e-9'",
+        "stages.warm.optimizer.clip_grad=1",
+        "stages.warm.optimizer.lr=5E-7",
+    ]
+    environment = ["parallel.tp=${oc.env:RANKS}", "parallel.sequence_parallel=${oc.env:SP}"]
+    recipe = load_recipe(base, overrides + environment)
+    optimizer = recipe.stages[0].optimizer
+    assert (optimizer.eps, optimizer.clip_grad, optimizer.lr) == (1e-9, 1.0, 5e-7)
+    assert isinstance(optimizer.clip_grad, float)
+    assert recipe.parallel.tp == 2 and recipe.parallel.sequence_parallel is True
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("modle: {path: x}", "recipes/child.yaml:2: modle is not a known key; did you mean model?"),
+        ("trainer: {lr: 1}", "recipes/child.yaml:2: trainer.lr is not a known key; there are device,"),
+        ("parallel: {tp: two}", "recipes/child.yaml:2: parallel.tp must be a whole number, not the text 'two'"),
+        ("parallel: {tp: true}", "parallel.tp must be a whole number, not true"),
+        ("export: 1", "export must be true or false, not 1"),
+        ("name: 2024", "name must be text, not 2024; put it in quotes"),
+        ("trainer: {recompute: ful}", "must be one of none, selective, full, not the text 'ful' (did you mean full?)"),
+        ("trainer: 3", "trainer must be a section with keys, not 3"),
+        ("fleet: {addresses: localhost}", "fleet.addresses must be a list, not the text 'localhost'"),
+        ("domains: {code: {environment: math}}", "domains.code.train is required: JSONL file of training prompts."),
+        ("stages: [{name: x}]", "recipes/child.yaml:2: stages.x needs a `type`: sft or rl"),
+        ("stages: [{type: ppo, name: x}]", "stages.x.type must be sft or rl, not the text 'ppo'"),
+        ("seed: ${model.sed}", "recipes/child.yaml:2: seed: Interpolation key 'model.sed' not found"),
+        ("seed: 1\nseed: 2", "recipes/child.yaml:3: seed is written twice"),
+        ("seed: [1", "recipes/child.yaml:3: not valid YAML"),
+        ("evaluation: {sampling: {top_p: .nan}}", "evaluation.sampling.top_p must be a number, not nan"),
+    ],
+)
+def test_a_mistake_is_named_with_file_line_and_key(base: Path, line: str, message: str) -> None:
+    child = write(base.parent / "child.yaml", f"extends: base.yaml\n{line}\n")
+    assert any(message in problem for problem in problems(child)), problems(child)
+
+
+def test_all_mistakes_are_reported_at_once(base: Path) -> None:
+    child = write(
+        base.parent / "child.yaml", "extends: base.yaml\nnam: x\nparallel:\n  tp: x\n  pp: y\nseed: ${nowhere}\n"
+    )
+    found = problems(child, "stages.warm.optimizer.l=1", "stages.cold.steps=1", "nonsense")
+    places = ["child.yaml:2", "child.yaml:4", "child.yaml:5", "child.yaml:6", "optimizer.l ", "'cold'", "'nonsense'"]
+    assert len(found) == 8, "the misspelt key also reaches the stage that borrows the optimizer"
+    assert all(any(place in problem for problem in found) for place in places)
+
+
+def test_a_mistake_on_the_command_line_is_said_to_be_there(base: Path) -> None:
+    assert problems(base, "stages.warm.optimzer.lr=1") == [
+        "command line: stages.warm.optimzer is not a known key; did you mean optimizer?"
+    ]
+    assert problems(base, "seed=x") == ["command line: seed must be a whole number, not the text 'x'"]
+
+
+def test_files_that_extend_each_other_in_a_circle_are_refused(tmp_path: Path) -> None:
+    write(tmp_path / "a.yaml", "extends: b.yaml\n")
+    write(tmp_path / "b.yaml", "\nextends: a.yaml\n")
+    assert "b.yaml:2: extends: the files extend each other in a circle" in problems(tmp_path / "a.yaml")[0]
+
+
+def test_a_missing_file_is_named_with_who_wants_it(tmp_path: Path) -> None:
+    assert "the recipe" in problems(tmp_path / "a.yaml")[0] and "does not exist" in problems(tmp_path / "a.yaml")[0]
+    write(tmp_path / "a.yaml", "name: x\nextends: b.yaml\n")
+    assert "a.yaml:2: extends: the recipe" in problems(tmp_path / "a.yaml")[0]
+    write(tmp_path / "b.yaml", "- 1\n")
+    assert "b.yaml:1: a recipe is a mapping" in problems(tmp_path / "a.yaml")[0]
+
+
+def test_changed_keys_are_found_by_their_dotted_names(base: Path) -> None:
+    before, after = load_recipe(base), load_recipe(base, ["parallel.tp=2", "stages.climb.kl.coefficient=0.1"])
+    assert changed_keys(before, after) == ["parallel.tp", "stages.1.kl.coefficient"]
+    assert changed_keys(before, before) == []
