@@ -7,9 +7,9 @@ Two tasks, both scored by Millrace's own environments:
 * math: sums of three digits, one step at a time between <think> and </think>, then the result in \\boxed{}.
 * instruction following: short lists of words under two or three verifiable constraints.
 
-The demonstrations are noisy on purpose, as scraped ones are: about half of them slip in a step, forget the box or ignore a
-constraint. So the supervised policy knows the tasks and passes about half of the held-out prompts, and reinforcement
-learning has something to sharpen. Training and held-out prompts are disjoint.
+The demonstrations are noisy on purpose, as scraped ones are: about half of them slip in a step, forget the box or
+ignore a constraint. So the supervised policy knows the tasks and passes about half of the held-out prompts, and
+reinforcement learning has something to sharpen. Training and held-out prompts are disjoint.
 
 The base follows the Qwen3 layout (`base/`), and with --moe also the mixture-of-experts one (`base-moe/`). The same seed
 writes the same files.
@@ -41,11 +41,11 @@ logger = logging.getLogger("make_data")
 
 Row = dict[str, Any]
 
-SFT_CONVERSATIONS = 6000
+SFT_CONVERSATIONS = {"math": 6000, "instruction_following": 8000}
 TRAIN_PROMPTS = 1200
 HELD_OUT_PROMPTS = 128
 
-VOCABULARY = 640
+VOCABULARY = 512
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -59,16 +59,20 @@ MATH_SLIP, MATH_UNBOXED, MATH_EARLY = 0.2, 0.15, 0.12
 
 @dataclass(frozen=True)
 class Sum:
-    """a (+|-) b (+|-) c with digits a, b, c; no step goes below zero."""
+    """a (+|-) b (+|-) c with digits a, b, c from 1 to 8; no step goes below zero."""
 
     terms: tuple[int, int, int]
     signs: tuple[int, int]
 
     @property
     def text(self) -> str:
-        a, b, c = self.terms
+        (a, b, c), (first, second) = self.terms, self.operators
+        return f"{a}{first}{b}{second}{c}"
+
+    @property
+    def operators(self) -> tuple[str, str]:
         first, second = ("+" if sign > 0 else "-" for sign in self.signs)
-        return f"{a} {first} {b} {second} {c}"
+        return first, second
 
     @property
     def partial(self) -> int:
@@ -87,13 +91,13 @@ class Sum:
         slipped_step = rng.randrange(2) if flaw < MATH_SLIP else None
         partial = self.partial + (_slip(rng) if slipped_step == 0 else 0)
         result = partial + self.signs[1] * self.terms[2] + (_slip(rng) if slipped_step == 1 else 0)
-        first, second = ("+" if sign > 0 else "-" for sign in self.signs)
-        steps = f"{self.terms[0]} {first} {self.terms[1]} = {partial}\n{partial} {second} {self.terms[2]} = {result}"
+        (a, b, c), (first, second) = self.terms, self.operators
+        steps = f"<think>{a}{first}{b}={partial}, {partial}{second}{c}={result}</think>"
         if MATH_SLIP <= flaw < MATH_SLIP + MATH_UNBOXED:
-            return f"<think>\n{steps}\n</think>\nThe answer is {result}."
+            return f"{steps}The answer is {result}."
         if MATH_SLIP + MATH_UNBOXED <= flaw < MATH_SLIP + MATH_UNBOXED + MATH_EARLY:
             result = partial
-        return f"<think>\n{steps}\n</think>\n\\boxed{{{result}}}"
+        return f"{steps}\\boxed{{{result}}}"
 
 
 def _slip(rng: random.Random) -> int:
@@ -101,23 +105,23 @@ def _slip(rng: random.Random) -> int:
 
 
 def all_sums() -> list[Sum]:
-    digits, signs = range(10), (1, -1)
+    digits, signs = range(1, 9), (1, -1)
     sums = (Sum((a, b, c), (s, t)) for a in digits for b in digits for c in digits for s in signs for t in signs)
     return [one for one in sums if one.partial >= 0 and one.result >= 0]
 
 
 # ---------------------------------------------------------------------------------------------- instruction following
 
-OBEY = 0.72
+OBEY = 0.75
 """Chance that a demonstration follows one of its constraints on purpose."""
 
 TOPICS = {
-    "animals": ("cat", "dog", "horse", "mouse", "sheep", "tiger", "whale", "eagle"),
-    "fruits": ("apple", "pear", "plum", "cherry", "melon", "grape", "lemon", "peach"),
-    "colours": ("red", "blue", "green", "black", "white", "brown", "pink", "grey"),
-    "tools": ("hammer", "saw", "drill", "ladder", "brush", "spade", "chisel", "wrench"),
+    "animals": ("cat", "dog", "horse", "mouse", "sheep", "tiger"),
+    "fruits": ("apple", "pear", "plum", "cherry", "melon", "grape"),
+    "colours": ("red", "blue", "green", "black", "white", "brown"),
+    "tools": ("hammer", "saw", "drill", "ladder", "brush", "spade"),
 }
-CLOSINGS = ("done", "goodbye", "thanks", "cheers")
+CLOSINGS = ("done", "goodbye", "thanks")
 
 
 @dataclass(frozen=True)
@@ -176,7 +180,7 @@ def _comma_wish(rng: random.Random, topic: str) -> Wish:
 
 def _length_wish(rng: random.Random, topic: str) -> Wish:
     relation = rng.choice(("at least", "less than"))
-    number = rng.choice((4, 5, 6) if relation == "at least" else (4, 5))
+    number = rng.choice((4, 5))
     enough, wrong = (number, number - 2) if relation == "at least" else (2, number)
     return Wish(
         "layout",
@@ -254,7 +258,7 @@ class ListTask:
 def draw_list_task(rng: random.Random) -> ListTask:
     topic = rng.choice(tuple(TOPICS))
     wishes: dict[str, Wish] = {}
-    wanted = rng.choice((2, 3))
+    wanted = rng.choice((2, 2, 3))
     while len(wishes) < wanted:
         wish = rng.choice(WISHES)(rng, topic)
         wishes.setdefault(wish.group, wish)
@@ -308,8 +312,10 @@ def write_data(folder: Path, seed: int) -> list[str]:
     rng.shuffle(sums)
     math_tasks = write_domain(folder, "math", sums)
     list_tasks = write_domain(folder, "if", distinct_list_tasks(rng, HELD_OUT_PROMPTS + TRAIN_PROMPTS))
-    half = SFT_CONVERSATIONS // 2
-    conversations = [*demonstrations(math_tasks, rng, half), *demonstrations(list_tasks, rng, half)]
+    conversations = [
+        *demonstrations(math_tasks, rng, SFT_CONVERSATIONS["math"]),
+        *demonstrations(list_tasks, rng, SFT_CONVERSATIONS["instruction_following"]),
+    ]
     rng.shuffle(conversations)
     write_jsonl(folder / "sft.jsonl", conversations)
     return [message["content"] for row in conversations for message in row["messages"]]

@@ -1,7 +1,7 @@
 """What an environment is: it opens an episode with a prompt and answers each of the policy's turns.
 
-A single-turn domain ends its episode at the first answer; one with tools answers with an observation and goes on. Stages
-and the evaluation only know this interface.
+A single-turn domain ends its episode at the first answer; one with tools answers with an observation and goes on.
+Stages and the evaluation only know this interface.
 """
 
 from __future__ import annotations

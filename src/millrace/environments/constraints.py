@@ -1,8 +1,8 @@
 """Verifiable constraints on a text, by the instruction ids of IFEval (Zhou et al. 2023, arXiv:2311.07911).
 
-A constraint is a pure function of the text and its kwargs. Each one is total (it returns for every string) and takes time
-linear in the text, so that no answer of a policy can hang or break the scoring. Language detection is left out: "in
-English" of the two case constraints is not checked.
+A constraint is a pure function of the text and its kwargs. Each one is total (it returns for every string) and takes
+time linear in the text, so that no answer of a policy can hang or break the scoring. Language detection is left out:
+"in English" of the two case constraints is not checked.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def _is_text(value: Any) -> bool:
 
 def _is_count(value: Any) -> bool:
     """Data sets that went through a table format write 3 as 3.0."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and value >= 0 and value == int(value)
+    return isinstance(value, int | float) and not isinstance(value, bool) and value >= 0 and float(value).is_integer()
 
 
 TEXT = Kind("a non-empty string", _is_text)
@@ -112,7 +112,7 @@ def count_sentences(text: str) -> int:
 
 
 def _pieces(text: str, separator: str) -> list[str] | None:
-    """The stripped pieces between separators; an empty first or last one is forgiven, an empty inner one is not (None)."""
+    """The stripped pieces between separators. An empty first or last one is forgiven; an empty inner one gives None."""
     pieces = [piece.strip() for piece in text.split(separator)]
     if pieces and not pieces[0]:
         pieces = pieces[1:]

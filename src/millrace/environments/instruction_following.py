@@ -1,8 +1,8 @@
 """Instructions that a program can check, in the style of IFEval.
 
-A row has `prompt`, `instruction_id_list` and `kwargs`, a list aligned with the ids (entries that are None are dropped, as
-the released data sets write every known key). Only the final text is judged. Binary grading gives 1 when every instruction
-is followed, fraction the share that is.
+A row has `prompt`, `instruction_id_list` and `kwargs`, a list aligned with the ids (entries that are None are dropped,
+as the released data sets write every known key). Only the final text is judged. Binary grading gives 1 when every
+instruction is followed, fraction the share that is.
 """
 
 from __future__ import annotations

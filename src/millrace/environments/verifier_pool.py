@@ -1,7 +1,8 @@
 """Verifiers in processes that can be killed.
 
-A verifier runs code that was not written for hostile input: it may hang where no exception and no signal handler of Python
-reaches it, eat memory, or crash. So each runs in a process of its own that is killed at its time limit and replaced.
+A verifier runs code that was not written for hostile input: it may hang where no exception and no signal handler of
+Python reaches it, eat memory, or crash. So each runs in a process of its own that is killed at its time limit and
+replaced.
 
 Each of the pool's threads owns one process and speaks with it through pipes, so the pool belongs to no event loop and a
 wait costs the loop nothing. Imports no torch, and the workers do not either.
