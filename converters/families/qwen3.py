@@ -1,0 +1,8 @@
+"""Qwen3, dense: Llama's layer with a norm on each head's queries and keys."""
+
+from __future__ import annotations
+
+from millrace.converters.families.blocks import MODEL, SWIGLU, attention_layer
+from millrace.converters.mapping import Family
+
+FAMILY = Family(model=MODEL, layer=lambda facts, layer: attention_layer(facts) + SWIGLU)
