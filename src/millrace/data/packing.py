@@ -9,6 +9,8 @@ from __future__ import annotations
 import heapq
 from collections.abc import Sequence
 
+from millrace.data.errors import DataError
+
 
 def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     """Sequences to bins of at most `capacity` tokens, by first-fit decreasing.
@@ -24,16 +26,16 @@ def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
         The indices of each bin, ascending; the bins in the order in which they were opened.
 
     Raises:
-        ValueError: a sequence is empty or longer than the capacity.
+        DataError: a sequence is empty or longer than the capacity.
     """
     for index, length in enumerate(lengths):
         if length > capacity:
-            raise ValueError(
+            raise DataError(
                 f"sequence {index} has {length} tokens, but a micro-batch holds {capacity}: "
                 "raise trainer.max_tokens_per_micro_batch or shorten the sequence"
             )
         if length < 1:
-            raise ValueError(f"sequence {index} has {length} tokens: an empty sequence cannot be packed")
+            raise DataError(f"sequence {index} has {length} tokens: an empty sequence cannot be packed")
     bins: list[list[int]] = []
     free = _FreeSpace(len(lengths), capacity)
     for index in _longest_first(lengths):

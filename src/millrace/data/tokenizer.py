@@ -27,17 +27,21 @@ _PROBE_CONTENT = "probe7"
 
 
 class ChatTokenizer:
-    """Tokenizer and chat template of the checkpoint in `path`, checked against a model of `vocab_size` rows.
+    """Tokenizer and chat template of the checkpoint in `path`, checked against the model's vocabulary.
+
+    Args:
+        path: folder of a Hugging Face checkpoint.
+        vocab_size: rows of the model's vocabulary; `vocab_size` of the folder's config.json when absent.
 
     Raises:
         DataError: the tokenizer is missing or unreadable, does not fit the model, or has no usable chat template.
     """
 
-    def __init__(self, path: str | Path, vocab_size: int) -> None:
+    def __init__(self, path: str | Path, vocab_size: int | None = None) -> None:
         self.path = Path(path)
-        self._tokenizer = _load(self.path)
+        self._tokenizer: Any = _load(self.path)  # transformers' annotations do not follow its keyword switches
         declared_stops = _declared_eos(self.path)
-        self._check_ids(vocab_size, declared_stops)
+        self._check_ids(_declared_vocab_size(self.path) if vocab_size is None else vocab_size, declared_stops)
         if not self._tokenizer.chat_template:
             raise DataError(
                 f"{self.path}: the tokenizer has no chat template: add chat_template.jinja or a chat_template in "
@@ -197,6 +201,13 @@ def _read_json(path: Path) -> dict[str, Any]:
         return json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: not valid JSON ({error}); the file may be truncated, fetch it again") from error
+
+
+def _declared_vocab_size(path: Path) -> int:
+    try:
+        return int(_read_json(path / "config.json")["vocab_size"])
+    except KeyError as error:
+        raise DataError(f"{path / 'config.json'}: vocab_size is missing, so the tokenizer cannot be checked") from error
 
 
 def _declared_eos(path: Path) -> list[int]:

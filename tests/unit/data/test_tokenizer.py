@@ -99,7 +99,8 @@ def test_a_template_that_rewrites_history_is_refused_and_weight_zero_is_the_way_
 
 MARKED = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{% if m['role'] == 'assistant' %}{% generation %}"
-    "{{ m['content'] }}END{% endgeneration %}REST{% else %}{{ m['content'] }}<|im_end|>{% endif %}{{ '\n' }}{% endfor %}"
+    "{{ m['content'] }}END{% endgeneration %}REST{% else %}{{ m['content'] }}<|im_end|>{% endif %}"
+    "{{ '\n' }}{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 
@@ -135,6 +136,14 @@ def test_a_tokenizer_with_more_ids_than_the_model_has_rows_is_refused(tmp_path: 
     with pytest.raises(DataError, match=r"ids up to 258, but the model's vocabulary has 258 rows"):
         ChatTokenizer(checkpoint(tmp_path), 258)
     ChatTokenizer(tmp_path, 259)
+
+
+def test_the_vocabulary_size_is_taken_from_the_checkpoint_when_not_given(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="ids up to 258, but the model's vocabulary has 200 rows"):
+        ChatTokenizer(checkpoint(tmp_path / "small", vocab_size=200))
+    with pytest.raises(DataError, match=r"config\.json: vocab_size is missing"):
+        ChatTokenizer(checkpoint(tmp_path / "none"))
+    assert ChatTokenizer(checkpoint(tmp_path / "fits", vocab_size=320)).end_of_turn_id == IM_END
 
 
 def test_an_eos_id_that_the_tokenizer_does_not_know_is_refused(tmp_path: Path) -> None:
