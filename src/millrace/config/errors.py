@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from millrace.errors import MillraceError
 
-class ConfigError(Exception):
+
+class ConfigError(MillraceError):
     """One or several problems, each one sentence that names the file or key and the way out."""
 
     def __init__(self, problems: str | Sequence[str]) -> None:

@@ -1,0 +1,224 @@
+"""The ranks of a trainer as processes of this machine.
+
+Ranks are started directly, with the environment torch.distributed reads, and watched from here: one that dies is named
+with its log, a stop is passed on once, and nothing outlives this process.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import IO
+
+from millrace.config.schema import Recipe, TrainerConfig
+from millrace.errors import MillraceError
+
+FINISHED, STOPPED = 0, 130
+GRACE_SECONDS = 10.0
+"""How long the other ranks may take to end by themselves after one has failed; rank 0 closes its engines meanwhile."""
+
+_PR_SET_PDEATHSIG = 1
+_POLL_SECONDS = 0.05
+_LOST_PEER = ("connection closed by peer", "connection reset by peer", "broken pipe")
+_LIBC = ctypes.CDLL(None)
+
+
+class RankFailed(MillraceError):
+    """A rank ended before its work was done."""
+
+
+def launch(recipe: Recipe, run_dir: Path) -> int:
+    """Run the trainer of a recipe on this machine until it ends: 0 finished, 130 stopped on request.
+
+    Raises RankFailed, naming the rank and its log in RUN_DIR/logs.
+    """
+    ranks = recipe.parallel.world_size
+    environment = trainer_environment(recipe.trainer, ranks)
+    return run_ranks("millrace.cascade.worker", [str(run_dir)], ranks, environment, run_dir / "logs")
+
+
+def run_ranks(module: str, arguments: Sequence[str], ranks: int, environment: Mapping[str, str], log_dir: Path) -> int:
+    """Run `python -m module arguments` as `ranks` ranks; like `launch`.
+
+    Rank 0 writes to this terminal, its errors to LOG_DIR/rank-0.log as well; the others write to LOG_DIR/rank-N.log.
+    """
+    log_dir.mkdir(parents=True, exist_ok=True)
+    rendezvous = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    command = [sys.executable, "-m", module, *arguments]
+    watch = _Watch([])
+    with watch:
+        for rank in range(ranks):
+            own = {"RANK": str(rank), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(ranks)}
+            full = {**os.environ, **environment, **rendezvous, **own}
+            watch.ranks.append(_start(rank, command, full, log_dir / f"rank-{rank}.log"))
+        return watch.until_the_end()
+
+
+def trainer_environment(trainer: TrainerConfig, ranks: int) -> dict[str, str]:
+    """What every rank's environment needs beside its place among the ranks."""
+    threads = trainer.threads_per_rank or max(1, len(os.sched_getaffinity(0)) // ranks)
+    environment = {
+        "OMP_NUM_THREADS": str(threads),
+        "TOKENIZERS_PARALLELISM": "false",
+        "HF_HUB_OFFLINE": "1",
+        "PYTHONUNBUFFERED": "1",
+        "PYTHONFAULTHANDLER": "1",
+        # Gloo would otherwise listen on whatever address the host name resolves to.
+        "GLOO_SOCKET_IFNAME": "lo",
+    }
+    if trainer.device == "cpu" or (trainer.device == "auto" and not has_nvidia_device()):
+        # Megatron's fused mixture-of-experts functions would be compiled for many seconds at the first step.
+        environment["TORCH_COMPILE_DISABLE"] = "1"
+    return environment
+
+
+def has_nvidia_device() -> bool:
+    """Whether the driver shows a GPU; asked without importing torch."""
+    return any(Path("/dev").glob("nvidia[0-9]*"))
+
+
+def free_port() -> int:
+    """A TCP port of the loopback interface that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@dataclass
+class _Rank:
+    number: int
+    process: subprocess.Popen[bytes]
+    log: Path
+    copier: threading.Thread | None
+    code: int | None = None
+
+    def look(self) -> None:
+        """Take the exit code once the rank has ended, and end what it left behind in its process group."""
+        # The group is signalled before the rank is reaped: until then its number cannot belong to anyone else.
+        if os.waitid(os.P_PID, self.process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
+            return
+        self.kill()
+        self.code = self.process.wait()
+        if self.copier:
+            self.copier.join(timeout=1.0)
+
+    def kill(self) -> None:
+        os.killpg(self.process.pid, signal.SIGKILL)
+
+    def ending(self) -> str:
+        """How it ended, as a clause."""
+        assert self.code is not None
+        if self.code >= 0:
+            return f"ended with exit code {self.code}"
+        name = signal.Signals(-self.code).name
+        return f"was ended by {name}" + (" (out of memory?)" if -self.code == signal.SIGKILL else "")
+
+
+def _start(number: int, command: Sequence[str], environment: Mapping[str, str], log: Path) -> _Rank:
+    parent = os.getpid()
+
+    def die_with_the_launcher() -> None:
+        _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+        if os.getppid() != parent:
+            os._exit(1)
+
+    # A session of its own: Ctrl-C in the terminal reaches this process alone, which passes it on once.
+    with log.open("ab") as file:
+        process = subprocess.Popen(
+            command,
+            env=dict(environment),
+            stdin=subprocess.DEVNULL,
+            stdout=None if number == 0 else file,
+            stderr=subprocess.PIPE if number == 0 else subprocess.STDOUT,
+            start_new_session=True,
+            preexec_fn=die_with_the_launcher,
+        )
+    copier = None
+    if process.stderr is not None:
+        copier = threading.Thread(target=_copy, args=(process.stderr, log), daemon=True)
+        copier.start()
+    return _Rank(number, process, log, copier)
+
+
+def _copy(source: IO[bytes], log: Path) -> None:
+    """Rank 0's errors go to the terminal and to its log."""
+    with source, log.open("ab") as file:
+        while block := os.read(source.fileno(), 65536):
+            file.write(block)
+            file.flush()
+            os.write(sys.stderr.fileno(), block)
+
+
+class _Watch:
+    """Waits for the ranks, passes signals on to them, and leaves none behind."""
+
+    def __init__(self, ranks: list[_Rank]) -> None:
+        self.ranks = ranks
+        self.stop_asked = False
+        self._before: dict[int, object] = {}
+
+    def __enter__(self) -> _Watch:
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+            self._before[number] = signal.signal(number, self._pass_on)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for rank in self._running():
+            rank.kill()
+            rank.look()
+        for rank in self._running():
+            rank.process.wait()
+        for number, handler in self._before.items():
+            signal.signal(number, handler)  # type: ignore[arg-type]
+
+    def until_the_end(self) -> int:
+        failed: list[_Rank] = []
+        deadline = float("inf")
+        while running := self._running():
+            time.sleep(_POLL_SECONDS)
+            for rank in running:
+                rank.look()
+                if rank.code not in (None, FINISHED, STOPPED):
+                    failed.append(rank)
+            if failed:
+                deadline = min(deadline, time.monotonic() + GRACE_SECONDS)
+            if time.monotonic() > deadline:
+                break
+        if failed and not (self.stop_asked and all(rank.code and rank.code < 0 for rank in failed)):
+            raise RankFailed(_sentence(failed))
+        return FINISHED if not failed and all(rank.code == FINISHED for rank in self.ranks) else STOPPED
+
+    def _running(self) -> list[_Rank]:
+        return [rank for rank in self.ranks if rank.code is None]
+
+    def _pass_on(self, number: int, frame: FrameType | None) -> None:
+        again = self.stop_asked and number == signal.SIGINT
+        self.stop_asked = True
+        for rank in self._running():
+            os.kill(rank.process.pid, signal.SIGKILL if again else number)
+
+
+def _sentence(failed: Sequence[_Rank]) -> str:
+    """Who failed. A rank that only lost its connection to another is not the cause when there is one that did not."""
+    tails = {rank.number: _tail(rank.log) for rank in failed}
+    own_fault = [r for r in failed if not any(sign in tails[r.number].lower() for sign in _LOST_PEER)]
+    rank = (own_fault or failed)[0]
+    last = tails[rank.number].splitlines()[-1:]
+    said = f", its last line: {last[0].strip()}" if last and rank.number else ""
+    return f"trainer rank {rank.number} {rank.ending()}; its log is {rank.log}{said}"
+
+
+def _tail(log: Path, size: int = 4096) -> str:
+    with log.open("rb") as file:
+        file.seek(max(0, log.stat().st_size - size))
+        return file.read().decode(errors="replace").strip()
