@@ -286,6 +286,7 @@ def demonstrations(tasks: Sequence[Sum] | Sequence[ListTask], rng: random.Random
 
 
 def write_jsonl(path: Path, rows: Iterable[Row]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
     lines = [json.dumps(row, ensure_ascii=False) for row in rows]
     aside = path.with_suffix(".tmp")
     aside.write_text("\n".join(lines) + "\n", encoding="utf-8")
@@ -293,25 +294,23 @@ def write_jsonl(path: Path, rows: Iterable[Row]) -> None:
     logger.info("%s: %d rows", path, len(lines))
 
 
-def write_domain(folder: Path, name: str, tasks: Sequence[Sum] | Sequence[ListTask]) -> Sequence[Sum | ListTask]:
+def write_domain(folder: Path, tasks: Sequence[Sum] | Sequence[ListTask]) -> Sequence[Sum] | Sequence[ListTask]:
     """Write a domain's prompts; returns the tasks that are not held out."""
     held_out, train = tasks[:HELD_OUT_PROMPTS], tasks[HELD_OUT_PROMPTS : HELD_OUT_PROMPTS + TRAIN_PROMPTS]
-    for split, members in (("train", train), ("held-out", held_out)):
-        write_jsonl(
-            folder / f"{name}-{split}.jsonl",
-            ({"id": f"{name}-{split}-{i}", **task.row()} for i, task in enumerate(members)),
-        )
+    for split, members in (("train", train), ("held_out", held_out)):
+        rows = ({"id": f"{split}-{i}", **task.row()} for i, task in enumerate(members))
+        write_jsonl(folder / f"{split}.jsonl", rows)
     return train
 
 
 def write_data(folder: Path, seed: int) -> list[str]:
     """Write the data of both domains; returns the texts that the tokenizer is trained on."""
     rng = random.Random(seed)
-    folder.mkdir(parents=True, exist_ok=True)
     sums = all_sums()
     rng.shuffle(sums)
-    math_tasks = write_domain(folder, "math", sums)
-    list_tasks = write_domain(folder, "if", distinct_list_tasks(rng, HELD_OUT_PROMPTS + TRAIN_PROMPTS))
+    math_tasks = write_domain(folder / "math", sums)
+    drawn = distinct_list_tasks(rng, HELD_OUT_PROMPTS + TRAIN_PROMPTS)
+    list_tasks = write_domain(folder / "instruction_following", drawn)
     conversations = [
         *demonstrations(math_tasks, rng, SFT_CONVERSATIONS["math"]),
         *demonstrations(list_tasks, rng, SFT_CONVERSATIONS["instruction_following"]),
@@ -392,7 +391,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--moe", action="store_true", help="also write the mixture-of-experts base")
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    texts = write_data(options.out / "data", options.seed)
+    texts = write_data(options.out, options.seed)
     tokenizer = train_tokenizer(texts)
     write_base(options.out / "base", tokenizer, options.seed, moe=False)
     if options.moe:
