@@ -262,8 +262,7 @@ def draw_list_task(rng: random.Random) -> ListTask:
     while len(wishes) < wanted:
         wish = rng.choice(WISHES)(rng, topic)
         wishes.setdefault(wish.group, wish)
-    ordered = list(wishes.values())
-    return ListTask(topic, tuple(ordered))
+    return ListTask(topic, tuple(wishes.values()))
 
 
 def distinct_list_tasks(rng: random.Random, count: int) -> list[ListTask]:
@@ -271,7 +270,7 @@ def distinct_list_tasks(rng: random.Random, count: int) -> list[ListTask]:
     tasks: dict[frozenset[str], ListTask] = {}
     while len(tasks) < count:
         task = draw_list_task(rng)
-        tasks.setdefault(frozenset(task.row()["prompt"].split(". ")), task)
+        tasks.setdefault(frozenset([task.topic, *(wish.sentence for wish in task.wishes)]), task)
     return list(tasks.values())
 
 
