@@ -1,0 +1,168 @@
+"""One vLLM server as a child process: started on a free port, watched, and ended with everything it started."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from millrace.config.schema import FleetConfig
+from millrace.rollout.server import Device, server_command, server_environment
+
+LOG_TAIL_LINES = 20
+STOP_SECONDS = 10.0
+PORT_IN_USE = "address already in use"
+
+
+class EngineStartError(RuntimeError):
+    """An engine did not come up; the message ends with the last lines of its log."""
+
+
+def free_port(host: str) -> int:
+    """A TCP port of `host` that nobody listens on now. Another process may still take it before the engine does."""
+    with socket.socket() as probe:
+        probe.bind((host, 0))
+        return int(probe.getsockname()[1])
+
+
+class EngineProcess:
+    """Engine `index` of a fleet, living at `url`; a respawned one keeps its index and log file and gets another port.
+
+    `spawn` must be called from a thread that lives as long as the engine should: the kernel ends the engine with it.
+    """
+
+    def __init__(
+        self,
+        index: int,
+        config: FleetConfig,
+        model_path: str,
+        run_dir: Path,
+        token: str,
+        device: Device,
+        gpus: Sequence[int] = (),
+    ) -> None:
+        self.index = index
+        self.url = ""
+        self.log_path = run_dir / "logs" / f"engine-{index}.log"
+        self._config = config
+        self._model_path = model_path
+        self._token = token
+        self._device = device
+        self._gpus = gpus
+        self._process: subprocess.Popen[bytes] | None = None
+        self._log_start = 0
+
+    @property
+    def name(self) -> str:
+        return f"engine {self.index} ({self.url})"
+
+    @property
+    def pid(self) -> int:
+        """Process and process group of the engine's supervisor."""
+        if self._process is None:
+            raise RuntimeError(f"engine {self.index} was not started")
+        return self._process.pid
+
+    def spawn(self) -> None:
+        """Start the server in a session of its own and return at once."""
+        host, port = self._config.interface, free_port(self._config.interface)
+        self.url = f"http://{host}:{port}"
+        self.log_path.parent.mkdir(parents=True, exist_ok=True)
+        command = [sys.executable, "-m", "millrace.rollout.supervisor", str(os.getpid())]
+        command += server_command(self._config, model_path=self._model_path, host=host, port=port, device=self._device)
+        environment = server_environment(
+            self._config, inherited=os.environ, token=self._token, host=host, device=self._device, gpus=self._gpus
+        )
+        with open(self.log_path, "ab") as log:
+            self._log_start = log.tell()
+            self._process = subprocess.Popen(
+                command,
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+
+    def exit_code(self) -> int | None:
+        """Exit status of the server, or None while it runs."""
+        return None if self._process is None else self._process.poll()
+
+    def terminate(self) -> None:
+        """Ask the engine to end in order."""
+        self._signal(signal.SIGTERM)
+
+    def kill(self) -> None:
+        """End every process of the engine now, also stopped ones."""
+        if self._process is not None:
+            self._signal(signal.SIGKILL)
+            self._process.wait()
+
+    def stop(self, limit: float = STOP_SECONDS) -> None:
+        """End the engine and everything it started: SIGTERM, and SIGKILL after `limit` seconds."""
+        if self._process is None:
+            return
+        self.terminate()
+        end = time.monotonic() + limit
+        while self._process.poll() is None and time.monotonic() < end:
+            time.sleep(0.05)
+        self.kill()
+
+    def _signal(self, signum: signal.Signals) -> None:
+        if self._process is None:
+            return
+        try:
+            os.killpg(self._process.pid, signum)
+        except ProcessLookupError:
+            return  # all of them have ended
+
+    def log_tail(self) -> str:
+        """The last lines that the present process wrote to its log."""
+        with open(self.log_path, "rb") as log:
+            log.seek(self._log_start)
+            lines = log.read().decode(errors="replace").splitlines()
+        return "\n".join(lines[-LOG_TAIL_LINES:])
+
+    def port_was_taken(self) -> bool:
+        """Whether the present process ended because another one took its port first."""
+        return self.exit_code() is not None and PORT_IN_USE in self.log_tail().lower()
+
+
+class ExternalEngine:
+    """A server that somebody else started: it can be watched and used, not restarted."""
+
+    pid = None
+
+    def __init__(self, index: int, url: str) -> None:
+        self.index = index
+        self.url = url.rstrip("/")
+
+    @property
+    def name(self) -> str:
+        return f"engine {self.index} ({self.url})"
+
+    def spawn(self) -> None:
+        """Nothing: whoever started the server starts it again."""
+
+    def exit_code(self) -> None:
+        return None
+
+    def kill(self) -> None:
+        """Nothing: it belongs to somebody else."""
+
+    def stop(self, limit: float = STOP_SECONDS) -> None:
+        """Nothing: it belongs to somebody else."""
+
+    def log_tail(self) -> str:
+        return f"{self.url} was started elsewhere; see its own log"
+
+    def port_was_taken(self) -> bool:
+        return False
+
+
+Engine = EngineProcess | ExternalEngine

@@ -1,0 +1,187 @@
+"""What runs inside vLLM's workers: takes new weights in place. The only file that touches vLLM's internals.
+
+vLLM calls the methods of `WeightReceiver` on every worker through `/collective_rpc`, with strings as arguments:
+`millrace_begin`, `millrace_load` once a bucket, `millrace_finish`. Weights go through vLLM's layer-wise reload, which
+repeats what loading does to them (cutting over ranks, fusing, packing for the kernels) and writes the result into the
+tensors that the running model holds.
+
+On CPU that reload leaves three things behind, each of them silently (vLLM 0.32):
+* a fused mixture of experts skips its packing on an update, as if its kernel kept the weights elsewhere;
+* an lm_head tied to the embedding keeps the kernel that was packed from the old embedding;
+* a bfloat16 Mamba convolution is packed into new storage while the mixer still reads the old one.
+`_before_cpu_reload` and `_after_cpu_reload` put them right.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+from vllm.config import set_current_vllm_config
+from vllm.model_executor.layers.attention import is_deferred_attention_layer
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
+from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
+from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
+
+from millrace.converters.fingerprint import fingerprint
+
+
+@dataclass
+class _Receipt:
+    """One update under way."""
+
+    expected: set[str]
+    """vLLM's names of the model's parameters."""
+    loaded: set[str] = field(default_factory=set)
+    held: dict[str, int] = field(default_factory=dict)
+    """Fingerprint that a parameter must have in the end, for parameters that the engine keeps as they came."""
+
+
+class WeightReceiver:
+    """Mixed into vLLM's worker class (`--worker-extension-cls`)."""
+
+    _millrace_receipt: _Receipt | None = None
+
+    @torch.no_grad()
+    def millrace_begin(self) -> dict[str, Any]:
+        """Get ready to take every weight anew; an update that broke off before is closed first."""
+        model = self._millrace_model()
+        if self._millrace_receipt is not None:
+            self._millrace_finalize(model)
+        if self._millrace_on_cpu():
+            _before_cpu_reload(model)
+        initialize_layerwise_reload(model)
+        self._millrace_receipt = _Receipt(expected={name for name, _ in model.named_parameters()})
+        return {}
+
+    @torch.no_grad()
+    def millrace_load(self, index: str, sampled: str) -> dict[str, Any]:
+        """Load the bucket that the JSON file `index` describes.
+
+        sampled: JSON list of names whose fingerprints are wanted, or "all". Returns {"received": {name: fingerprint}}.
+        """
+        receipt = self._millrace_open_receipt()
+        model = self._millrace_model()
+        bucket = _read_bucket(Path(index))
+        wanted = None if sampled == "all" else set(json.loads(sampled))
+        received = {name: fingerprint(t) for name, t in bucket.items() if wanted is None or name in wanted}
+        for name in received:
+            self._millrace_note_held(receipt, model, name, bucket[name])
+        with set_current_vllm_config(self.vllm_config):  # type: ignore[attr-defined]
+            receipt.loaded |= model.load_weights(iter(bucket.items()))
+        _let_go_of(bucket, model)
+        return {"received": received}
+
+    @torch.no_grad()
+    def millrace_finish(self) -> dict[str, Any]:
+        """Close the update.
+
+        Returns {"missing": parameters that got no or not all values, "changed": checked parameters that the engine
+        holds with other values than came, "held": how many were checked}.
+        """
+        receipt = self._millrace_open_receipt()
+        model = self._millrace_model()
+        missing = sorted((receipt.expected - receipt.loaded - _tied(model)) | _incomplete(model))
+        self._millrace_finalize(model)
+        changed = [name for name, value in receipt.held.items() if fingerprint(model.get_parameter(name)) != value]
+        return {"missing": missing, "changed": changed, "held": len(receipt.held)}
+
+    def _millrace_finalize(self, model: nn.Module) -> None:
+        with set_current_vllm_config(self.vllm_config):  # type: ignore[attr-defined]
+            finalize_layerwise_reload(model, self.model_config)  # type: ignore[attr-defined]
+            if self._millrace_on_cpu():
+                _after_cpu_reload(model)
+        self._millrace_receipt = None
+
+    def _millrace_open_receipt(self) -> _Receipt:
+        if self._millrace_receipt is None:
+            raise RuntimeError("no weight update is under way: millrace_begin comes first")
+        return self._millrace_receipt
+
+    def _millrace_model(self) -> nn.Module:
+        model: nn.Module = self.model_runner.get_model()  # type: ignore[attr-defined]
+        return model
+
+    def _millrace_on_cpu(self) -> bool:
+        return bool(self.device.type == "cpu")  # type: ignore[attr-defined]
+
+    def _millrace_note_held(self, receipt: _Receipt, model: nn.Module, name: str, tensor: Tensor) -> None:
+        """Remember what a parameter must look like in the end, if the engine keeps it uncut under the same name."""
+        parameter = dict(model.named_parameters()).get(name)
+        if parameter is not None and parameter.shape == tensor.shape and parameter.is_floating_point():
+            receipt.held[name] = fingerprint(tensor.to(parameter.dtype))
+
+
+def _read_bucket(index: Path) -> dict[str, Tensor]:
+    """HF name -> tensor. Raw bytes are mapped, not read: the tensors live as long as somebody holds one of them."""
+    description = json.loads(index.read_text())
+    file = index.parent / description["file"]
+    if file.suffix == ".safetensors":
+        with safe_open(file, framework="pt", device="cpu") as bucket:
+            return {name: bucket.get_tensor(name) for name in bucket.keys()}  # noqa: SIM118
+    data = torch.from_file(str(file), shared=True, size=description["bytes"], dtype=torch.uint8)
+    return {entry["name"]: _view(data, entry) for entry in description["tensors"]}
+
+
+def _view(data: Tensor, entry: dict[str, Any]) -> Tensor:
+    piece = data[entry["offset"] : entry["offset"] + entry["bytes"]]
+    return piece.view(getattr(torch, entry["dtype"])).view(entry["shape"])
+
+
+def _let_go_of(bucket: dict[str, Tensor], model: nn.Module) -> None:
+    """Copy what a layer still waits with, so that the sender may overwrite or remove the bucket.
+
+    The reload keeps the tensors of a layer that is not complete, say one whose experts come from several ranks.
+    """
+    shared = {tensor.untyped_storage().data_ptr() for tensor in bucket.values()}
+    for module in model.modules():
+        for _, call in get_layerwise_info(module).loaded_weights:
+            for key, value in call.arguments.items():
+                if isinstance(value, Tensor) and not value.is_meta and value.untyped_storage().data_ptr() in shared:
+                    call.arguments[key] = value.clone()
+
+
+def _tied(model: nn.Module) -> set[str]:
+    """Parameters that share another one's values: the lm_head of a model with tied embeddings."""
+    if not getattr(model.config, "tie_word_embeddings", False):
+        return set()
+    return {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, ParallelLMHead)}
+
+
+def _incomplete(model: nn.Module) -> set[str]:
+    """Layers that got some of their values and not all. A vocabulary is padded, so there the rest is no loss."""
+    found = set()
+    for name, module in model.named_modules():
+        info = get_layerwise_info(module)
+        if not info.can_load() or isinstance(module, VocabParallelEmbedding) or is_deferred_attention_layer(module):
+            continue
+        if 0 < info.load_numel < (info.load_numel_total or 0):
+            found.add(f"{name} ({info.load_numel} of {info.load_numel_total} values)")
+    return found
+
+
+def _before_cpu_reload(model: nn.Module) -> None:
+    for module in model.modules():
+        method = getattr(module, "quant_method", None)
+        if getattr(method, "moe_kernel", None) is not None:
+            method.moe_kernel = None  # packs the experts as on the first load
+
+
+def _after_cpu_reload(model: nn.Module) -> None:
+    for head in _tied_heads(model):
+        head.quant_method.process_weights_after_loading(head)
+    for module in model.modules():
+        unpacked = getattr(getattr(module, "conv1d", None), "_cpu_unpacked_conv_weight", None)
+        if unpacked is not None and isinstance(getattr(module, "conv_weights", None), Tensor):
+            module.conv_weights.copy_(unpacked)
+
+
+def _tied_heads(model: nn.Module) -> Iterator[ParallelLMHead]:
+    if getattr(model.config, "tie_word_embeddings", False):
+        yield from (module for module in model.modules() if isinstance(module, ParallelLMHead))
