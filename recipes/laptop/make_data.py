@@ -276,8 +276,10 @@ def distinct_list_tasks(rng: random.Random, count: int) -> list[ListTask]:
 
 # ------------------------------------------------------------------------------------------------------------ writing
 
+Task = Sum | ListTask
 
-def demonstrations(tasks: Sequence[Sum] | Sequence[ListTask], rng: random.Random, count: int) -> Iterator[Row]:
+
+def demonstrations(tasks: Sequence[Task], rng: random.Random, count: int) -> Iterator[Row]:
     for _ in range(count):
         task = rng.choice(tasks)
         question = {"role": "user", "content": task.row()["prompt"]}
@@ -293,7 +295,7 @@ def write_jsonl(path: Path, rows: Iterable[Row]) -> None:
     logger.info("%s: %d rows", path, len(lines))
 
 
-def write_domain(folder: Path, tasks: Sequence[Sum] | Sequence[ListTask]) -> Sequence[Sum] | Sequence[ListTask]:
+def write_domain(folder: Path, tasks: Sequence[Task]) -> Sequence[Task]:
     """Write a domain's prompts; returns the tasks that are not held out."""
     held_out, train = tasks[:HELD_OUT_PROMPTS], tasks[HELD_OUT_PROMPTS : HELD_OUT_PROMPTS + TRAIN_PROMPTS]
     for split, members in (("train", train), ("held_out", held_out)):
