@@ -73,8 +73,8 @@ class EpochSampler:
 class MixedSampler:
     """Rows of several domains, in proportion to their sizes at every moment.
 
-    Each draw goes to the domain that is furthest behind its share, so that a batch of any size holds each domain's share
-    up to rounding, and all domains end an epoch together.
+    Each draw goes to the domain that is furthest behind its share, so that a batch of any size holds each domain's
+    share up to rounding, and all domains end an epoch together.
     """
 
     def __init__(self, sizes: Mapping[str, int], seed: int) -> None:
