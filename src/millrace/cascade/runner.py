@@ -81,7 +81,7 @@ def _open(
         stack.callback(player.close)
         control.on_main(lambda: fleet.wait_ready() if fleet else None)
         sync.push(policy.step)
-    metrics = MetricsWriter(run_dir, policy.step) if control.is_main else None
+    metrics = MetricsWriter(run_dir, first_step=policy.step + 1) if control.is_main else None
     if console and metrics:
         stack.callback(console.close)
         stack.callback(metrics.close)
@@ -132,7 +132,6 @@ def _run_stages(ctx: StageContext, progress: Progress, ledger: Ledger) -> None:
 
 def _run_stage(stage: StageConfig, ctx: StageContext, progress: Progress, ledger: Ledger) -> None:
     if progress.step == 0:
-        ctx.policy.reset_optimizer(stage.optimizer, getattr(stage, "steps", None) or 0)
         _record(ctx, ledger, "stage_started", stage=stage.name, step=ctx.policy.step)
     if isinstance(stage, SftStage):
         run_sft(stage, ctx, progress)

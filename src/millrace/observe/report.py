@@ -24,7 +24,8 @@ table { border-collapse: collapse; margin: 1rem 0; } th, td { padding: .3rem .8r
 th:first-child, td:first-child { text-align: left; }
 tr + tr td { border-top: 1px solid var(--grid); }
 figure { display: inline-block; margin: .5rem 1rem .5rem 0; } figcaption { font-size: 13px; }
-svg { display: block; } .up { color: var(--good); } .down { color: var(--bad); } .quiet { opacity: .65; font-size: 13px; }
+svg { display: block; } .up { color: var(--good); } .down { color: var(--bad); }
+.quiet { opacity: .65; font-size: 13px; }
 pre { white-space: pre-wrap; margin: 0; }
 .answer { border-left: 3px solid var(--grid); padding: .2rem .8rem; margin: .6rem 0; }
 """

@@ -67,6 +67,14 @@ class StageContext:
         yield
         self.seconds[f"time/{phase}"] = self.seconds.get(f"time/{phase}", 0.0) + time.perf_counter() - start
 
+    def begin_stage(self, stage: StageConfig, progress: Progress, steps: int, updates_per_step: int = 1) -> None:
+        """A stage begins with fresh optimizer state; one that goes on keeps it, and its place in the schedule."""
+        updates = steps * updates_per_step
+        if progress.step == 0:
+            self.policy.reset_optimizer(stage.optimizer, updates)
+        else:
+            self.policy.set_schedule(stage.optimizer, updates, done=progress.step * updates_per_step)
+
     def end_step(self, stage: StageConfig, progress: Progress, steps: int, values: Mapping[str, float]) -> None:
         """Record a step, save when it is time, stop when asked to (raises Stopped after saving)."""
         times = {**self.seconds, "time/step": sum(self.seconds.values())}

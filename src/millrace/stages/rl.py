@@ -35,6 +35,7 @@ def run_rl(stage: RlStage, ctx: StageContext, progress: Progress) -> None:
     reference = reference_policy(ctx, progress.stage) if stage.kl.coefficient else None
     loss_fn = stage_loss_fn(stage)
     temperature = stage.sampling.temperature
+    ctx.begin_stage(stage, progress, stage.steps, stage.updates_per_batch)
     for step in range(progress.step, stage.steps):
         with ctx.timed("rollout"):
             collected = collector.collect(step)

@@ -14,22 +14,31 @@ from millrace.stages.context import Progress, StageContext
 
 
 def run_sft(stage: SftStage, ctx: StageContext, progress: Progress) -> None:
-    """Train to the stage's end from `progress`. Collective."""
-    data = ConversationDataset(
-        stage.data, ctx.tokenizer, max_length=stage.max_length, drop_overlong=stage.drop_overlong
-    )
-    sampler = EpochSampler(len(data), seed=ctx.recipe.seed + progress.stage)
+    """Train to the stage's end from `progress`. Collective; rank 0 alone reads and tokenises."""
+    data = open_conversations(stage, ctx) if ctx.control.is_main else None
+    size = ctx.control.on_main(lambda: len(data))
+    sampler = EpochSampler(size, seed=ctx.recipe.seed + progress.stage)
     if progress.sampler is not None:
         sampler.load_state_dict(progress.sampler)
-    steps = total_steps(stage, len(data))
+    steps = total_steps(stage, size)
+    ctx.begin_stage(stage, progress, steps)
     loss_fn = sft_loss_fn()
     for step in range(progress.step, steps):
         with ctx.timed("data"):
             indices = sampler.next(stage.global_batch)
-            batch = ctx.control.broadcast_batch(sft_batch(data, indices) if ctx.control.is_main else None)
+            batch = ctx.control.broadcast_batch(sft_batch(data, indices) if data else None)
         with ctx.timed("train"):
             metrics = ctx.policy.train_step(batch, loss_fn)
         ctx.end_step(stage, Progress(progress.stage, step + 1, sampler.state_dict()), steps, metrics)
+
+
+def open_conversations(stage: SftStage, ctx: StageContext) -> ConversationDataset:
+    data = ConversationDataset(
+        stage.data, ctx.tokenizer, max_length=stage.max_length, drop_overlong=stage.drop_overlong
+    )
+    dropped = f", {data.dropped} overlong ones left out" if data.dropped else ""
+    ctx.say(f"{stage.name}: {len(data)} conversations, {sum(data.lengths):,} tokens{dropped}")
+    return data
 
 
 def total_steps(stage: SftStage, conversations: int) -> int:
