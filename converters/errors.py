@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from millrace.errors import MillraceError
 
-class ConversionError(Exception):
+
+class ConversionError(MillraceError):
     """A tensor or a file that is missing, damaged or of another shape than the model's configuration says."""
