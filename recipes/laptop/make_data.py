@@ -53,7 +53,7 @@ CHAT_TEMPLATE = (
 
 # --------------------------------------------------------------------------------------------------------------- math
 
-MATH_SLIP, MATH_UNBOXED, MATH_EARLY = 0.2, 0.15, 0.12
+MATH_SLIP, MATH_UNBOXED, MATH_EARLY = 0.06, 0.2, 0.2
 """Shares of demonstrations with a wrong step, without a box, and with the first step's result in the box."""
 
 
@@ -112,7 +112,7 @@ def all_sums() -> list[Sum]:
 
 # ---------------------------------------------------------------------------------------------- instruction following
 
-OBEY = 0.75
+OBEY = 0.8
 """Chance that a demonstration follows one of its constraints on purpose."""
 
 TOPICS = {
@@ -258,7 +258,7 @@ class ListTask:
 def draw_list_task(rng: random.Random) -> ListTask:
     topic = rng.choice(tuple(TOPICS))
     wishes: dict[str, Wish] = {}
-    wanted = rng.choice((2, 2, 3))
+    wanted = rng.choice((2, 2, 2, 3))
     while len(wishes) < wanted:
         wish = rng.choice(WISHES)(rng, topic)
         wishes.setdefault(wish.group, wish)
