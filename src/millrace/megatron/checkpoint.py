@@ -1,0 +1,294 @@
+"""Checkpoints of a run: save, publish, verify, resume bit for bit.
+
+A checkpoint holds the policy's weights, optimizer state and step, the random states of every rank, what the run says
+about its own progress, and the Hugging Face config and tokenizer, so that it can be read without the run that wrote it.
+All ranks call `save` and `load` together; rank 0 alone touches names, manifest and pointer. It reads back at any
+parallel layout, with or without a distributed optimizer. Resumed at its own layout, training goes on exactly as if it
+had never stopped; at another one the random states cannot be kept and are drawn anew, which a log line says.
+
+Checkpoint files hold pickled metadata: load only what you or people you trust have written.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+
+from millrace.converters.safetensors_io import copy_companions
+from millrace.megatron.checkpoint_store import (
+    FACTS,
+    CheckpointError,
+    CheckpointStore,
+    FileRecord,
+    file_problem,
+    file_record,
+    flush_to_disk,
+    read_json,
+    read_manifest,
+    readable_bytes,
+    write_json,
+    write_manifest,
+)
+from millrace.megatron.random_state import random_state, reseed, restore_random_state
+from millrace.megatron.sharded_state import (
+    optimizer_step,
+    owned_bytes,
+    read_sharded,
+    sharded_state,
+    write_problem,
+    write_sharded,
+)
+
+if TYPE_CHECKING:
+    from millrace.megatron.policy import Policy
+
+log = logging.getLogger("millrace")
+
+FORMAT = 1
+HF_FOLDER = "hf"
+
+_RESERVE = "reserve"
+_RESERVE_BYTES = 1 << 20
+"""Held while the shards are written, so that the small files written after them always find room."""
+
+
+class Checkpointer:
+    """Saves and loads a Policy in `directory`, of which it keeps the newest `keep` checkpoints."""
+
+    def __init__(self, directory: Path | str, keep: int) -> None:
+        """Raises CheckpointError when `keep` is below 1. Touches nothing before the first save or load."""
+        self.store = CheckpointStore(Path(directory), keep)
+        self._cleaned = False
+
+    def latest(self) -> Path | None:
+        """The checkpoint that `load` takes."""
+        return self.store.latest()
+
+    def save(
+        self,
+        policy: Policy,
+        step: int,
+        state: dict[str, Any],
+        *,
+        name: str | None = None,
+        keep_always: bool = False,
+    ) -> Path:
+        """Write and publish a checkpoint; collective.
+
+        `state` (JSON) comes back from `load` as it is. `name` replaces `step-00000012`; `keep_always` exempts it from
+        retention. Raises CheckpointError on every rank when it cannot be written; what was published before stays.
+        """
+        start = time.perf_counter()
+        name = name or f"step-{step:08d}"
+        sharded = sharded_state(policy.module, policy.optimizer)
+        needed = _sum_over_ranks(owned_bytes(sharded))
+        facts = {**_facts(policy, step), "state": state, "keep_always": keep_always}
+        aside = _on_rank_zero(lambda: self._prepare(policy, name, facts, needed))
+        try:
+            write_sharded(sharded, aside)
+            records = _together(lambda: _finish_rank_files(aside))
+            final, retired = _on_rank_zero(lambda: self._publish(aside, name, records))
+        except CheckpointError:
+            if dist.get_rank() == 0:
+                self.store.discard(aside)
+            raise
+        seconds = time.perf_counter() - start
+        log.info(
+            "checkpoint %s: %s in %.1f s%s",
+            final,
+            readable_bytes(needed),
+            seconds,
+            f"; removed {', '.join(retired)}" if retired else "",
+        )
+        return final
+
+    def load(self, policy: Policy, path: Path | str | None = None) -> dict[str, Any] | None:
+        """Restore a policy from `path`, or from the checkpoint `latest` names; collective.
+
+        A policy without an optimizer (a reference, a teacher) takes the weights alone and leaves the random states as
+        they are. Returns the saved `state`, or None when there is no checkpoint. Raises CheckpointError on every rank
+        when a file is missing, truncated or altered, or when the checkpoint is of another model; an older one is never
+        taken unasked.
+        """
+        folder = _on_rank_zero(lambda: self._choose(path))
+        if folder is None:
+            return None
+        facts, manifest = _on_rank_zero(lambda: self._inspect(folder, policy))
+        self._verify(folder, manifest)
+        sharded = sharded_state(policy.module, policy.optimizer, loading_step=facts["optimizer_step"])
+        loaded = read_sharded(sharded, folder)
+        policy.module.load_state_dict(loaded["model"], strict=False)
+        if policy.optimizer is not None:
+            policy.optimizer.load_state_dict(loaded["optimizer"])
+            policy.step = facts["policy_step"]
+            self._restore_randomness(policy, folder, facts)
+        log.info("loaded %s (step %d)", folder, facts["step"])
+        return facts["state"]
+
+    def _prepare(self, policy: Policy, name: str, facts: dict[str, Any], needed: int) -> Path:
+        self._clean_up()
+        self.store.directory.mkdir(parents=True, exist_ok=True)
+        self.store.require_space(needed + needed // 50 + 2 * _RESERVE_BYTES)
+        aside = self.store.open_aside(name)
+        try:
+            (aside / HF_FOLDER).mkdir()
+            copy_companions(Path(policy.config.path), aside / HF_FOLDER)
+            write_json(aside / FACTS, {**facts, "sequence": self.store.next_sequence()})
+            (aside / _RESERVE).write_bytes(bytes(_RESERVE_BYTES))
+        except OSError:
+            self.store.discard(aside)
+            raise
+        return aside
+
+    def _publish(self, aside: Path, name: str, records: list[dict[str, FileRecord]]) -> tuple[Path, list[str]]:
+        written = {file: record for of_rank in records for file, record in of_rank.items()}
+        (aside / _RESERVE).unlink()
+        for path in sorted(p for p in aside.rglob("*") if p.is_file()):
+            relative = path.relative_to(aside).as_posix()
+            if relative not in written:
+                flush_to_disk(path)
+                written[relative] = file_record(path)
+        write_manifest(aside, written)
+        return self.store.publish(aside, name), self.store.retire()
+
+    def _choose(self, path: Path | str | None) -> Path | None:
+        if path is not None:
+            return Path(path)
+        self._clean_up()
+        return self.store.latest()
+
+    def _clean_up(self) -> None:
+        if not self._cleaned:
+            for name in self.store.clean_up():
+                log.info("cleaned up %s, left behind by a run that was killed", self.store.directory / name)
+            self._cleaned = True
+
+    def _inspect(self, folder: Path, policy: Policy) -> tuple[dict[str, Any], dict[str, FileRecord]]:
+        try:
+            facts, manifest = read_json(folder / FACTS), read_manifest(folder)
+        except CheckpointError as damage:
+            raise CheckpointError(f"{damage}{self._way_out(folder)}") from None
+        if facts["format"] != FORMAT:
+            raise CheckpointError(f"{folder} has format {facts['format']}; this version reads format {FORMAT}")
+        mine = _comparable(asdict(policy.shape))
+        differing = [key for key, value in facts["model"].items() if mine.get(key) != value]
+        if differing:
+            key = differing[0]
+            raise CheckpointError(
+                f"{folder} is of another model: {key} is {facts['model'][key]} there and {mine.get(key)} in "
+                f"{policy.config.path}"
+            )
+        return facts, manifest
+
+    def _verify(self, folder: Path, manifest: dict[str, FileRecord]) -> None:
+        """Each file is read by one rank."""
+        mine = list(manifest.items())[dist.get_rank() :: dist.get_world_size()]
+        found = _gather([problem for name, record in mine if (problem := file_problem(folder, name, record))])
+        problems = [problem for of_rank in found for problem in of_rank]
+        if problems:
+            more = f" (and {len(problems) - 1} more files)" if len(problems) > 1 else ""
+            raise CheckpointError(f"{problems[0]}{more}{self._way_out(folder)}")
+
+    def _way_out(self, folder: Path) -> str:
+        others = self.store.others(folder)
+        if not others:
+            return f"; there is no other checkpoint in {self.store.directory}"
+        return f"; to resume from {others[0]} instead, write that name into {self.store.directory / 'latest'}"
+
+    def _restore_randomness(self, policy: Policy, folder: Path, facts: dict[str, Any]) -> None:
+        if facts["layout"] == _layout(policy):
+            restore_random_state(torch.load(folder / _random_file(dist.get_rank()), weights_only=True))
+            return
+        reseed(policy.seed, facts["step"], dist.get_rank())
+        log.info(
+            "%s was written with layout %s; at %s the random states cannot be kept and are drawn anew",
+            folder,
+            facts["layout"],
+            _layout(policy),
+        )
+
+
+def _facts(policy: Policy, step: int) -> dict[str, Any]:
+    return {
+        "format": FORMAT,
+        "step": step,
+        "policy_step": policy.step,
+        "optimizer_step": optimizer_step(policy.optimizer) if policy.optimizer is not None else 0,
+        "saved_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "layout": _layout(policy),
+        "model": _comparable(asdict(policy.shape)),
+        "versions": {package: version(package) for package in ("millrace", "megatron-core", "torch", "transformers")},
+    }
+
+
+def _layout(policy: Policy) -> dict[str, Any]:
+    return {**asdict(policy.parallel), "device": policy.topology.device.type}
+
+
+def _comparable(shape: dict[str, Any]) -> dict[str, Any]:
+    """As JSON gives it back."""
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in shape.items()}
+
+
+def _random_file(rank: int) -> str:
+    return f"random-{rank:05d}.pt"
+
+
+def _finish_rank_files(aside: Path) -> dict[str, FileRecord]:
+    """Write this rank's random states, and checksum the files it wrote."""
+    rank = dist.get_rank()
+    own = aside / _random_file(rank)
+    with own.open("wb") as file:
+        torch.save(random_state(), file)
+        file.flush()
+        os.fsync(file.fileno())
+    return {path.name: file_record(path) for path in [own, *aside.glob(f"__{rank}_*.distcp")]}
+
+
+def _sum_over_ranks(value: int) -> int:
+    return sum(_gather(value))
+
+
+def _gather(value: Any) -> list[Any]:
+    """One value of each rank, on every rank."""
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def _attempt(work: Callable[[], Any]) -> tuple[Any, str | None]:
+    try:
+        return work(), None
+    except CheckpointError as error:
+        return None, str(error)
+    except OSError as error:
+        where = f" ({error.filename})" if error.filename else ""
+        return None, f"rank {dist.get_rank()} cannot write the checkpoint{where}: {write_problem(error)}"
+
+
+def _together(work: Callable[[], Any]) -> list[Any]:
+    """Do this on each rank; every rank gets all results, or the same CheckpointError."""
+    outcomes = _gather(_attempt(work))
+    for _, problem in outcomes:
+        if problem:
+            raise CheckpointError(problem)
+    return [result for result, _ in outcomes]
+
+
+def _on_rank_zero(work: Callable[[], Any]) -> Any:
+    """Do this on rank 0; every rank gets the result, or the same CheckpointError."""
+    outcome = [_attempt(work) if dist.get_rank() == 0 else None]
+    dist.broadcast_object_list(outcome, src=0)
+    result, problem = outcome[0]  # type: ignore[misc]
+    if problem:
+        raise CheckpointError(problem)
+    return result

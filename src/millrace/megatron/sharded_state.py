@@ -1,0 +1,174 @@
+"""Model and optimizer as tensors that know their place in the whole, and how they reach and leave a folder.
+
+The format is Megatron-Core's `torch_dist`: each rank writes the shards it owns into one file, so that any other layout
+can read the pieces it needs. Megatron's own writer starts processes for each save; here the shards are written by the
+rank itself with torch.distributed.checkpoint's writer, which costs milliseconds and needs no guarded main module.
+"""
+
+from __future__ import annotations
+
+import errno
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.core import CheckpointingException
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import (
+    LocalNonpersistentObject,
+    ShardedObject,
+    ShardedTensor,
+    ShardedTensorFactory,
+    is_main_replica,
+)
+from megatron.core.dist_checkpointing.strategies.torch import (
+    MCoreSavePlanner,
+    TorchDistSaveShardedStrategy,
+    _replace_state_dict_keys_with_sharded_keys,
+    mcore_to_pyt_state_dict,
+)
+from megatron.core.dist_checkpointing.validation import StrictHandling
+from torch.distributed import checkpoint as torch_checkpoint
+from torch.distributed.checkpoint import CheckpointException, FileSystemWriter
+
+from millrace.megatron.checkpoint_store import CheckpointError
+
+SHARDING = {
+    # Optimizer state in the shapes of the parameters: readable at any layout, with and without a distributed optimizer.
+    "distrib_optim_sharding_type": "fully_reshardable",
+    # Dense and expert optimizers name their tensors alike, so that a layout with other groups finds them.
+    "chained_optim_avoid_prefix": True,
+    # One entry a layer rather than one stacked over layers: layers may differ, and pipeline cuts do not matter.
+    "non_homogeneous_layers": True,
+}
+
+SHARDED = (ShardedTensor, ShardedTensorFactory)
+
+DISTRIBUTED_MASTER = "optimizer.state.param."
+MASTER = "optimizer.state.fp32_param."
+"""Names of the float32 master copies: of Megatron's distributed optimizer, and of its other one and of checkpoints."""
+
+OUT_OF_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+class InProcessSave(TorchDistSaveShardedStrategy):
+    """Megatron's save strategy, with the writing done in the calling process."""
+
+    def __init__(self) -> None:
+        super().__init__("torch_dist", 1)
+
+    def save(self, sharded_state_dict: dict[str, Any], checkpoint_dir: Path | str) -> None:
+        """Raises torch's CheckpointException on every rank when one cannot write."""
+        flat, _, _ = _replace_state_dict_keys_with_sharded_keys(sharded_state_dict, self.keep_only_main_replica)
+        torch_checkpoint.save(
+            mcore_to_pyt_state_dict(flat, False),
+            storage_writer=FileSystemWriter(checkpoint_dir, thread_count=1, sync_files=True),
+            planner=MCoreSavePlanner(
+                dedup_replicated_tensors=False, flatten_state_dict=False, flatten_sharded_tensors=False
+            ),
+        )
+
+
+def sharded_state(module: torch.nn.Module, optimizer: Any | None, *, loading_step: int | None = None) -> dict[str, Any]:
+    """Model (and optimizer) of this rank as Megatron's sharded state dict.
+
+    To load into it, give the optimizer step that the checkpoint was written at.
+    """
+    model = module.sharded_state_dict(metadata=dict(SHARDING))
+    state = {"model": _without_empty_objects(model)}
+    if optimizer is not None:
+        loading = loading_step is not None
+        theirs = optimizer.sharded_state_dict(model, is_loading=loading, metadata=dict(SHARDING))
+        parameters = {item.key: item.data for item in nested_values(model) if isinstance(item, SHARDED)}
+        state["optimizer"] = _portable(
+            theirs, parameters, optimizer_step(optimizer) if loading_step is None else loading_step
+        )
+    return state
+
+
+def optimizer_step(optimizer: Any) -> int:
+    """Updates made so far; the optimizers in use keep them in their parameter groups."""
+    return max((int(group.get("step", 0)) for group in optimizer.param_groups), default=0)
+
+
+def _portable(node: Any, parameters: dict[str, torch.Tensor], step: int) -> Any:
+    """An optimizer's sharded state with nothing in it that depends on the layout or on the kind of optimizer.
+
+    Only tensors go to the checkpoint. Groups, their options and the order of the parameters are the running
+    optimizer's own, with the step set. A float32 master copy is written under one name; where the parameter itself is
+    float32 it would be the same tensor twice, and is taken from the model.
+    """
+    if isinstance(node, dict):
+        return {
+            key: _groups_at(value, step) if key == "param_groups" else _portable(value, parameters, step)
+            for key, value in node.items()
+        }
+    if isinstance(node, list):
+        return [_portable(value, parameters, step) for value in node]
+    if isinstance(node, SHARDED):
+        return _master_copy(node, parameters) if node.key.startswith(DISTRIBUTED_MASTER) else node
+    return node if isinstance(node, LocalNonpersistentObject) else LocalNonpersistentObject(node)
+
+
+def _groups_at(groups: list[dict[str, Any]], step: int) -> LocalNonpersistentObject:
+    own = []
+    for group in groups:
+        options = {k: v.unwrap() if isinstance(v, LocalNonpersistentObject) else v for k, v in group.items()}
+        own.append({**options, "step": step})
+    return LocalNonpersistentObject(own)
+
+
+def _master_copy(item: ShardedTensor | ShardedTensorFactory, parameters: dict[str, torch.Tensor]) -> Any:
+    name = item.key.removeprefix(DISTRIBUTED_MASTER)
+    if parameters[name].dtype == torch.float32:
+        return LocalNonpersistentObject(parameters[name])
+    item.key = MASTER + name
+    return item
+
+
+def owned_bytes(state: dict[str, Any]) -> int:
+    """Bytes this rank will write: the shards of which it holds the main replica."""
+    total = 0
+    for item in nested_values(state):
+        if isinstance(item, SHARDED) and is_main_replica(item.replica_id):
+            total += item.data.numel() * item.data.element_size()
+    return total
+
+
+def write_sharded(state: dict[str, Any], folder: Path) -> None:
+    """Write all ranks' shards. Collective. Raises CheckpointError on every rank."""
+    try:
+        dist_checkpointing.save(state, str(folder), InProcessSave())
+    except CheckpointException as failure:
+        raise CheckpointError(_first_failure(failure, folder)) from failure
+    except CheckpointingException as failure:
+        raise CheckpointError(f"the checkpoint cannot be written to {folder}: {failure}") from failure
+
+
+def read_sharded(state: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Fill a state built with `loading_step` from a folder written at any layout. Collective.
+
+    Raises CheckpointError when a tensor is missing or has another shape.
+    """
+    try:
+        return dist_checkpointing.load(state, str(folder), strict=StrictHandling.RAISE_UNEXPECTED)
+    except (CheckpointException, CheckpointingException, KeyError) as failure:
+        raise CheckpointError(f"{folder} does not fit this model or optimizer: {failure}") from failure
+
+
+def _without_empty_objects(model: dict[str, Any]) -> dict[str, Any]:
+    """Drop modules' extra states that hold nothing (all but Transformer Engine's)."""
+    return {key: item for key, item in model.items() if not (isinstance(item, ShardedObject) and item.data is None)}
+
+
+def _first_failure(failure: CheckpointException, folder: Path) -> str:
+    rank, (error, _) = sorted(failure.failures.items())[0]
+    return f"rank {rank} cannot write the checkpoint to {folder}: {write_problem(error)}"
+
+
+def write_problem(error: BaseException) -> str:
+    """What a failed write says to the user."""
+    if isinstance(error, OSError) and error.errno in OUT_OF_SPACE:
+        return f"no space left on the disk ({error.strerror})"
+    return f"{type(error).__name__}: {error}"
