@@ -45,7 +45,7 @@ class MathEnvironment:
             return _reward(True, "correct")
         verdict = await self.pool.verify(reference, given)
         if verdict.outcome != "done":
-            return _reward(False, verdict.reason)
+            return _reward(False, verdict.reason, failed=True)
         if verdict.result is None:
             return _reward(False, "reference answer cannot be read")
         return _reward(verdict.result, "correct" if verdict.result else "wrong")
@@ -60,5 +60,5 @@ def _bare(reference: str) -> str:
     return (reference if boxed is None else boxed).strip().strip("$").strip()
 
 
-def _reward(correct: bool, reason: str, *, boxed: bool = True) -> Reward:
-    return Reward(float(correct), reason, {"boxed": float(boxed)})
+def _reward(correct: bool, reason: str, *, boxed: bool = True, failed: bool = False) -> Reward:
+    return Reward(float(correct), reason, {"boxed": float(boxed), "verifier_failed": float(failed)})

@@ -69,6 +69,7 @@ def test_math_kills_a_comparison_that_never_returns():
     )
     assert (hanging.value, hanging.reason) == (0.0, "timeout")
     assert fine.value == 1.0
+    assert (hanging.details["verifier_failed"], fine.details["verifier_failed"]) == (1.0, 0.0)
     assert time.monotonic() - start < 15
 
 
