@@ -16,6 +16,7 @@ from megatron.core import parallel_state
 from torch import Tensor
 
 from millrace.config.model_shape import ModelShape
+from millrace.converters.errors import ConversionError
 from millrace.converters.mapping import Entry, canonical_name, mapping_for
 from millrace.converters.safetensors_io import HFReader
 from millrace.megatron.model import layers_of_stage
@@ -48,17 +49,29 @@ def bind(
     model: torch.nn.Module,
     shape: ModelShape,
     topology: Topology,
-    of: Callable[[torch.nn.Parameter], Tensor] = attrgetter("data"),
+    of: Callable[[torch.nn.Parameter], Tensor] | None = None,
 ) -> list[BoundParameter]:
-    """The parameters of this rank (or what `of` takes from them, as their gradients) in the mapping's order, which is the
-    same on all ranks that share them."""
+    """The parameters of this rank, and the buffers that have an entry, in the mapping's order, which is the same on all
+    ranks that share them. With `of` what it takes from each parameter instead, such as its gradient.
+
+    Raises ConversionError for a parameter without an entry, and for an entry that this rank's layers should hold and do
+    not.
+    """
     mapping = mapping_for(shape)
     layers = range(*layers_of_stage(shape, topology.pp, topology.pp_rank))
-    expert_offset = topology.ep_rank * (shape.num_experts // topology.ep)
-    named = {canonical_name(name, layers, expert_offset): p for name, p in model.named_parameters()}
+    each = shape.num_experts // topology.ep
+    experts = range(topology.ep_rank * each, (topology.ep_rank + 1) * each)
+    take = of or attrgetter("data")
+    named = {canonical_name(name, layers, experts.start): take(p) for name, p in model.named_parameters()}
     for name in named:
         mapping[name]  # a parameter without an entry is an error
-    return [_bind_one(entry, of(named[entry.name]), topology) for entry in mapping if entry.name in named]
+    if of is None:
+        buffers = {canonical_name(name, layers, experts.start): b for name, b in model.named_buffers()}
+        named |= {name: buffer for name, buffer in buffers.items() if name in mapping}
+    for entry in mapping:
+        if entry.name not in named and entry.layer in layers and (entry.expert is None or entry.expert in experts):
+            raise ConversionError(f"the model on rank {topology.rank} has no parameter for {entry.name}")
+    return [_bind_one(entry, named[entry.name], topology) for entry in mapping if entry.name in named]
 
 
 def _bind_one(entry: Entry, tensor: Tensor, t: Topology) -> BoundParameter:
@@ -68,13 +81,29 @@ def _bind_one(entry: Entry, tensor: Tensor, t: Topology) -> BoundParameter:
 
 
 @torch.no_grad()
-def load_hf(parameters: list[BoundParameter], shape: ModelShape, path: str) -> None:
-    """Fill the parameters from a Hugging Face checkpoint, reading this rank's parts only."""
+def load_hf(
+    parameters: list[BoundParameter],
+    shape: ModelShape,
+    path: str,
+    progress: Callable[[int], None] = lambda count: None,
+) -> None:
+    """Fill the parameters from a Hugging Face checkpoint, reading this rank's parts only, cast to the parameters' type.
+
+    `progress` is told the bytes of each parameter that was filled. Raises ConversionError when the checkpoint lacks a
+    tensor, has one too many, or one of another shape than config.json says.
+    """
     reader = HFReader(path)
     mapping_for(shape).check_names(reader.names)
     for bound in parameters:
         sources = [reader.lazy(name) for name in bound.entry.hf]
-        bound.tensor.copy_(bound.entry.to_megatron(sources, bound.shards, bound.rank))
+        local = bound.entry.to_megatron(sources, bound.shards, bound.rank)
+        if local.shape != bound.tensor.shape:
+            raise ConversionError(
+                f"{bound.entry.name} has shape {list(bound.tensor.shape)} in the model, but {list(local.shape)} by the "
+                "mapping"
+            )
+        bound.tensor.copy_(local)
+        progress(local.numel() * local.element_size())
 
 
 @torch.no_grad()
