@@ -24,6 +24,7 @@ _FACTORIES = ("tensor", "zeros", "ones", "empty", "full", "arange", "zeros_like"
 """torch functions to which Megatron-Core passes a literal device="cuda"."""
 
 _MODULES_NAMING_CUDA = (
+    "megatron.core.utils",  # plain stand-ins for the fused norm and scaling kernels
     "megatron.core.pipeline_parallel.schedules",  # counter of the tokens of a step
     "megatron.core.optimizer.clip_grads",  # norms that are reduced over ranks
     "megatron.core.optimizer.optimizer",  # flag of found infinities and the loss scale

@@ -1,0 +1,330 @@
+"""The policy: a model on many ranks that gives log-probs of tokens and learns from them.
+
+It knows no algorithm. A stage hands it a batch (the same on every rank) and a loss over the batch's log-probs; the
+policy cuts the batch over data-parallel ranks and micro-batches, packs it, runs Megatron-Core's pipeline schedule and
+updates.
+
+Legend: N tokens of the global batch, T tokens of a micro-batch, B sequences, S their length, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch import Tensor
+
+from millrace.algorithms.losses import LossFn
+from millrace.config.model_shape import ModelShape
+from millrace.config.schema import ModelConfig, OptimizerConfig, ParallelConfig, TrainerConfig
+from millrace.data.batch import TokenBatch
+from millrace.errors import MillraceError
+from millrace.megatron import weights
+from millrace.megatron.logprobs import token_logprobs, vocabulary_logits
+from millrace.megatron.microbatch import MicroBatch, cut_batch
+from millrace.megatron.model import build_model
+from millrace.megatron.optimizer import build_optimizer, learning_rate, set_hyper_parameters
+from millrace.megatron.topology import Topology
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+BeforeUpdate = Callable[[dict[str, float]], None]
+OnLastStage = Callable[[MicroBatch, Tensor], tuple[Tensor, Any]]
+"""Micro-batch and hidden states [T, H] (or this rank's [T / TP, H]) -> loss and what is collected."""
+
+
+class TrainingDiverged(MillraceError):
+    """Loss or gradient is not a finite number; no update was made."""
+
+
+class Policy:
+    """One model over all ranks of the trainer; every rank calls every method, in the same order.
+
+    `optimizer` None builds it forward only, without gradient buffers: a reference or a teacher.
+    """
+
+    def __init__(
+        self,
+        model: ModelConfig,
+        shape: ModelShape,
+        parallel: ParallelConfig,
+        trainer: TrainerConfig,
+        topology: Topology,
+        *,
+        optimizer: OptimizerConfig | None,
+        seed: int,
+    ) -> None:
+        self.config = model
+        self.shape = shape
+        self.parallel = parallel
+        self.trainer = trainer
+        self.topology = topology
+        self.seed = seed
+        self.step = 0
+        """Updates made since the policy was built; checkpoints carry it on."""
+        self.dtype = DTYPES[model.dtype]
+        self.module = build_model(shape, parallel, trainer, self.dtype, topology.device)
+        self.optimizer: MegatronOptimizer | None = None
+        self._trained: DistributedDataParallel | None = None
+        if optimizer is None:
+            self.module.requires_grad_(False)
+        else:
+            self._trained = _with_gradient_buffers(self.module, trainer)
+            self.reset_optimizer(optimizer, total_steps=0)
+
+    def frozen_twin(self) -> Policy:
+        """A forward-only policy of the same model and layout, with random weights."""
+        return Policy(
+            self.config, self.shape, self.parallel, self.trainer, self.topology, optimizer=None, seed=self.seed
+        )
+
+    def load_hf(self, path: str) -> None:
+        """Take the weights of a Hugging Face checkpoint; each rank reads its own parts. Raises ConversionError."""
+        weights.load_hf(weights.bind(self.module, self.shape, self.topology), self.shape, path)
+        if self.optimizer is not None:
+            self.optimizer.reload_model_params()
+
+    def hf_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """The Hugging Face tensors this rank owns; see `weights.hf_tensors`. Collective: iterate to the end."""
+        return weights.hf_tensors(weights.bind(self.module, self.shape, self.topology))
+
+    def reset_optimizer(self, config: OptimizerConfig, total_steps: int) -> None:
+        """Start a stage of `total_steps` updates: fresh moments, and its schedule from the beginning."""
+        assert self._trained is not None, "a forward-only policy has no optimizer"
+        self.optimizer = None  # free the old state first
+        self.optimizer = build_optimizer(config, self.trainer, self.dtype, self._trained)
+        self.set_schedule(config, total_steps)
+
+    def set_schedule(self, config: OptimizerConfig, total_steps: int, done: int = 0) -> None:
+        """Follow `config` with `done` of its `total_steps` updates made, moments untouched: what a resumed stage
+        needs."""
+        self._optimizer_config, self._total_steps = config, total_steps
+        self._schedule_start = self.step - done
+
+    def logprobs(
+        self, batch: TokenBatch, *, temperature: float = 1.0, entropy: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
+        """Log-prob of every token given those before it, float32 [N] on the CPU of every rank, without gradient.
+
+        With `entropy` also that of the distribution each token was drawn from. Both are 0 at the first token of a
+        sequence. Raises DataError for a sequence longer than trainer.max_tokens_per_micro_batch.
+        """
+        micro_batches = self._cut(batch)
+        head = partial(self._head, temperature=temperature, entropy=entropy)
+
+        def on_last_stage(micro_batch: MicroBatch, hidden: Tensor) -> tuple[Tensor, Any]:
+            logp, entropies = head(micro_batch, hidden)
+            stacked = logp[None] if entropies is None else torch.stack([logp, entropies])
+            return logp.new_zeros(()), (micro_batch, stacked)
+
+        collected = self._run(micro_batches, on_last_stage, training=False)
+        values = torch.zeros(1 + entropy, batch.tokens.numel(), device=self.topology.device)
+        for micro_batch, stacked in collected:
+            values[:, micro_batch.positions.to(values.device)] = stacked[:, : micro_batch.real].float()
+        values = self._from_last_stage(values, sum_over_dp=True).cpu()
+        return values[0], (values[1] if entropy else None)
+
+    def train_step(
+        self,
+        batch: TokenBatch,
+        loss_fn: LossFn,
+        *,
+        temperature: float = 1.0,
+        before_update: BeforeUpdate | None = None,
+    ) -> dict[str, float]:
+        """One update from the whole batch; the loss is the sum of `loss_fn` over it, however it is cut.
+
+        Returns on every rank the loss and `loss_fn`'s metrics, summed over the batch, with `grad_norm`, `lr`, `tokens`
+        and `micro_batches` (of one data-parallel rank). `before_update` sees all of them after the backward pass; what
+        it raises leaves the weights as they are. Raises TrainingDiverged when loss or gradient is not finite.
+        """
+        assert self._trained is not None and self.optimizer is not None, "a forward-only policy does not train"
+        lr = learning_rate(self.step - self._schedule_start, self._optimizer_config, self._total_steps)
+        set_hyper_parameters(self.optimizer, self._optimizer_config, lr)
+        micro_batches = self._cut(batch)
+        metrics = self.backward(micro_batches, loss_fn, temperature=temperature)
+        self.optimizer.prepare_grads()
+        metrics |= {
+            "grad_norm": float(self.optimizer.get_grad_norm()),
+            "lr": lr,
+            "tokens": float(batch.tokens.numel()),
+            "micro_batches": float(len(micro_batches)),
+        }
+        self._require_finite(metrics)
+        if before_update is not None:
+            before_update(metrics)
+        self.optimizer.step()
+        self.step += 1
+        return metrics
+
+    def backward(
+        self, micro_batches: Sequence[MicroBatch], loss_fn: LossFn, *, temperature: float = 1.0
+    ) -> dict[str, float]:
+        """Leave the gradient of the summed loss, reduced over all ranks, in the parameters' `main_grad`."""
+        assert self._trained is not None and self.optimizer is not None, "a forward-only policy does not train"
+        self._trained.zero_grad_buffer()
+        self.optimizer.zero_grad()
+
+        def on_last_stage(micro_batch: MicroBatch, hidden: Tensor) -> tuple[Tensor, Any]:
+            logp, _ = self._head(micro_batch, hidden, temperature=temperature, entropy=False)
+            loss, metrics = loss_fn(logp[: micro_batch.shown], micro_batch.streams, micro_batch.segment_ids)
+            return loss, {"loss": loss.detach(), **metrics}
+
+        return self._sum_metrics(self._run(micro_batches, on_last_stage, training=True))
+
+    @torch.no_grad()
+    def logits(self, tokens: Tensor) -> Tensor:
+        """Full-vocabulary logits [B, S, V] in float32 on the CPU of every rank, for small inputs [B, S]."""
+        rows, length = tokens.shape
+        batch = TokenBatch(tokens.reshape(-1).cpu(), torch.full((rows,), length))
+        micro_batches = cut_batch(
+            batch, dp=1, dp_rank=0, capacity=length, multiple=self._multiple, device=self.topology.device
+        )
+
+        def on_last_stage(micro_batch: MicroBatch, hidden: Tensor) -> tuple[Tensor, Any]:
+            values = vocabulary_logits(
+                hidden, self.module.head_weight, self.shape.vocab_size, self.topology.tp_group, self._sequence_parallel
+            )
+            return values.new_zeros(()), (micro_batch, values[: micro_batch.real].float())
+
+        values = torch.zeros(rows * length, self.shape.vocab_size, device=self.topology.device)
+        for micro_batch, part in self._run(micro_batches, on_last_stage, training=False):
+            values[micro_batch.positions.to(values.device)] = part
+        return self._from_last_stage(values, sum_over_dp=False).cpu().reshape(rows, length, -1)
+
+    @property
+    def _sequence_parallel(self) -> bool:
+        return self.module.config.sequence_parallel
+
+    @property
+    def _multiple(self) -> int:
+        return self.topology.tp if self._sequence_parallel else 1
+
+    def _cut(self, batch: TokenBatch) -> list[MicroBatch]:
+        return cut_batch(
+            batch,
+            dp=self.topology.dp,
+            dp_rank=self.topology.dp_rank,
+            capacity=self.trainer.max_tokens_per_micro_batch,
+            multiple=self._multiple,
+            device=self.topology.device,
+        )
+
+    def _run(self, micro_batches: Sequence[MicroBatch], on_last_stage: OnLastStage, *, training: bool) -> list[Any]:
+        """Megatron-Core's pipeline schedule; what the last stage collects of each micro-batch (elsewhere nothing)."""
+        self.module.train(training)
+        model = self._trained if training else self.module
+        schedule = get_forward_backward_func()
+        with torch.set_grad_enabled(training):
+            return schedule(
+                forward_step_func=partial(_forward, on_last_stage),
+                data_iterator=iter(micro_batches),
+                model=[model],
+                num_microbatches=len(micro_batches),
+                seq_length=max(m.tokens.numel() for m in micro_batches),
+                micro_batch_size=1,
+                forward_only=not training,
+            )
+
+    def _head(
+        self, micro_batch: MicroBatch, hidden: Tensor, *, temperature: float, entropy: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """Log-probs (and entropies) aligned with the shown tokens of a micro-batch [shown]."""
+        rows = micro_batch.predicting_rows
+        logp, entropies = token_logprobs(
+            hidden,
+            self.module.head_weight,
+            micro_batch.tokens[rows + 1],
+            temperature=temperature,
+            vocab_size=self.shape.vocab_size,
+            chunk=self.trainer.logprob_chunk_tokens,
+            group=self.topology.tp_group,
+            rows=rows,
+            sequence_parallel=self._sequence_parallel,
+            entropy=entropy,
+        )
+        aligned = logp.new_zeros(micro_batch.shown).index_copy(0, rows + 1, logp)
+        if entropies is None:
+            return aligned, None
+        return aligned, logp.new_zeros(micro_batch.shown).index_copy(0, rows + 1, entropies)
+
+    def _from_last_stage(self, values: Tensor, *, sum_over_dp: bool) -> Tensor:
+        """Values of the last pipeline stage on every rank; each data-parallel rank may have filled its own places."""
+        if sum_over_dp and self.topology.dp > 1 and self.topology.last_stage:
+            dist.all_reduce(values, group=self.topology.dp_group)
+        if self.topology.pp > 1:
+            dist.broadcast(values, src=self.topology.last_stage_rank, group=self.topology.pp_group)
+        return values
+
+    def _sum_metrics(self, collected: Sequence[Mapping[str, Tensor]]) -> dict[str, float]:
+        """Sums over micro-batches and data-parallel ranks, in float64, equal on every rank."""
+        shared: list[Any] = [None]
+        if self.topology.last_stage:
+            names = list(collected[0])
+            sums = torch.stack([torch.stack([part[name].double() for part in collected]).sum() for name in names])
+            if self.topology.dp > 1:
+                dist.all_reduce(sums, group=self.topology.dp_group)
+            shared = [dict(zip(names, sums.tolist(), strict=True))]
+        if self.topology.pp > 1:
+            dist.broadcast_object_list(
+                shared,
+                src=self.topology.last_stage_rank,
+                group=self.topology.pp_group,
+                device=self.topology.device,
+            )
+        return shared[0]
+
+    def _require_finite(self, metrics: Mapping[str, float]) -> None:
+        for name in ("loss", "grad_norm"):
+            if not math.isfinite(metrics[name]):
+                raise TrainingDiverged(
+                    f"{name} is {metrics[name]} at update {self.step}; no update was made. Lower optimizer.lr, or look "
+                    "for broken samples in this batch"
+                )
+
+
+def _with_gradient_buffers(module: torch.nn.Module, trainer: TrainerConfig) -> DistributedDataParallel:
+    """Megatron-Core's data parallelism: gradients add up in float32 buffers, reduced once a step by plain sums."""
+    config = module.config
+    config.finalize_model_grads_func = _finalize_sums
+    return DistributedDataParallel(
+        config,
+        DistributedDataParallelConfig(
+            grad_reduce_in_fp32=True,
+            overlap_grad_reduce=False,
+            use_distributed_optimizer=trainer.distributed_optimizer,
+        ),
+        module,
+    )
+
+
+def _finalize_sums(model: Sequence[torch.nn.Module], num_tokens: Tensor | None = None, **options: Any) -> None:
+    """Reduce gradients without dividing by a number of tokens: the loss's weights hold every division already."""
+    finalize_model_grads(list(model), None, **options)
+
+
+def _forward(
+    on_last_stage: OnLastStage, micro_batches: Iterator[MicroBatch], model: torch.nn.Module
+) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor, Tensor, Any]]]:
+    """One micro-batch through this stage, as Megatron-Core's schedules call it."""
+    micro_batch = next(micro_batches)
+    output = model(
+        input_ids=micro_batch.tokens[None],
+        position_ids=None,
+        attention_mask=None,
+        packed_seq_params=micro_batch.packed_seq_params(),
+    )
+
+    def finish(hidden: Tensor) -> tuple[Tensor, Tensor, Any]:
+        loss, collected = on_last_stage(micro_batch, hidden[:, 0])
+        # The middle value, a number of tokens, is what Megatron-Core would divide by; see _finalize_sums.
+        return loss, torch.zeros((), dtype=torch.int, device=loss.device), collected
+
+    return output, finish
