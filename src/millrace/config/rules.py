@@ -1,0 +1,298 @@
+"""What a recipe of valid types must fulfil besides: rules over several keys, and over the files they name.
+
+Each broken rule is one sentence that names the key and the way out. All rules are looked at; none stops the others.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import json
+import re
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from millrace.config.checkpoint_files import checkpoint_problems
+from millrace.config.errors import ConfigError
+from millrace.config.model_shape import ModelShape
+from millrace.config.ranges import range_problems
+from millrace.config.schema import OptimizerConfig, Recipe, RlStage, SftStage
+
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
+
+Problems = Iterator[str]
+
+
+def check_recipe(recipe: Recipe, *, world_size: int | None = None) -> list[str]:
+    """Every broken rule of a recipe; empty when it can run. `world_size`: the number of ranks there are, if known."""
+    problems: list[str] = []
+    shape = _shape(recipe, problems)
+    problems += range_problems(recipe)
+    problems += _layout(recipe, world_size)
+    if shape is not None:
+        problems += _layout_of_model(recipe, shape)
+    problems += _lengths(recipe, shape)
+    problems += _fleet(recipe)
+    problems += _names(recipe)
+    for stage in recipe.stages:
+        key = f"stages.{stage.name}"
+        problems += _sft(stage, key, recipe) if isinstance(stage, SftStage) else _rl(stage, key, recipe)
+    problems += _files(recipe)
+    return problems
+
+
+def require_runnable(recipe: Recipe, *, world_size: int | None = None) -> None:
+    """Raises ConfigError with every broken rule."""
+    problems = check_recipe(recipe, world_size=world_size)
+    if problems:
+        raise ConfigError(problems)
+
+
+def _shape(recipe: Recipe, problems: list[str]) -> ModelShape | None:
+    folder = Path(recipe.model.path)
+    if not folder.is_dir():
+        problems.append(f"model.path: the folder {folder} does not exist; name a Hugging Face checkpoint")
+        return None
+    problems += [f"model.path: {problem}" for problem in checkpoint_problems(folder)]
+    try:
+        return ModelShape.from_hf(folder)
+    except ConfigError as error:
+        problems += [f"model.path: {problem}" for problem in error.problems]
+        return None
+
+
+def _layout(recipe: Recipe, world_size: int | None) -> Problems:
+    p = recipe.parallel
+    asked = f"tp {p.tp} x pp {p.pp} x cp {p.cp} x dp {p.dp}"
+    if world_size is not None and p.world_size != world_size:
+        yield (
+            f"parallel: {asked} = {p.world_size} ranks, but there are {world_size}; "
+            "set parallel.dp to fill them or start as many as the layout needs"
+        )
+    if p.cp > 1:
+        yield f"parallel.cp is {p.cp}, but context parallelism is not supported; set parallel.cp=1"
+    if p.sequence_parallel and p.tp == 1:
+        yield "parallel.sequence_parallel needs parallel.tp of at least 2; switch it off or raise tp"
+    if p.ep > 0 and p.etp > 0 and (p.tp * p.cp * p.dp) % (p.ep * p.etp):
+        yield (
+            f"parallel: ep {p.ep} x etp {p.etp} does not divide the {p.tp * p.cp * p.dp} ranks of one pipeline stage "
+            f"(tp x cp x dp), so no whole number of expert replicas fits; change ep, etp or dp"
+        )
+
+
+def _layout_of_model(recipe: Recipe, shape: ModelShape) -> Problems:
+    p = recipe.parallel
+    yield from _must_divide("parallel.tp", p.tp, shape.num_heads, "attention heads")
+    yield from _must_divide("parallel.tp", p.tp, shape.num_kv_heads, "key/value heads")
+    if not all(shape.moe_layer_mask):
+        yield from _must_divide("parallel.tp", p.tp, shape.ffn_hidden_size, "feed-forward columns")
+    yield from _must_divide("parallel.pp", p.pp, shape.num_layers, "layers")
+    yield from _must_divide("fleet.tensor_parallel", recipe.fleet.tensor_parallel, shape.num_heads, "attention heads")
+    if not shape.num_experts:
+        for key, ranks in (("ep", p.ep), ("etp", p.etp)):
+            if ranks > 1:
+                yield f"parallel.{key} is {ranks}, but the model has no experts; set parallel.{key}=1"
+        return
+    yield from _must_divide("parallel.ep", p.ep, shape.num_experts, "experts")
+    yield from _must_divide("parallel.etp", p.etp, shape.moe_ffn_hidden_size, "columns of an expert")
+    if p.tp > 1 and not p.sequence_parallel:
+        yield (
+            f"parallel.tp is {p.tp} with a mixture of experts, which needs sequence parallelism; "
+            "set parallel.sequence_parallel=true"
+        )
+    if p.tp > 1 and p.ep == 1 and p.etp != p.tp:
+        yield (
+            f"parallel.etp is {p.etp} with tp {p.tp} and ep 1, where Megatron-Core computes wrong expert gradients "
+            f"without saying so; set parallel.etp={p.tp}, or use ep > 1"
+        )
+
+
+def _must_divide(key: str, ranks: int, count: int, what: str) -> Problems:
+    if ranks > 0 and count % ranks:
+        fitting = [n for n in range(1, min(count, 1024) + 1) if count % n == 0]
+        lower = max((n for n in fitting if n < ranks), default=1)
+        upper = next((n for n in fitting if n > ranks), None)
+        near = f"{lower} or {upper}" if upper else f"{lower}"
+        yield f"{key} is {ranks}, which does not divide the model's {count} {what}; use {near}"
+
+
+def _lengths(recipe: Recipe, shape: ModelShape | None) -> Problems:
+    capacity, positions = recipe.trainer.max_tokens_per_micro_batch, shape.max_position_embeddings if shape else None
+    longest = {f"stages.{s.name}.max_length": s.max_length for s in recipe.stages if isinstance(s, SftStage)}
+    if any(isinstance(stage, RlStage) for stage in recipe.stages):
+        longest["fleet.max_model_len"] = recipe.fleet.max_model_len
+    for key, length in longest.items():
+        if length > capacity:
+            yield (
+                f"{key} is {length}, but a micro-batch holds {capacity} tokens; "
+                f"raise trainer.max_tokens_per_micro_batch to at least {length} or lower {key}"
+            )
+        if positions is not None and length > positions:
+            yield f"{key} is {length}, but the model has {positions} positions (max_position_embeddings); lower {key}"
+    if not _samples(recipe):
+        return
+    answers = {f"stages.{s.name}": s.sampling for s in recipe.stages if isinstance(s, RlStage)}
+    for key, sampling in {**answers, "evaluation": recipe.evaluation.sampling}.items():
+        if sampling.max_response_tokens >= recipe.fleet.max_model_len:
+            yield (
+                f"{key}.sampling.max_response_tokens is {sampling.max_response_tokens}, which leaves no room for a "
+                f"prompt within fleet.max_model_len {recipe.fleet.max_model_len}; lower the one or raise the other"
+            )
+
+
+def _samples(recipe: Recipe) -> bool:
+    """Whether the run draws answers: in an RL stage, or to measure its domains."""
+    return bool(recipe.domains) or any(isinstance(stage, RlStage) for stage in recipe.stages)
+
+
+def _fleet(recipe: Recipe) -> Problems:
+    fleet = recipe.fleet
+    if not _samples(recipe):
+        return
+    if not fleet.engines and not fleet.addresses:
+        yield "fleet: the run samples answers, but there are no engines; set fleet.engines or fleet.addresses"
+    if fleet.engines and fleet.addresses:
+        yield "fleet: engines and addresses are both given; set fleet.engines=0 to use the servers that already run"
+    for address in fleet.addresses:
+        if urlsplit(address).scheme not in ("http", "https") or not urlsplit(address).hostname:
+            yield f"fleet.addresses: {address!r} is not a URL such as http://node7:8000"
+    if fleet.interface in ("0.0.0.0", "::", "", "*"):
+        yield (
+            f"fleet.interface is {fleet.interface!r}, which listens on every network of this machine; "
+            "name the one interface address that the trainer reaches"
+        )
+    if fleet.transport in ("nccl", "ipc") and recipe.trainer.device == "cpu":
+        yield f"fleet.transport is {fleet.transport}, which needs CUDA; use shared_memory or disk on CPU"
+    remote = [address for address in fleet.addresses if not _is_this_host(address)]
+    if fleet.transport in ("shared_memory", "ipc") and remote:
+        yield (
+            f"fleet.transport is {fleet.transport}, which works on one host only, but {remote[0]} is another; "
+            "use nccl or disk"
+        )
+
+
+def _is_this_host(address: str) -> bool:
+    host = urlsplit(address).hostname or ""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def _names(recipe: Recipe) -> Problems:
+    if not recipe.stages:
+        yield "stages is empty; a run needs at least one stage"
+    for name, count in Counter(stage.name for stage in recipe.stages).items():
+        if count > 1:
+            yield f"stages: {count} stages are named {name}; give each a name of its own"
+    for section, names in (("stages", [stage.name for stage in recipe.stages]), ("domains", list(recipe.domains))):
+        for name in dict.fromkeys(names):
+            if not NAME.fullmatch(name):
+                yield f"{section}: the name {name!r} becomes part of file names; use letters, digits, - and _"
+
+
+def _sft(stage: SftStage, key: str, recipe: Recipe) -> Problems:
+    if (stage.steps is None) == (stage.epochs is None):
+        given = "neither is given" if stage.steps is None else "both are given"
+        yield f"{key} needs exactly one of steps and epochs, but {given}"
+    if not stage.data:
+        yield f"{key}.data is empty; name at least one JSONL file of conversations"
+    if stage.global_batch < recipe.parallel.dp:
+        yield (
+            f"{key}.global_batch is {stage.global_batch}, fewer than the {recipe.parallel.dp} data-parallel replicas; "
+            f"raise it or lower parallel.dp"
+        )
+    yield from _optimizer(stage.optimizer, f"{key}.optimizer", stage.steps)
+
+
+def _rl(stage: RlStage, key: str, recipe: Recipe) -> Problems:
+    yield from _rl_batch(stage, key, recipe)
+    yield from _rl_loss(stage, key)
+    if not stage.domains:
+        yield f"{key}.domains is empty; name at least one of the recipe's domains"
+    for domain in stage.domains:
+        if domain not in recipe.domains:
+            known = ", ".join(recipe.domains) or "none"
+            yield f"{key}.domains names {domain}, which is not a domain of this recipe (there are: {known})"
+    for domain, count in Counter(stage.domains).items():
+        if count > 1:
+            yield f"{key}.domains names {domain} {count} times; domains are mixed by size, so name it once"
+    yield from _optimizer(stage.optimizer, f"{key}.optimizer", stage.steps * stage.updates_per_batch)
+
+
+def _rl_batch(stage: RlStage, key: str, recipe: Recipe) -> Problems:
+    if stage.samples_per_prompt < 2:
+        yield (
+            f"{key}.samples_per_prompt is {stage.samples_per_prompt}, but an advantage compares the answers of a "
+            "group; use at least 2"
+        )
+    if stage.updates_per_batch > stage.prompts_per_step:
+        yield (
+            f"{key}.updates_per_batch is {stage.updates_per_batch}, more than the {stage.prompts_per_step} groups of a "
+            "step; each update needs a group of its own"
+        )
+        return
+    smallest = stage.prompts_per_step // max(stage.updates_per_batch, 1) * stage.samples_per_prompt
+    if smallest < recipe.parallel.dp:
+        yield (
+            f"{key}: an update has {smallest} answers, fewer than the {recipe.parallel.dp} data-parallel replicas; "
+            "raise prompts_per_step or samples_per_prompt"
+        )
+
+
+def _rl_loss(stage: RlStage, key: str) -> Problems:
+    if stage.loss.kind == "reinforce" and stage.updates_per_batch > 1:
+        yield (
+            f"{key}.loss.kind is reinforce, which is right for on-policy samples only, but updates_per_batch is "
+            f"{stage.updates_per_batch}; use ppo, cispo or gspo, or updates_per_batch=1"
+        )
+    if stage.off_policy.low >= stage.off_policy.high:
+        yield f"{key}.off_policy: low {stage.off_policy.low} must be below high {stage.off_policy.high}"
+
+
+def _optimizer(optimizer: OptimizerConfig, key: str, steps: int | None) -> Problems:
+    if optimizer.min_lr > optimizer.lr:
+        yield f"{key}.min_lr {optimizer.min_lr} is above lr {optimizer.lr}; lower it"
+    if optimizer.warmup_from > optimizer.lr:
+        yield f"{key}.warmup_from {optimizer.warmup_from} is above lr {optimizer.lr}; lower it"
+    length = optimizer.decay_steps or steps
+    if length is not None and optimizer.warmup_steps > length:
+        what = "decay_steps" if optimizer.decay_steps else "the stage's updates"
+        yield f"{key}.warmup_steps {optimizer.warmup_steps} is more than {what} ({length}); lower it"
+
+
+def _files(recipe: Recipe) -> Problems:
+    run_dir = Path(recipe.run_dir)
+    if run_dir.exists() and not run_dir.is_dir():
+        yield f"run_dir: {run_dir} is a file; name a folder"
+    for stage in recipe.stages:
+        if isinstance(stage, SftStage):
+            for file in stage.data:
+                yield from _data_file(f"stages.{stage.name}.data", Path(file), "messages")
+    for name, domain in recipe.domains.items():
+        yield from _data_file(f"domains.{name}.train", Path(domain.train), "prompt")
+        yield from _data_file(f"domains.{name}.held_out", Path(domain.held_out), "prompt")
+        if domain.train == domain.held_out:
+            yield f"domains.{name}: train and held_out are the same file, so what is measured would be trained on"
+        if domain.grading == "fraction" and domain.environment == "math":
+            yield f"domains.{name}.grading is fraction, but an answer in math is right or wrong; use binary"
+
+
+def _data_file(key: str, file: Path, needed: str) -> Problems:
+    """The file exists and its first row is JSON with the needed field; every row is read when the run starts."""
+    if not file.is_file():
+        yield f"{key}: the file {file} does not exist"
+        return
+    try:
+        with file.open(encoding="utf-8") as rows:
+            first = next(((number, row) for number, row in enumerate(rows, 1) if row.strip()), None)
+        row: Any = json.loads(first[1]) if first else None
+    except (OSError, ValueError) as error:
+        yield f"{key}: {file} is not readable as JSON lines ({error})"
+        return
+    if first is None:
+        yield f"{key}: {file} is empty; it must hold one JSON object a line"
+    elif not isinstance(row, dict) or needed not in row:
+        yield f"{key}: {file}:{first[0]} has no field {needed!r}"
