@@ -31,6 +31,11 @@ def schema_listing() -> tuple[KeyDoc, ...]:
     return tuple(_keys(schema.Recipe, ""))
 
 
+def listing_text() -> str:
+    """Every key with type, default and documentation."""
+    return "\n".join(line for doc in schema_listing() for line in _paragraph(doc))
+
+
 def explain(key: str) -> str:
     """Type, default and documentation of a key such as `trainer.recompute` or `stages.rl.kl`; sections list theirs.
 

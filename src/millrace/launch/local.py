@@ -79,6 +79,8 @@ def trainer_environment(trainer: TrainerConfig, ranks: int) -> dict[str, str]:
     if trainer.device == "cpu" or (trainer.device == "auto" and not has_nvidia_device()):
         # Megatron's fused mixture-of-experts functions would be compiled for many seconds at the first step.
         environment["TORCH_COMPILE_DISABLE"] = "1"
+        # Said at every import of Megatron-Core, and expected here: neither exists for CPU ranks.
+        environment["PYTHONWARNINGS"] = "ignore:Transformer Engine and Apex,ignore:Apex is not installed"
     return environment
 
 

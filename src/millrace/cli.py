@@ -1,0 +1,288 @@
+"""The commands of Millrace. Thin: each one reads its arguments and calls the part that does the work.
+
+Nothing here imports torch, Megatron-Core or transformers, so that help, `check` and `plan` answer at once.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import tempfile
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from millrace.config.errors import ConfigError
+from millrace.errors import MillraceError
+
+FAILED, REFUSED = 1, 2
+
+app = typer.Typer(
+    help="Post-training of language models: Megatron-Core trains, vLLM samples, recipes say what is done.\n\n"
+    "Start with `millrace doctor`, then `millrace check RECIPE` and `millrace run RECIPE`.",
+    no_args_is_help=True,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+convert = typer.Typer(no_args_is_help=True, help="Turn checkpoints into one another, on any parallel layout.")
+verify = typer.Typer(no_args_is_help=True, help="Prove that weights, logits and layouts are what they should be.")
+app.add_typer(convert, name="convert")
+app.add_typer(verify, name="verify")
+
+RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="Recipe file (YAML).")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="[KEY=VALUE]...", help="Values that replace the recipe's; a stage is addressed by its name."
+    ),
+]
+HfFolder = Annotated[Path, typer.Option("--hf", help="Folder of the Hugging Face checkpoint.")]
+Card = Annotated[Path | None, typer.Option(help="Write the result as a small YAML file as well.")]
+Tp = Annotated[int, typer.Option(min=1, help="Tensor-parallel ranks.")]
+Pp = Annotated[int, typer.Option(min=1, help="Pipeline-parallel stages.")]
+Dp = Annotated[int, typer.Option(min=1, help="Data-parallel replicas.")]
+Ep = Annotated[int, typer.Option(min=1, help="Expert-parallel ranks.")]
+Etp = Annotated[int | None, typer.Option(min=1, help="Tensor-parallel ranks of one expert [default: tp if ep is 1]")]
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        from importlib.metadata import version
+
+        Console().print(f"millrace {version('millrace')}", highlight=False)
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Say the version and exit.")
+    ] = False,
+    traceback: Annotated[bool, typer.Option("--traceback", help="Show where in the code an error arose.")] = False,
+) -> None:
+    """Options of every command."""
+
+
+@app.command()
+def check(
+    recipe: Annotated[Path | None, typer.Argument(metavar="RECIPE", help="Recipe file (YAML).")] = None,
+    overrides: Overrides = None,
+    explain: Annotated[str | None, typer.Option(metavar="KEY", help="Explain one key, or a section's keys.")] = None,
+    schema: Annotated[bool, typer.Option("--schema", help="List all keys with type, default and meaning.")] = False,
+) -> None:
+    """Say everything that is wrong with a recipe, in under a second and without a GPU.
+
+    Examples:
+
+    * `millrace check recipes/laptop/dense.yaml`
+    * `millrace check recipes/laptop/dense.yaml parallel.tp=4 stages.sft.optimizer.lr=1e-5`
+    * `millrace check --explain trainer.recompute`
+    * `millrace check --schema`
+    """
+    out = Console(highlight=False, markup=False, soft_wrap=True)
+    if schema or explain:
+        from millrace.config.explain import explain as explained
+        from millrace.config.explain import listing_text
+
+        out.print(explained(explain) if explain else listing_text())
+        return
+    if recipe is None:
+        raise ConfigError("check needs a recipe: millrace check RECIPE (or --explain KEY, or --schema)")
+    from millrace.config.loading import load_recipe
+    from millrace.config.rules import require_runnable
+
+    loaded = load_recipe(recipe, overrides or ())
+    require_runnable(loaded)
+    ranks, stages = loaded.parallel.world_size, ", ".join(stage.name for stage in loaded.stages)
+    out.print(f"{recipe}: fine. {ranks} trainer rank{'s' if ranks > 1 else ''}, stages: {stages}")
+
+
+@app.command()
+def plan(
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON.")] = False,
+) -> None:
+    """Show what a recipe will start: ranks and their places, layers, parameters, bytes, batches.
+
+    Examples:
+
+    * `millrace plan recipes/laptop/dense.yaml`
+    * `millrace plan recipes/laptop/dense.yaml parallel.dp=2 --json`
+    """
+    from millrace.config.loading import load_recipe
+    from millrace.config.plan import make_plan, render_text, to_json
+    from millrace.config.rules import require_runnable
+
+    loaded = load_recipe(recipe, overrides or ())
+    require_runnable(loaded)
+    made = make_plan(loaded)
+    Console(highlight=False, markup=False, soft_wrap=True).print(to_json(made) if as_json else render_text(made))
+
+
+@app.command()
+def run(
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    accept_changes: Annotated[
+        bool, typer.Option("--accept-changes", help="Resume although the recipe is not the one the run began with.")
+    ] = False,
+) -> None:
+    """Run a recipe on this machine, or resume it where it stopped. Ctrl-C saves and stops; twice ends it at once.
+
+    Examples:
+
+    * `millrace run recipes/laptop/dense.yaml`
+    * `millrace run recipes/laptop/dense.yaml run_dir=runs/hot stages.math.sampling.temperature=1.2`
+    """
+    from millrace.config.loading import load_recipe
+    from millrace.config.rules import require_runnable
+    from millrace.launch.local import launch
+    from millrace.launch.run_dir import locked, prepare
+
+    loaded = load_recipe(recipe, overrides or ())
+    require_runnable(loaded)
+    run_dir = Path(loaded.run_dir)
+    with locked(run_dir):
+        prepare(loaded, run_dir, accept_changes)
+        code = launch(loaded, run_dir)
+    raise typer.Exit(code)
+
+
+@convert.command("hf-to-megatron")
+def hf_to_megatron(
+    hf: HfFolder,
+    out: Annotated[Path, typer.Option(help="Folder of the Megatron checkpoint to write.")],
+    tp: Tp = 1,
+    pp: Pp = 1,
+    ep: Ep = 1,
+    etp: Etp = None,
+    dp: Dp = 1,
+) -> None:
+    """Write a Hugging Face checkpoint as a sharded Megatron-Core checkpoint.
+
+    Example: `millrace convert hf-to-megatron --hf demo/base --out demo/base-megatron --tp 2`
+    """
+    _on_ranks("convert_worker", ["hf-to-megatron", "--hf", str(hf), "--out", str(out)], tp, pp, ep, etp, dp)
+
+
+@convert.command("megatron-to-hf")
+def megatron_to_hf(
+    checkpoint: Annotated[Path, typer.Option(help="Folder of the Megatron checkpoint.")],
+    out: Annotated[Path, typer.Option(help="Folder of the Hugging Face checkpoint to write.")],
+    tp: Tp = 1,
+    pp: Pp = 1,
+    ep: Ep = 1,
+    etp: Etp = None,
+    dp: Dp = 1,
+) -> None:
+    """Write a Megatron-Core checkpoint as a Hugging Face checkpoint; the layout need not be the one it was saved in.
+
+    Example: `millrace convert megatron-to-hf --checkpoint runs/x/checkpoints/step-10 --out exported`
+    """
+    arguments = ["megatron-to-hf", "--checkpoint", str(checkpoint), "--out", str(out)]
+    _on_ranks("convert_worker", arguments, tp, pp, ep, etp, dp)
+
+
+@verify.command()
+def roundtrip(hf: HfFolder, tp: Tp = 1, pp: Pp = 1, ep: Ep = 1, etp: Etp = None, dp: Dp = 1, card: Card = None) -> None:
+    """Hugging Face -> Megatron -> Hugging Face: every tensor must come back bit for bit.
+
+    Example: `millrace verify roundtrip --hf demo/base --tp 2`
+    """
+    _verify("roundtrip", hf, card, tp, pp, ep, etp, dp)
+
+
+@verify.command()
+def logits(hf: HfFolder, tp: Tp = 1, pp: Pp = 1, ep: Ep = 1, etp: Etp = None, dp: Dp = 1, card: Card = None) -> None:
+    """Logits of the Megatron model against those of transformers, in float32.
+
+    Example: `millrace verify logits --hf runs/laptop-dense/export --tp 2 --card logits.yaml`
+    """
+    _verify("logits", hf, card, tp, pp, ep, etp, dp)
+
+
+@verify.command()
+def layout(hf: HfFolder, tp: Tp = 1, pp: Pp = 1, ep: Ep = 1, etp: Etp = None, dp: Dp = 1, card: Card = None) -> None:
+    """Loss and gradients of a parallel layout against those of one rank.
+
+    Example: `millrace verify layout --hf demo/base --tp 2 --pp 2`
+    """
+    _verify("layout", hf, card, tp, pp, ep, etp, dp)
+
+
+@verify.command()
+def sync(hf: HfFolder, card: Card = None) -> None:
+    """Weights swapped into a running engine against a fresh engine started from them.
+
+    Example: `millrace verify sync --hf demo/base`
+    """
+    _verify("sync", hf, card, 1, 1, 1, None, 1)
+
+
+@app.command()
+def doctor() -> None:
+    """Say what is installed and usable here, and what each absence costs. Exit code 0: the laptop path works.
+
+    Example: `millrace doctor`
+    """
+    from millrace.doctor import examine, table, usable
+
+    findings = examine()
+    Console().print(table(findings))
+    raise typer.Exit(0 if usable(findings) else FAILED)
+
+
+def _verify(what: str, hf: Path, card: Path | None, tp: int, pp: int, ep: int, etp: int | None, dp: int) -> None:
+    arguments = [what, "--hf", str(hf), *(["--card", str(card)] if card else [])]
+    _on_ranks("verify_worker", arguments, tp, pp, ep, etp, dp, say_layout=what != "sync")
+
+
+def _on_ranks(
+    worker: str,
+    arguments: list[str],
+    tp: int,
+    pp: int,
+    ep: int,
+    etp: int | None,
+    dp: int,
+    *,
+    say_layout: bool = True,
+) -> None:
+    """Run a worker of millrace.megatron on as many ranks as its layout has, and exit as it does."""
+    from millrace.config.schema import TrainerConfig
+    from millrace.launch.local import run_ranks, trainer_environment
+
+    ranks = tp * pp * dp
+    etp = etp or (tp if ep == 1 else 1)
+    if say_layout:
+        sizes = {"tp": tp, "pp": pp, "ep": ep, "etp": etp, "dp": dp}
+        arguments = [*arguments, *(text for key, size in sizes.items() for text in (f"--{key}", str(size)))]
+    environment = trainer_environment(TrainerConfig(), ranks)
+    # The logs of the ranks stay, for a failure names them.
+    logs = Path(tempfile.mkdtemp(prefix="millrace-"))
+    raise typer.Exit(run_ranks(f"millrace.megatron.{worker}", arguments, ranks, environment, logs))
+
+
+def main() -> None:
+    """Entry point of `millrace`: errors that a user can mend are sentences, not tracebacks."""
+    try:
+        app()
+    except MillraceError as error:
+        if "--traceback" in sys.argv:
+            raise
+        problems = error.problems if isinstance(error, ConfigError) else [str(error)]
+        sys.stderr.write("".join(f"{problem}\n" for problem in problems))
+        if len(problems) > 1:
+            sys.stderr.write(f"{len(problems)} problems\n")
+        sys.exit(REFUSED if isinstance(error, ConfigError) else FAILED)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(FAILED)
+
+
+if __name__ == "__main__":
+    main()
