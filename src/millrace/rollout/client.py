@@ -7,6 +7,7 @@ from typing import Any, cast
 
 import httpx
 
+from millrace.errors import MillraceError
 from millrace.rollout.server import MODEL_NAME
 from millrace.rollout.types import SamplingParams
 
@@ -14,19 +15,23 @@ CONTROL_SECONDS = 60.0
 """Limit of a short control call (pause, resume, version)."""
 
 
-class EngineUnreachable(RuntimeError):
+class EngineUnreachable(MillraceError):
     """The engine did not answer, or answered that it is broken: another one may do better."""
 
 
-class RequestTimeout(RuntimeError):
+class EngineFailed(EngineUnreachable):
+    """The engine answered that it could not do what it was asked for."""
+
+
+class RequestTimeout(MillraceError):
     """The answer did not come within the request's limit."""
 
 
-class RequestRefused(RuntimeError):
+class RequestRefused(MillraceError):
     """The engine understood the request and says what is wrong with it: no other engine would take it."""
 
 
-class RequestAborted(RuntimeError):
+class RequestAborted(MillraceError):
     """The engine gave the request up half-way, for instance to take new weights."""
 
 
@@ -101,7 +106,7 @@ class EngineClient:
         """Forget every cached key and value; frozen requests compute theirs anew."""
         reply = await self._post("/reset_prefix_cache", CONTROL_SECONDS, query={"reset_running_requests": "true"})
         if not reply["success"]:
-            raise EngineUnreachable(f"{self.url} could not reset its prefix cache: blocks are still held")
+            raise EngineFailed(f"{self.url} could not reset its prefix cache: blocks are still held")
 
     async def set_weight_version(self, version: int) -> None:
         await self._post("/update_weight_version", CONTROL_SECONDS, body={"new_version": str(version)})
@@ -122,7 +127,7 @@ class EngineClient:
         except httpx.HTTPError as error:
             raise EngineUnreachable(f"{self.url}{path}: {error or type(error).__name__}") from error
         if response.is_server_error:
-            raise EngineUnreachable(f"{self.url}{path} failed with {response.status_code}: {_message(response)}")
+            raise EngineFailed(f"{self.url}{path} failed with {response.status_code}: {_message(response)}")
         if response.is_error:
             raise RequestRefused(f"{self.url}{path} refused with {response.status_code}: {_message(response)}")
         return response.json() if response.content else None

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from millrace.config.schema import FleetConfig
+from millrace.errors import MillraceError
 from millrace.rollout.server import Device, server_command, server_environment
 
 LOG_TAIL_LINES = 20
@@ -19,7 +20,7 @@ STOP_SECONDS = 10.0
 PORT_IN_USE = "address already in use"
 
 
-class EngineStartError(RuntimeError):
+class EngineStartError(MillraceError):
     """An engine did not come up; the message ends with the last lines of its log."""
 
 

@@ -85,12 +85,13 @@ class Fleet:
         gpus: Sequence[int] = (),
     ) -> None:
         self.config = config
+        self.run_dir = Path(run_dir)
         self.members: Sequence[Member] = ()
         self.version: int | None = None
         """Weights that serving engines hold."""
         self._log = log or logging.getLogger("millrace.rollout")
         self._token = _token(config)
-        self._engines = _engines(config, model_path, Path(run_dir), self._token, device or engine_device(), gpus)
+        self._engines = _engines(config, model_path, self.run_dir, self._token, device or engine_device(), gpus)
         self._serves_checkpoint = False
         self._kept: dict[_Part, _Answered] = {}
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -135,7 +136,7 @@ class Fleet:
         """Begin to generate: a future of what `generate` returns, and a function that tells how far it is."""
         parts = [part for request in requests for part in self._parts(request)]
         counts = [0, sum(request.sampling.n for request in requests), 0]
-        future = asyncio.run_coroutine_threadsafe(self._generate(requests, parts, counts), self._running_loop())
+        future = self.begin(self._generate(requests, parts, counts))
         return future, lambda: (counts[0], counts[1], counts[2])
 
     def prompt_logprobs(self, tokens: Sequence[Sequence[int]]) -> list[list[float]]:
@@ -166,12 +167,16 @@ class Fleet:
 
     def call(self, work: Coroutine[Any, Any, T]) -> T:
         """Run a coroutine in the fleet's thread and wait for its result; Ctrl-C cancels it."""
-        future = asyncio.run_coroutine_threadsafe(work, self._running_loop())
+        future = self.begin(work)
         try:
             return future.result()
         except KeyboardInterrupt:
             future.cancel()
             raise
+
+    def begin(self, work: Coroutine[Any, Any, T]) -> concurrent.futures.Future[T]:
+        """Start a coroutine in the fleet's thread."""
+        return asyncio.run_coroutine_threadsafe(work, self._running_loop())
 
     # ---- what weight syncs need -----------------------------------------------------------------------------------
 
@@ -187,7 +192,7 @@ class Fleet:
             self.report(member, SyncBegan())
         return chosen
 
-    def end_sync(self, members: Sequence[Member], version: int) -> None:
+    async def end_sync(self, members: Sequence[Member], version: int) -> None:
         """Let engines serve that hold `version`. One that died on the way stays out."""
         self._serves_checkpoint = False
         self.version = version

@@ -6,12 +6,13 @@ import asyncio
 import time
 from dataclasses import dataclass, field
 
+from millrace.errors import MillraceError
 from millrace.rollout.client import EngineClient
 from millrace.rollout.engine import Engine
 from millrace.rollout.fleet_health import EngineHealth, State
 
 
-class FleetError(RuntimeError):
+class FleetError(MillraceError):
     """The fleet cannot do what it was asked for."""
 
 

@@ -66,8 +66,6 @@ def server_command(config: FleetConfig, *, model_path: str, host: str, port: int
     command += ["--logprobs-mode", "processed_logprobs", "--max-logprobs", "20", "--enable-scale-out"]
     command += ["--middleware", "millrace.rollout.auth.RequireToken", "--disable-uvicorn-access-log"]
     command += ["--worker-extension-cls", "millrace.rollout.vllm_worker.WeightReceiver"]
-    if config.transport in ("nccl", "ipc"):
-        command += ["--weight-transfer-config", json.dumps({"backend": config.transport})]
     return command + _device_arguments(config, device) + list(config.extra_args)
 
 

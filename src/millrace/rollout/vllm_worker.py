@@ -64,17 +64,16 @@ class WeightReceiver:
     def millrace_load(self, index: str, sampled: str) -> dict[str, Any]:
         """Load the bucket that the JSON file `index` describes.
 
-        sampled: JSON list of names whose fingerprints are wanted, or "all". Returns {"received": {name: fingerprint}}.
+        sampled: JSON list of names whose fingerprints are wanted. Returns {"received": {name: fingerprint}}.
         """
         receipt = self._millrace_open_receipt()
         model = self._millrace_model()
         bucket = _read_bucket(Path(index))
-        wanted = None if sampled == "all" else set(json.loads(sampled))
-        received = {name: fingerprint(t) for name, t in bucket.items() if wanted is None or name in wanted}
+        received = {name: fingerprint(bucket[name]) for name in json.loads(sampled)}
         for name in received:
             self._millrace_note_held(receipt, model, name, bucket[name])
         with set_current_vllm_config(self.vllm_config):  # type: ignore[attr-defined]
-            receipt.loaded |= model.load_weights(iter(bucket.items()))
+            receipt.loaded |= model.load_weights(iter(bucket.items()))  # type: ignore[operator]
         _let_go_of(bucket, model)
         return {"received": received}
 
@@ -89,8 +88,11 @@ class WeightReceiver:
         model = self._millrace_model()
         missing = sorted((receipt.expected - receipt.loaded - _tied(model)) | _incomplete(model))
         self._millrace_finalize(model)
-        changed = [name for name, value in receipt.held.items() if fingerprint(model.get_parameter(name)) != value]
-        return {"missing": missing, "changed": changed, "held": len(receipt.held)}
+        held = {name: model.get_parameter(name) for name in receipt.held}
+        # A CPU engine packs a matrix for its kernel and drops the parameter's values.
+        kept = {name: parameter for name, parameter in held.items() if parameter.numel()}
+        changed = [name for name, parameter in kept.items() if fingerprint(parameter) != receipt.held[name]]
+        return {"missing": missing, "changed": changed, "held": len(kept)}
 
     def _millrace_finalize(self, model: nn.Module) -> None:
         with set_current_vllm_config(self.vllm_config):  # type: ignore[attr-defined]
@@ -122,10 +124,10 @@ def _read_bucket(index: Path) -> dict[str, Tensor]:
     """HF name -> tensor. Raw bytes are mapped, not read: the tensors live as long as somebody holds one of them."""
     description = json.loads(index.read_text())
     file = index.parent / description["file"]
-    if file.suffix == ".safetensors":
+    if description["kind"] == "disk":
         with safe_open(file, framework="pt", device="cpu") as bucket:
             return {name: bucket.get_tensor(name) for name in bucket.keys()}  # noqa: SIM118
-    data = torch.from_file(str(file), shared=True, size=description["bytes"], dtype=torch.uint8)
+    data = torch.from_file(str(file), shared=False, size=description["bytes"], dtype=torch.uint8)
     return {entry["name"]: _view(data, entry) for entry in description["tensors"]}
 
 
@@ -168,7 +170,7 @@ def _incomplete(model: nn.Module) -> set[str]:
 
 def _before_cpu_reload(model: nn.Module) -> None:
     for module in model.modules():
-        method = getattr(module, "quant_method", None)
+        method: Any = getattr(module, "quant_method", None)
         if getattr(method, "moe_kernel", None) is not None:
             method.moe_kernel = None  # packs the experts as on the first load
 
@@ -176,6 +178,7 @@ def _before_cpu_reload(model: nn.Module) -> None:
 def _after_cpu_reload(model: nn.Module) -> None:
     for head in _tied_heads(model):
         head.quant_method.process_weights_after_loading(head)
+    module: Any
     for module in model.modules():
         unpacked = getattr(getattr(module, "conv1d", None), "_cpu_unpacked_conv_weight", None)
         if unpacked is not None and isinstance(getattr(module, "conv_weights", None), Tensor):

@@ -1,0 +1,106 @@
+"""The engines that take part in one weight sync, as rank 0 drives them."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+from millrace.rollout.client import EngineClient, EngineFailed, EngineUnreachable, RequestTimeout
+from millrace.rollout.fleet_health import Missed
+from millrace.rollout.member import Member
+from millrace.rollout.transports.buckets import SyncError
+
+T = TypeVar("T")
+
+
+class EnginesLost(SyncError):
+    """Every engine that took part in a sync died on the way; a sync with those that come back may work."""
+
+
+@dataclass
+class WorkerReport:
+    """What one worker of an engine says about what it got."""
+
+    received: dict[str, int] = field(default_factory=dict)
+    """Fingerprints of the sampled tensors as they arrived."""
+    missing: list[str] = field(default_factory=list)
+    changed: list[str] = field(default_factory=list)
+    held: int = 0
+
+
+class Receivers:
+    """Runs in the fleet's thread. An engine that dies is left out; EnginesLost when it was the last one."""
+
+    def __init__(
+        self,
+        members: Sequence[Member],
+        report_missed: Callable[[Member, Missed], None],
+        sampled: Callable[[str], bool],
+        limit: float,
+    ) -> None:
+        self.members = list(members)
+        self.workers: dict[int, list[WorkerReport]] = {}
+        """Reports of each engine's workers, by the engine's index."""
+        self._report_missed, self._sampled, self._limit = report_missed, sampled, limit
+
+    async def begin(self) -> None:
+        """Freeze what the engines are doing and get them ready for new weights."""
+
+        async def begin(client: EngineClient) -> int:
+            await client.pause()
+            return len(await client.worker_call("millrace_begin", limit=self._limit))
+
+        for member, workers in (await self._each(begin)).items():
+            self.workers[member] = [WorkerReport() for _ in range(workers)]
+
+    async def load(self, index: Path, names: Sequence[str]) -> None:
+        """Let every engine load one bucket."""
+        sampled = json.dumps([name for name in names if self._sampled(name)])
+        replies = await self._each(
+            lambda client: client.worker_call("millrace_load", str(index), sampled, limit=self._limit)
+        )
+        for member, workers in replies.items():
+            for report, reply in zip(self.workers[member], workers, strict=True):
+                report.received |= reply["received"]
+
+    async def finish(self, version: int) -> None:
+        """Put the new weights into service: nothing computed with the old ones is kept."""
+
+        async def finish(client: EngineClient) -> list[Any]:
+            workers = await client.worker_call("millrace_finish", limit=self._limit)
+            await client.reset_prefix_cache()
+            await client.set_weight_version(version)
+            await client.resume()
+            return workers
+
+        for member, workers in (await self._each(finish)).items():
+            for report, reply in zip(self.workers[member], workers, strict=True):
+                report.missing, report.changed, report.held = reply["missing"], reply["changed"], reply["held"]
+
+    async def probe(self, tokens: tuple[int, ...]) -> dict[int, list[float]]:
+        """Log-probs of a prompt on each engine, by the engine's index."""
+        return await self._each(lambda client: client.prompt_logprobs(tokens, self._limit))
+
+    async def _each(self, call: Callable[[EngineClient], Awaitable[T]]) -> dict[int, T]:
+        answers = await asyncio.gather(*(self._ask(member, call) for member in self.members))
+        kept = {member.engine.index: answer[0] for member, answer in zip(self.members, answers, strict=True) if answer}
+        self.members = [member for member in self.members if member.engine.index in kept]
+        if not self.members:
+            raise EnginesLost("every engine died while it took weights")
+        return kept
+
+    async def _ask(self, member: Member, call: Callable[[EngineClient], Awaitable[T]]) -> tuple[T] | None:
+        """What the engine answers, or None when it is gone."""
+        try:
+            return (await call(member.client),)
+        except EngineFailed as error:
+            if await member.client.healthy(self._limit):  # it lives and says that it cannot
+                raise SyncError(f"{member.engine.name} could not take the weights: {error}") from error
+        except (EngineUnreachable, RequestTimeout):
+            pass
+        self._report_missed(member, Missed())
+        return None

@@ -1,0 +1,291 @@
+"""Brings the trainer's weights to the engines and proves that they arrived.
+
+    pause -> begin -> buckets -> finish -> reset prefix cache -> version -> resume -> verify
+
+Always verified, on every worker of every engine: fingerprints of a rotating eighth of the tensors, that every parameter
+got values, that parameters which the engine keeps as they came hold those values, and the log-probs of a probe prompt.
+After a mismatch everything is sent once more with all fingerprints, to name the tensor. No engine serves unverified.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import shutil
+import time
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol, TypeVar
+
+import torch.distributed as dist
+from torch import Tensor
+
+from millrace.config.schema import FleetConfig
+from millrace.data.batch import TokenBatch
+from millrace.errors import MillraceError
+from millrace.rollout.fleet import Fleet
+from millrace.rollout.receivers import EnginesLost, Receivers, WorkerReport
+from millrace.rollout.transports import make_carrier, transport_folder
+from millrace.rollout.transports.buckets import Carrier, Feeder, Outbox, Sent, SyncError, clear
+
+T = TypeVar("T")
+
+SAMPLE_PERIOD = 8
+"""Every tensor's fingerprint is compared once in so many syncs."""
+MAX_TRIES = 3
+"""Syncs in a row that may lose all their engines."""
+PROBE_TOKENS = tuple((7 * i * i + 3 * i + 11) % 199 for i in range(32))
+"""The probe prompt: arbitrary fixed ids that are in every vocabulary."""
+NAMED = 5
+"""So many tensors are named when more of them differ."""
+
+
+class SyncMismatch(SyncError):
+    """Engines do not compute what the trainer computes; the message names the tensor."""
+
+
+class SyncedPolicy(Protocol):
+    """What a weight sync asks of the trainer's policy."""
+
+    def hf_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """The tensors that this rank owns, by checkpoint names; each holds still until the next. Collective."""
+
+    def logprobs(self, batch: TokenBatch, *, temperature: float = 1.0) -> tuple[Tensor, Tensor | None]:
+        """float32 [N] log-probs of the batch's tokens, on every rank. Collective."""
+
+
+class Ranks(Protocol):
+    """Where this process stands among the trainer's."""
+
+    @property
+    def rank(self) -> int: ...
+
+    @property
+    def world(self) -> int: ...
+
+
+@dataclass(frozen=True)
+class SyncReport:
+    """One finished sync; the same on every rank."""
+
+    version: int
+    engines: int
+    bytes: int
+    tensors: int
+    seconds: float
+    phases: dict[str, float]
+    """Seconds of begin, send, finish and verify."""
+    fingerprints: int
+    """Tensors whose fingerprints were compared."""
+    held: int
+    """Parameters that were read back from an engine."""
+    probe_mean: float
+    """Mean |log p_trainer - log p_engine| over the probe prompt, on the engine where it was largest."""
+    probe_max: float
+
+
+@dataclass(frozen=True)
+class _Verdict:
+    report: SyncReport | None = None
+    mismatch: str = ""
+
+
+class WeightSync:
+    """Collective over all trainer ranks; `fleet` is rank 0's and None elsewhere.
+
+    carrier: how this rank's buckets travel, instead of what `config.transport` says.
+    """
+
+    def __init__(
+        self,
+        policy: SyncedPolicy,
+        fleet: Fleet | None,
+        config: FleetConfig,
+        topology: Ranks,
+        *,
+        carrier: Carrier | None = None,
+        probe_tokens: Sequence[int] = PROBE_TOKENS,
+    ) -> None:
+        self.version: int | None = None
+        """What was last pushed."""
+        self._policy, self._fleet, self._config = policy, fleet, config
+        self._rank, self._world = topology.rank, topology.world
+        self._probe = tuple(probe_tokens)
+        self._folder = Path(self._on_main(lambda fleet: str(transport_folder(config, fleet.run_dir))))
+        self._carrier = carrier or make_carrier(config, self._folder, self._rank)
+        self._phases: dict[str, float] = {}
+
+    def push(self, version: int) -> SyncReport:
+        """Give every engine the policy's present weights as `version`. Raises SyncMismatch, SyncError on every rank."""
+        return self._push(version, only_unsynced=False)
+
+    def resync_if_needed(self) -> SyncReport | None:
+        """Give engines that were restarted the last pushed version, while the others go on serving.
+
+        To be called where all ranks are, while the policy still has the weights of that version.
+        """
+        if self.version is None or not self._on_main(lambda fleet: fleet.needs_sync):
+            return None
+        return self._push(self.version, only_unsynced=True)
+
+    def _push(self, version: int, *, only_unsynced: bool) -> SyncReport:
+        check_all = False
+        for _ in range(MAX_TRIES):
+            verdict = self._push_once(version, only_unsynced, check_all)
+            if verdict.mismatch and check_all:
+                raise SyncMismatch(verdict.mismatch)
+            check_all = check_all or bool(verdict.mismatch)
+            if verdict.report is not None:
+                self.version = version
+                return verdict.report
+        raise SyncError(f"no engine lived through {MAX_TRIES} weight syncs in a row; their logs say why")
+
+    def _push_once(self, version: int, only_unsynced: bool, check_all: bool) -> _Verdict:
+        self._phases = {}
+        sampled = _sampler(version, check_all)
+        batch = TokenBatch.from_sequences([self._probe])
+        expected = self._policy.logprobs(batch, temperature=1.0)[0].tolist()
+        with self._phase("begin"):
+            self._on_main(lambda fleet: self._begin(fleet, sampled, only_unsynced))
+        with self._phase("send"):
+            sent = self._gather(self._send(sampled))
+        return self._on_main(lambda fleet: self._conclude(fleet, version, sent, expected))
+
+    def _send(self, sampled: Callable[[str], bool]) -> Sent:
+        outbox = Outbox(
+            self._folder,
+            self._rank,
+            self._carrier,
+            bucket_bytes=self._config.bucket_bytes,
+            limit=self._config.request_timeout_s,
+            sampled=sampled,
+        )
+        try:
+            return outbox.send(self._policy.hf_tensors())
+        finally:
+            self._carrier.close()
+
+    # ---- rank 0 ---------------------------------------------------------------------------------------------------
+
+    def _begin(self, fleet: Fleet, sampled: Callable[[str], bool], only_unsynced: bool) -> None:
+        clear(self._folder)
+        members = fleet.call(fleet.begin_sync(only_unsynced=only_unsynced))
+        self._receivers = Receivers(members, fleet.report, sampled, self._config.request_timeout_s)
+        feeder = Feeder(self._folder, self._world, self._receivers.load, self._config.request_timeout_s)
+
+        async def feed() -> None:
+            await self._receivers.begin()
+            await feeder.run()
+
+        self._feeding: concurrent.futures.Future[None] = fleet.begin(feed())
+
+    def _conclude(self, fleet: Fleet, version: int, sent: list[Sent], expected: list[float]) -> _Verdict:
+        try:
+            return self._verify(fleet, version, sent, expected)
+        except EnginesLost:
+            return _Verdict()
+        finally:
+            shutil.rmtree(self._folder, ignore_errors=True)
+
+    def _verify(self, fleet: Fleet, version: int, sent: list[Sent], expected: list[float]) -> _Verdict:
+        receivers = self._receivers
+        self._feeding.result()
+        if problems := [rank.problem for rank in sent if rank.problem]:
+            raise SyncError("; ".join(problems))
+        with self._phase("finish"):
+            fleet.call(receivers.finish(version))
+        with self._phase("verify"):
+            probes = fleet.call(receivers.probe(self._probe))
+        workers = {member.engine.name: receivers.workers[member.engine.index] for member in receivers.members}
+        fingerprints = {name: value for rank in sent for name, value in rank.fingerprints.items()}
+        differences = [_differences(expected, probes[member.engine.index]) for member in receivers.members]
+        means = {name: sum(d) / len(d) for name, d in zip(workers, differences, strict=True)}
+        if mismatch := _mismatch(fingerprints, workers, means, self._config.probe_tolerance):
+            return _Verdict(mismatch=f"weights of version {version}: {mismatch}")
+        fleet.call(fleet.end_sync(receivers.members, version))
+        report = SyncReport(
+            version=version,
+            engines=len(receivers.members),
+            bytes=sum(rank.bytes for rank in sent),
+            tensors=sum(rank.tensors for rank in sent),
+            seconds=sum(self._phases.values()),
+            phases=dict(self._phases),
+            fingerprints=len(fingerprints),
+            held=sum(worker.held for reports in workers.values() for worker in reports),
+            probe_mean=max(means.values()),
+            probe_max=max(max(d) for d in differences),
+        )
+        return _Verdict(report=report)
+
+    # ---- between ranks --------------------------------------------------------------------------------------------
+
+    def _on_main(self, work: Callable[[Fleet], T]) -> T:
+        """Let rank 0 do something; its result, or its error, is every rank's. Collective."""
+        outcome: list[T | MillraceError | None] = [None]
+        if self._rank == 0:
+            assert self._fleet is not None, "rank 0 of the trainer holds the fleet"
+            try:
+                outcome = [work(self._fleet)]
+            except MillraceError as error:
+                outcome = [error]
+        if self._world > 1:
+            dist.broadcast_object_list(outcome, src=0)
+        if isinstance(outcome[0], MillraceError):
+            raise outcome[0]
+        return outcome[0]  # type: ignore[return-value]
+
+    def _gather(self, sent: Sent) -> list[Sent]:
+        if self._world == 1:
+            return [sent]
+        gathered: list[Sent | None] = [None] * self._world
+        dist.all_gather_object(gathered, sent)
+        return [one for one in gathered if one is not None]
+
+    @contextmanager
+    def _phase(self, name: str) -> Iterator[None]:
+        began = time.monotonic()
+        yield
+        self._phases[name] = time.monotonic() - began
+
+
+def _sampler(version: int, check_all: bool) -> Callable[[str], bool]:
+    """Which tensors' fingerprints are compared at this version: another eighth each time, or all."""
+    if check_all:
+        return lambda name: True
+    return lambda name: (zlib.crc32(name.encode()) + version) % SAMPLE_PERIOD == 0
+
+
+def _differences(expected: Sequence[float], probed: Sequence[float]) -> list[float]:
+    return [abs(a - b) for a, b in zip(expected[1:], probed[1:], strict=True)]
+
+
+def _mismatch(
+    fingerprints: Mapping[str, int],
+    workers: Mapping[str, Sequence[WorkerReport]],
+    means: Mapping[str, float],
+    tolerance: float,
+) -> str:
+    """What is wrong, in a sentence, or nothing."""
+    for engine, reports in workers.items():
+        for report in reports:
+            if wrong := [name for name, value in fingerprints.items() if report.received.get(name) != value]:
+                return f"{_names(wrong)} did not arrive at {engine} as sent (fingerprints differ)"
+            if report.missing:
+                return f"{engine} got no values, or not all, for {_names(report.missing)}"
+            if report.changed:
+                return f"{_names(report.changed)} arrived right but {engine} holds other values"
+    for engine, mean in means.items():
+        if not mean <= tolerance:  # not a number is a mismatch too
+            return (
+                f"log-probs of the probe prompt differ between trainer and {engine} by {mean:.3g} on average, more "
+                f"than fleet.probe_tolerance = {tolerance:g}; all {len(fingerprints)} compared tensors arrived as sent, "
+                "so the difference lies in what the engine makes of them (or in the trainer's own forward pass)"
+            )
+    return ""
+
+
+def _names(names: Sequence[str]) -> str:
+    more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
+    return ", ".join(sorted(names)[:NAMED]) + more
