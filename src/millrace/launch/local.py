@@ -217,7 +217,7 @@ def _sentence(failed: Sequence[_Rank]) -> str:
     rank = (own_fault or failed)[0]
     last = tails[rank.number].splitlines()[-1:]
     said = f", its last line: {last[0].strip()}" if last and rank.number else ""
-    return f"trainer rank {rank.number} {rank.ending()}; its log is {rank.log}{said}"
+    return f"rank {rank.number} {rank.ending()}; its log is {rank.log}{said}"
 
 
 def _tail(log: Path, size: int = 4096) -> str:

@@ -1,0 +1,21 @@
+# `make demo` and `make test` set up .venv themselves. Another interpreter: make test PYTHON=python3.12 VENV=.venv312
+PYTHON ?= python3
+VENV ?= .venv
+export PYTHON VENV
+
+.PHONY: demo test lint venv
+
+demo: venv
+	@bash recipes/laptop/demo.sh
+
+test: venv
+	@$(VENV)/bin/python -m pytest
+
+lint: venv
+	@$(VENV)/bin/ruff check .
+	@$(VENV)/bin/ruff format --check .
+	@$(VENV)/bin/mypy src/millrace converters
+
+# Leaves at once when the environment is the one that pyproject.toml and constraints/ describe.
+venv:
+	@constraints/setup.sh $(VENV)

@@ -1,0 +1,234 @@
+"""What a recipe will start and hold: ranks, layers, parameters, bytes, batches and commands, found without a GPU."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from millrace.config.model_shape import ModelShape
+from millrace.config.schema import ParallelConfig, Recipe, RlStage, SftStage
+
+BYTES = {"float32": 4, "bfloat16": 2}
+GRADIENT_BYTES = 4
+"""Gradients are accumulated and reduced in float32 whatever the model's data type."""
+ADAM_BYTES = 8
+"""Two float32 moments a parameter; a bfloat16 model has a float32 master copy besides."""
+MASTER_BYTES = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankPlan:
+    rank: int
+    dp: int
+    pp: int
+    cp: int
+    tp: int
+    ep: int
+    etp: int
+    first_layer: int
+    layers: int
+    parameters: int
+    """Weights this rank holds, vocabulary padding included."""
+    weight_bytes: int
+    gradient_bytes: int
+    optimizer_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class StagePlan:
+    name: str
+    type: str
+    steps: int | None
+    """Updates of the policy; None where epochs decide, which needs the data to be read."""
+    epochs: float | None
+    samples_per_update: int
+    """Sequences of one global batch."""
+    longest_sequence: int
+    """In tokens."""
+    micro_batches_at_most: int
+    """Micro-batches of one update on one data-parallel replica if every sequence had full length."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    name: str
+    run_dir: str
+    device: str
+    family: str
+    parameters: int
+    """Of the whole model."""
+    world_size: int
+    order: str
+    """How rank numbers run through the layout, the fastest dimension first."""
+    engines: int
+    engine_ranks: int
+    """Processes of one engine (its tensor parallelism)."""
+    addresses: tuple[str, ...]
+    ranks: tuple[RankPlan, ...]
+    stages: tuple[StagePlan, ...]
+    commands: tuple[str, ...]
+
+
+def make_plan(recipe: Recipe) -> Plan:
+    """The plan of a recipe that fulfils the rules. Raises ConfigError when the model cannot be read."""
+    shape, p = ModelShape.from_hf(recipe.model.path), recipe.parallel
+    samples = bool(recipe.domains) or any(isinstance(stage, RlStage) for stage in recipe.stages)
+    return Plan(
+        name=recipe.name,
+        run_dir=recipe.run_dir,
+        device=recipe.trainer.device,
+        family=shape.family,
+        parameters=shape.parameter_count(),
+        world_size=p.world_size,
+        order="tp-cp-dp-pp; experts: etp-ep-edp-pp",
+        engines=recipe.fleet.engines if samples else 0,
+        engine_ranks=recipe.fleet.tensor_parallel,
+        addresses=recipe.fleet.addresses if samples else (),
+        ranks=tuple(_rank(rank, recipe, shape) for rank in range(p.world_size)),
+        stages=tuple(_stage(stage, recipe) for stage in recipe.stages),
+        commands=tuple(_commands(recipe, samples)),
+    )
+
+
+def coordinates(rank: int, p: ParallelConfig) -> dict[str, int]:
+    """Place of a rank in Megatron-Core's default order, tp-cp-ep-dp-pp.
+
+    Attention and experts are laid over the same ranks of a pipeline stage, each with an order of its own.
+    """
+    pipeline_ranks = p.tp * p.cp * p.dp
+    pp, inside = divmod(rank, pipeline_ranks)
+    return {
+        "tp": inside % p.tp,
+        "cp": inside // p.tp % p.cp,
+        "dp": inside // (p.tp * p.cp),
+        "etp": inside % p.etp,
+        "ep": inside // p.etp % p.ep,
+        "pp": pp,
+    }
+
+
+def _rank(rank: int, recipe: Recipe, shape: ModelShape) -> RankPlan:
+    p, place = recipe.parallel, coordinates(rank, recipe.parallel)
+    layers = shape.num_layers // p.pp
+    first = place["pp"] * layers
+    shared, experts = _parameters(shape, p, place["pp"])
+    held = ADAM_BYTES + (MASTER_BYTES if recipe.model.dtype != "float32" else 0)
+    replicas = p.dp * p.cp if recipe.trainer.distributed_optimizer else 1
+    expert_replicas = p.tp * p.cp * p.dp // (p.ep * p.etp) if recipe.trainer.distributed_optimizer else 1
+    return RankPlan(
+        rank=rank,
+        **place,
+        first_layer=first,
+        layers=layers,
+        parameters=shared + experts,
+        weight_bytes=(shared + experts) * BYTES[recipe.model.dtype],
+        gradient_bytes=(shared + experts) * GRADIENT_BYTES,
+        optimizer_bytes=held * (-(-shared // replicas) + -(-experts // expert_replicas)),
+    )
+
+
+def _parameters(shape: ModelShape, p: ParallelConfig, pp_rank: int) -> tuple[int, int]:
+    """Parameters of one rank: those shared by all tokens, and those of its experts."""
+    layers = shape.num_layers // p.pp
+    moe_layers = sum(shape.moe_layer_mask[pp_rank * layers : (pp_rank + 1) * layers])
+    shared = layers * (shape.attention_parameters() // p.tp + shape.norm_parameters())
+    shared += (layers - moe_layers) * shape.dense_ffn_parameters() // p.tp + moe_layers * shape.router_parameters()
+    experts = moe_layers * (shape.num_experts // p.ep) * shape.expert_parameters() // p.etp
+    vocabulary = shape.padded_vocab_size(p.tp) * shape.hidden_size // p.tp
+    first, last = pp_rank == 0, pp_rank == p.pp - 1
+    if first:
+        shared += vocabulary
+    if last:
+        # With one pipeline stage a tied output layer is the embedding itself; with several the last holds a copy.
+        shared += shape.hidden_size + (0 if first and shape.tied_embeddings else vocabulary)
+    return shared, experts
+
+
+def _stage(stage: SftStage | RlStage, recipe: Recipe) -> StagePlan:
+    if isinstance(stage, SftStage):
+        steps, epochs, samples, longest = stage.steps, stage.epochs, stage.global_batch, stage.max_length
+    else:
+        steps, epochs, longest = stage.steps * stage.updates_per_batch, None, recipe.fleet.max_model_len
+        samples = stage.prompts_per_step * stage.samples_per_prompt // stage.updates_per_batch
+    fitting = max(1, recipe.trainer.max_tokens_per_micro_batch // longest)
+    per_replica = -(-samples // recipe.parallel.dp)
+    return StagePlan(
+        name=stage.name,
+        type=stage.type,
+        steps=steps,
+        epochs=epochs,
+        samples_per_update=samples,
+        longest_sequence=longest,
+        micro_batches_at_most=-(-per_replica // fitting),
+    )
+
+
+def _commands(recipe: Recipe, samples: bool) -> Iterator[str]:
+    yield f"{recipe.parallel.world_size} x python -m millrace.cascade.worker {recipe.run_dir}"
+    if samples and recipe.fleet.engines:
+        yield f"{recipe.fleet.engines} x vLLM server of {recipe.model.path} on {recipe.fleet.interface}"
+
+
+def to_json(plan: Plan) -> str:
+    return json.dumps(dataclasses.asdict(plan), indent=2)
+
+
+def render_text(plan: Plan) -> str:
+    """The plan as aligned text."""
+    engines = (
+        f"{plan.engines} vLLM of {plan.engine_ranks} ranks" if plan.engines else ", ".join(plan.addresses) or "none"
+    )
+    head = [
+        ("run", f"{plan.name} in {Path(plan.run_dir)}"),
+        ("model", f"{plan.family}, {_short(plan.parameters)} parameters"),
+        ("trainer", f"{plan.world_size} ranks, device {plan.device}, order {plan.order}"),
+        ("engines", engines),
+        *(("start", command) for command in plan.commands),
+    ]
+    ranks: list[tuple[str, ...]] = [
+        ("rank", "pp", "dp", "cp", "tp", "ep", "etp", "layers", "parameters", "weights", "gradients", "optimizer")
+    ]
+    ranks += [_rank_row(rank) for rank in plan.ranks]
+    stages = [("stage", "type", "updates", "sequences", "longest", "micro-batches at most")]
+    stages += [
+        (
+            s.name,
+            s.type,
+            str(s.steps) if s.steps is not None else f"{s.epochs:g} epochs",
+            str(s.samples_per_update),
+            f"{s.longest_sequence} tokens",
+            f"{s.micro_batches_at_most} a replica",
+        )
+        for s in plan.stages
+    ]
+    return "\n\n".join(_aligned(rows) for rows in (head, ranks, stages))
+
+
+def _rank_row(r: RankPlan) -> tuple[str, ...]:
+    places = (r.rank, r.pp, r.dp, r.cp, r.tp, r.ep, r.etp)
+    layers = f"{r.first_layer}-{r.first_layer + r.layers - 1}"
+    sizes = (_bytes(n) for n in (r.weight_bytes, r.gradient_bytes, r.optimizer_bytes))
+    return (*map(str, places), layers, _short(r.parameters), *sizes)
+
+
+def _aligned(rows: Sequence[Sequence[str]]) -> str:
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = ("  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)) for row in rows)
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def _short(count: int) -> str:
+    for size, unit in ((10**9, "B"), (10**6, "M"), (10**3, "k")):
+        if count >= size:
+            return f"{count / size:.2f}{unit}"
+    return str(count)
+
+
+def _bytes(count: int) -> str:
+    for size, unit in ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
+        if count >= size:
+            return f"{count / size:.2f} {unit}"
+    return f"{count} B"
