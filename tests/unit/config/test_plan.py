@@ -1,0 +1,80 @@
+import json
+from pathlib import Path
+
+import pytest
+
+from millrace.config.loading import load_recipe
+from millrace.config.model_shape import ModelShape
+from millrace.config.plan import Plan, coordinates, make_plan, render_text, to_json
+from millrace.config.schema import ParallelConfig
+
+
+def plan(file: Path, *overrides: str) -> Plan:
+    return make_plan(load_recipe(file, overrides))
+
+
+@pytest.mark.parametrize(
+    "parallel",
+    [
+        ParallelConfig(tp=2, pp=2, dp=3),
+        ParallelConfig(tp=2, cp=2, dp=2, pp=2),
+        ParallelConfig(tp=2, dp=4, pp=2, ep=4),
+        ParallelConfig(tp=4, dp=2, pp=3, ep=2, etp=2),
+    ],
+)
+def test_places_are_those_of_megatron_core(parallel: ParallelConfig) -> None:
+    from megatron.core.parallel_state import RankGenerator
+
+    p, order = parallel, "tp-cp-ep-dp-pp"
+    edp = p.tp * p.cp * p.dp // (p.ep * p.etp)
+    dense = RankGenerator(tp=p.tp, ep=1, dp=p.dp, pp=p.pp, cp=p.cp, order=order)
+    expert = RankGenerator(tp=p.etp, ep=p.ep, dp=edp, pp=p.pp, cp=1, order=order)
+    groups = [(dense, "tp", "tp"), (dense, "cp", "cp"), (dense, "dp", "dp"), (dense, "pp", "pp")]
+    for generator, token, name in [*groups, (expert, "tp", "etp"), (expert, "ep", "ep")]:
+        for group in generator.get_ranks(token):
+            assert [coordinates(rank, p)[name] for rank in group] == list(range(len(group)))
+
+
+@pytest.mark.parametrize("model", ["base", "moe"])
+def test_the_ranks_together_hold_every_parameter(recipe_file: Path, model: str) -> None:
+    shape = ModelShape.from_hf(recipe_file.parent / model)
+    padding = (shape.padded_vocab_size(1) - shape.vocab_size) * shape.hidden_size
+    whole = plan(recipe_file, f"model.path={model}").ranks[0]
+    assert whole.parameters == shape.parameter_count() + padding
+    cut = plan(recipe_file, f"model.path={model}", "parallel={tp: 2, pp: 2, dp: 2}", "parallel.ep=1")
+    assert [rank.first_layer for rank in cut.ranks] == [0] * 4 + [2] * 4
+    copy = shape.padded_vocab_size(2) * shape.hidden_size // 2
+    replicated = sum(r.parameters for r in (cut.ranks[0], cut.ranks[4])) - copy
+    assert whole.parameters // 2 < replicated < whole.parameters
+
+
+def test_bytes_follow_the_data_type_and_the_distributed_optimizer(recipe_file: Path) -> None:
+    single = plan(recipe_file, "model.dtype=float32").ranks[0]
+    count = single.parameters
+    assert (single.weight_bytes, single.gradient_bytes, single.optimizer_bytes) == (4 * count, 4 * count, 8 * count)
+    half = plan(recipe_file, "model.dtype=bfloat16").ranks[0]
+    assert (half.weight_bytes, half.gradient_bytes, half.optimizer_bytes) == (2 * count, 4 * count, 12 * count)
+    shared = plan(recipe_file, "model.dtype=float32", "parallel.dp=2", "trainer.distributed_optimizer=true").ranks[0]
+    assert shared.optimizer_bytes == 4 * count
+
+
+def test_experts_are_divided_over_expert_parallel_ranks(recipe_file: Path) -> None:
+    shape = ModelShape.from_hf(recipe_file.parent / "moe")
+    one, two = plan(recipe_file, "model.path=moe"), plan(recipe_file, "model.path=moe", "parallel={dp: 2, ep: 2}")
+    assert one.ranks[0].parameters - two.ranks[0].parameters == 4 * 2 * shape.expert_parameters()
+    assert [rank.ep for rank in two.ranks] == [0, 1]
+
+
+def test_the_arithmetic_of_a_batch_is_stated(recipe_file: Path) -> None:
+    warm, climb = plan(recipe_file, "parallel.dp=2").stages
+    assert (warm.samples_per_update, warm.longest_sequence, warm.micro_batches_at_most) == (64, 128, 8)
+    assert (climb.samples_per_update, climb.longest_sequence, climb.micro_batches_at_most) == (2048, 256, 512)
+
+
+def test_a_plan_is_shown_aligned_and_as_json(recipe_file: Path) -> None:
+    made = plan(recipe_file, "parallel.tp=2")
+    text = render_text(made)
+    assert "2 x python -m millrace.cascade.worker" in text and "2 ranks" in text
+    rows = [line for line in text.splitlines() if line.startswith(("rank", "0 ", "1 "))]
+    assert len({row.index("0-3") for row in rows[1:]} | {rows[0].index("layers")}) == 1
+    assert json.loads(to_json(made))["ranks"][1]["tp"] == 1

@@ -1,0 +1,158 @@
+from pathlib import Path
+
+import pytest
+
+from millrace.config.loading import load_recipe
+from millrace.config.rules import check_recipe
+
+
+def check(file: Path, *overrides: str, world_size: int | None = None) -> list[str]:
+    return check_recipe(load_recipe(file, overrides), world_size=world_size)
+
+
+def test_a_sound_recipe_breaks_no_rule(recipe_file: Path) -> None:
+    assert check(recipe_file) == []
+    assert check(recipe_file, "parallel={tp: 2, pp: 2, dp: 3, sequence_parallel: true}", world_size=12) == []
+
+
+@pytest.mark.parametrize(
+    "parallel",
+    [
+        "{tp: 2, etp: 2, sequence_parallel: true}",
+        "{dp: 2, ep: 2}",
+        "{tp: 2, ep: 2, sequence_parallel: true}",
+        "{tp: 2, pp: 2, dp: 2, ep: 4, sequence_parallel: true}",
+        "{tp: 2, dp: 2, ep: 2, etp: 2, sequence_parallel: true}",
+    ],
+)
+def test_layouts_of_experts_that_megatron_trains_are_accepted(recipe_file: Path, parallel: str) -> None:
+    assert check(recipe_file, "model.path=moe", f"parallel={parallel}") == []
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("parallel.tp=4", "parallel.tp is 4, which does not divide the model's 2 key/value heads; use 2"),
+        ("parallel.tp=3", "parallel.tp is 3, which does not divide the model's 4 attention heads; use 2 or 4"),
+        ("parallel.pp=3", "parallel.pp is 3, which does not divide the model's 4 layers"),
+        ("parallel.cp=2", "context parallelism is not supported"),
+        ("parallel.ep=2", "parallel.ep is 2, but the model has no experts"),
+        ("parallel.sequence_parallel=true", "sequence_parallel needs parallel.tp of at least 2"),
+        ("parallel.tp=0", "parallel.tp is 0; it must be at least 1"),
+        ("parallel.dp=65", "stages.warm.global_batch is 64, fewer than the 65 data-parallel replicas"),
+        ("parallel.dp=4000", "stages.climb: an update has 2048 answers, fewer than the 4000"),
+        ("fleet.max_model_len=1024", "fleet.max_model_len is 1024, but a micro-batch holds 512 tokens"),
+        ("fleet.max_model_len=513", "but the model has 512 positions"),
+        ("fleet.max_model_len=64", "stages.climb.sampling.max_response_tokens is 64, which leaves no room"),
+        ("stages.warm.max_length=513", "stages.warm.max_length is 513, but a micro-batch holds 512 tokens"),
+        ("fleet.engines=0", "there are no engines"),
+        ("fleet.addresses=['http://a:1']", "engines and addresses are both given"),
+        ("fleet={engines: 0, addresses: ['http://node7:80']}", "works on one host only, but http://node7:80"),
+        ("fleet={engines: 0, addresses: ['node7']}", "'node7' is not a URL"),
+        ("fleet.interface=0.0.0.0", "listens on every network"),
+        ("fleet.transport=nccl", "needs CUDA"),
+        ("stages.warm.epochs=1", "exactly one of steps and epochs, but both are given"),
+        ("stages.warm.steps=null", "exactly one of steps and epochs, but neither is given"),
+        ("stages.climb.name=warm", "2 stages are named warm"),
+        ("stages.climb.name='a/b'", "the name 'a/b' becomes part of file names"),
+        ("stages.climb.domains=[code]", "names code, which is not a domain of this recipe (there are: math)"),
+        ("stages.climb.domains=[]", "stages.climb.domains is empty"),
+        ("stages.climb.samples_per_prompt=1", "compares the answers of a group; use at least 2"),
+        ("stages.climb.updates_per_batch=2", "right for on-policy samples only"),
+        ("stages.climb.updates_per_batch=500", "more than the 128 groups of a step"),
+        ("stages.climb.off_policy.low=3", "low 3.0 must be below high 2.0"),
+        ("stages.climb.sampling.temperature=0", "draws the same answer for a whole group"),
+        ("stages.climb.kl.coefficient=-1", "stages.climb.kl.coefficient is -1.0; it must be at least 0"),
+        ("stages.warm.optimizer.betas=[0.9, 1.0]", "betas is 1.0; it must be at least 0 and below 1"),
+        ("stages.warm.optimizer.min_lr=1", "stages.warm.optimizer.min_lr 1.0 is above lr"),
+        ("stages.warm.optimizer.warmup_steps=11", "warmup_steps 11 is more than the stage's updates (10)"),
+        ("stages=[]", "stages is empty"),
+        ("domains.math.grading=fraction", "an answer in math is right or wrong"),
+        ("domains.math.held_out=math.jsonl", "train and held_out are the same file"),
+        ("domains.math.train=nowhere.jsonl", "nowhere.jsonl does not exist"),
+        ("model.path=nowhere", "nowhere does not exist; name a Hugging Face checkpoint"),
+        ("run_dir=recipe.yaml", "recipe.yaml is a file; name a folder"),
+    ],
+)
+def test_a_broken_rule_is_one_sentence_with_the_key(recipe_file: Path, override: str, message: str) -> None:
+    found = check(recipe_file, override)
+    assert any(message in problem for problem in found), found
+
+
+@pytest.mark.parametrize(
+    ("parallel", "message"),
+    [
+        ("{tp: 2, etp: 2}", "set parallel.sequence_parallel=true"),
+        ("{tp: 2, sequence_parallel: true}", "wrong expert gradients without saying so; set parallel.etp=2"),
+        ("{ep: 3, dp: 3}", "parallel.ep is 3, which does not divide the model's 4 experts; use 2 or 4"),
+        ("{ep: 4, dp: 2}", "ep 4 x etp 1 does not divide the 2 ranks"),
+        ("{etp: 5, dp: 5}", "parallel.etp is 5, which does not divide the model's 48 columns of an expert"),
+    ],
+)
+def test_layouts_of_experts_that_cannot_work_are_refused(recipe_file: Path, parallel: str, message: str) -> None:
+    found = check(recipe_file, "model.path=moe", f"parallel={parallel}")
+    assert any(message in problem for problem in found), found
+
+
+def test_the_world_size_is_compared_when_it_is_known(recipe_file: Path) -> None:
+    assert (
+        "tp 1 x pp 1 x cp 1 x dp 2 = 2 ranks, but there are 3" in check(recipe_file, "parallel.dp=2", world_size=3)[0]
+    )
+
+
+def test_several_updates_of_one_batch_are_fine_with_a_ratio(recipe_file: Path) -> None:
+    for kind in ("ppo", "cispo", "gspo"):
+        assert check(recipe_file, "stages.climb.updates_per_batch=2", f"stages.climb.loss.kind={kind}") == []
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("", "is empty; it must hold one JSON object a line"),
+        ("\n \n", "is empty"),
+        ("{'a': 1}", "is not readable as JSON lines"),
+        ('\n{"answer": "2"}', "math.jsonl:2 has no field 'prompt'"),
+        ("[1]", "has no field 'prompt'"),
+    ],
+)
+def test_a_data_file_that_cannot_be_used_is_found_before_the_run(recipe_file: Path, content: str, message: str) -> None:
+    (recipe_file.parent / "math.jsonl").write_text(content)
+    found = check(recipe_file)
+    assert len(found) == 1 and message in found[0]
+
+
+def test_a_truncated_checkpoint_is_found_by_its_header(recipe_file: Path) -> None:
+    file = recipe_file.parent / "base" / "model.safetensors"
+    whole = file.read_bytes()
+    for content, message in (
+        (whole[:-1], "is cut short"),
+        (whole + b"x", "is longer than it says"),
+        (whole[:20], "header cannot be read"),
+        (b"", "header cannot be read"),
+    ):
+        file.write_bytes(content)
+        found = check(recipe_file)
+        assert len(found) == 1 and message in found[0], found
+    file.unlink()
+    assert "holds neither model.safetensors nor" in check(recipe_file)[0]
+
+
+def test_a_missing_shard_and_a_missing_tokenizer_are_named(recipe_file: Path) -> None:
+    base = recipe_file.parent / "base"
+    (base / "model.safetensors").rename(base / "a.safetensors")
+    (base / "model.safetensors.index.json").write_text('{"weight_map": {"w": "a.safetensors", "v": "b.safetensors"}}')
+    (base / "tokenizer.json").unlink()
+    found = check(recipe_file)
+    assert len(found) == 2
+    assert "holds no tokenizer" in found[0] and "b.safetensors is named by" in found[1]
+
+
+def test_all_rules_are_looked_at(recipe_file: Path) -> None:
+    overrides = [
+        "parallel.tp=3",
+        "fleet.interface=0.0.0.0",
+        "stages.warm.steps=0",
+        "domains.math.train=x",
+        "model.path=y",
+    ]
+    assert len(check(recipe_file, *overrides)) >= 4
