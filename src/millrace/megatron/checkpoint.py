@@ -40,6 +40,7 @@ from millrace.megatron.checkpoint_store import (
 )
 from millrace.megatron.random_state import random_state, reseed, restore_random_state
 from millrace.megatron.sharded_state import (
+    load_module,
     optimizer_step,
     owned_bytes,
     read_sharded,
@@ -55,6 +56,7 @@ log = logging.getLogger("millrace")
 
 FORMAT = 1
 HF_FOLDER = "hf"
+SHARDS = "shards"
 
 _RESERVE = "reserve"
 _RESERVE_BYTES = 1 << 20
@@ -89,23 +91,23 @@ class Checkpointer:
         """
         start = time.perf_counter()
         name = name or f"step-{step:08d}"
-        sharded = sharded_state(policy.module, policy.optimizer)
-        needed = _sum_over_ranks(owned_bytes(sharded))
+        sharded = sharded_state(policy.module, policy.optimizer if _updates(policy) else None)
+        size = _sum_over_ranks(owned_bytes(sharded))
+        needed = size + size // 50 + 2 * _RESERVE_BYTES
         facts = {**_facts(policy, step), "state": state, "keep_always": keep_always}
         aside = _on_rank_zero(lambda: self._prepare(policy, name, facts, needed))
         try:
-            write_sharded(sharded, aside)
+            write_sharded(sharded, aside / SHARDS, reserve=aside / _RESERVE)
             records = _together(lambda: _finish_rank_files(aside))
             final, retired = _on_rank_zero(lambda: self._publish(aside, name, records))
         except CheckpointError:
-            if dist.get_rank() == 0:
-                self.store.discard(aside)
+            _on_rank_zero(lambda: self.store.give_up(aside, needed))
             raise
         seconds = time.perf_counter() - start
         log.info(
             "checkpoint %s: %s in %.1f s%s",
             final,
-            readable_bytes(needed),
+            readable_bytes(size),
             seconds,
             f"; removed {', '.join(retired)}" if retired else "",
         )
@@ -124,11 +126,8 @@ class Checkpointer:
             return None
         facts, manifest = _on_rank_zero(lambda: self._inspect(folder, policy))
         self._verify(folder, manifest)
-        sharded = sharded_state(policy.module, policy.optimizer, loading_step=facts["optimizer_step"])
-        loaded = read_sharded(sharded, folder)
-        policy.module.load_state_dict(loaded["model"], strict=False)
+        _together(lambda: _take_weights(policy, folder / SHARDS, facts["optimizer_step"]))
         if policy.optimizer is not None:
-            policy.optimizer.load_state_dict(loaded["optimizer"])
             policy.step = facts["policy_step"]
             self._restore_randomness(policy, folder, facts)
         log.info("loaded %s (step %d)", folder, facts["step"])
@@ -137,21 +136,21 @@ class Checkpointer:
     def _prepare(self, policy: Policy, name: str, facts: dict[str, Any], needed: int) -> Path:
         self._clean_up()
         self.store.directory.mkdir(parents=True, exist_ok=True)
-        self.store.require_space(needed + needed // 50 + 2 * _RESERVE_BYTES)
+        self.store.require_space(needed)
         aside = self.store.open_aside(name)
         try:
+            (aside / SHARDS).mkdir()
             (aside / HF_FOLDER).mkdir()
             copy_companions(Path(policy.config.path), aside / HF_FOLDER)
             write_json(aside / FACTS, {**facts, "sequence": self.store.next_sequence()})
             (aside / _RESERVE).write_bytes(bytes(_RESERVE_BYTES))
         except OSError:
-            self.store.discard(aside)
+            self.store.give_up(aside, needed)
             raise
         return aside
 
     def _publish(self, aside: Path, name: str, records: list[dict[str, FileRecord]]) -> tuple[Path, list[str]]:
         written = {file: record for of_rank in records for file, record in of_rank.items()}
-        (aside / _RESERVE).unlink()
         for path in sorted(p for p in aside.rglob("*") if p.is_file()):
             relative = path.relative_to(aside).as_posix()
             if relative not in written:
@@ -222,12 +221,28 @@ def _facts(policy: Policy, step: int) -> dict[str, Any]:
         "format": FORMAT,
         "step": step,
         "policy_step": policy.step,
-        "optimizer_step": optimizer_step(policy.optimizer) if policy.optimizer is not None else 0,
+        "optimizer_step": _updates(policy),
         "saved_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "layout": _layout(policy),
         "model": _comparable(asdict(policy.shape)),
         "versions": {package: version(package) for package in ("millrace", "megatron-core", "torch", "transformers")},
     }
+
+
+def _updates(policy: Policy) -> int:
+    """Updates the optimizer has made; before the first one it has no state to keep."""
+    return 0 if policy.optimizer is None else optimizer_step(policy.optimizer)
+
+
+def _take_weights(policy: Policy, shards: Path, updates: int) -> None:
+    """Model, and optimizer state where there is any, from a folder of shards. Collective."""
+    moments = policy.optimizer if updates else None
+    loaded = read_sharded(sharded_state(policy.module, moments, loading_step=updates), shards)
+    load_module(policy.module, loaded["model"])
+    if moments is not None:
+        moments.load_state_dict(loaded["optimizer"])
+    elif policy.optimizer is not None:
+        policy.optimizer.reload_model_params()
 
 
 def _layout(policy: Policy) -> dict[str, Any]:
@@ -251,7 +266,8 @@ def _finish_rank_files(aside: Path) -> dict[str, FileRecord]:
         torch.save(random_state(), file)
         file.flush()
         os.fsync(file.fileno())
-    return {path.name: file_record(path) for path in [own, *aside.glob(f"__{rank}_*.distcp")]}
+    written = [own, *(aside / SHARDS).glob(f"__{rank}_*.distcp")]
+    return {path.relative_to(aside).as_posix(): file_record(path) for path in written}
 
 
 def _sum_over_ranks(value: int) -> int:

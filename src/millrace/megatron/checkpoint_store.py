@@ -161,9 +161,10 @@ class CheckpointStore:
             done.append(path.name)
         return done
 
-    def require_space(self, needed: int) -> None:
-        """Raises CheckpointError when fewer than `needed` bytes are free."""
-        free = shutil.disk_usage(self.directory).free
+    def require_space(self, needed: int, aside: Path | None = None) -> None:
+        """Raises CheckpointError when fewer than `needed` bytes are free, counting what `aside` holds of them."""
+        held = sum(path.stat().st_size for path in aside.rglob("*") if path.is_file()) if aside else 0
+        free = shutil.disk_usage(self.directory).free + held
         if free < needed:
             raise CheckpointError(
                 f"a checkpoint needs about {readable_bytes(needed)} in {self.directory}, but only "
@@ -193,9 +194,11 @@ class CheckpointStore:
             _remove(replaced)
         return final
 
-    def discard(self, aside: Path) -> None:
-        """Remove a folder that will not be published."""
-        if aside.exists():
+    def give_up(self, aside: Path, needed: int) -> None:
+        """Remove a folder that could not be finished; raises CheckpointError when that was for want of space."""
+        try:
+            self.require_space(needed, aside)
+        finally:
             _remove(aside)
 
     def retire(self) -> list[str]:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.dict_utils import nested_values
@@ -29,6 +30,7 @@ from megatron.core.dist_checkpointing.strategies.torch import (
     mcore_to_pyt_state_dict,
 )
 from megatron.core.dist_checkpointing.validation import StrictHandling
+from megatron.core.transformer.module import MegatronModule
 from torch.distributed import checkpoint as torch_checkpoint
 from torch.distributed.checkpoint import CheckpointException, FileSystemWriter
 
@@ -53,10 +55,15 @@ OUT_OF_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class InProcessSave(TorchDistSaveShardedStrategy):
-    """Megatron's save strategy, with the writing done in the calling process."""
+    """Megatron's save strategy, with the writing done in the calling process.
 
-    def __init__(self) -> None:
+    The file `reserve` is given up when the shards are written: Megatron writes a few small files after them on rank 0
+    alone, and a disk that fills up there would leave the other ranks waiting.
+    """
+
+    def __init__(self, reserve: Path) -> None:
         super().__init__("torch_dist", 1)
+        self.reserve = reserve
 
     def save(self, sharded_state_dict: dict[str, Any], checkpoint_dir: Path | str) -> None:
         """Raises torch's CheckpointException on every rank when one cannot write."""
@@ -68,9 +75,11 @@ class InProcessSave(TorchDistSaveShardedStrategy):
                 dedup_replicated_tensors=False, flatten_state_dict=False, flatten_sharded_tensors=False
             ),
         )
+        if dist.get_rank() == 0:
+            self.reserve.unlink()
 
 
-def sharded_state(module: torch.nn.Module, optimizer: Any | None, *, loading_step: int | None = None) -> dict[str, Any]:
+def sharded_state(module: MegatronModule, optimizer: Any | None, *, loading_step: int | None = None) -> dict[str, Any]:
     """Model (and optimizer) of this rank as Megatron's sharded state dict.
 
     To load into it, give the optimizer step that the checkpoint was written at.
@@ -136,10 +145,10 @@ def owned_bytes(state: dict[str, Any]) -> int:
     return total
 
 
-def write_sharded(state: dict[str, Any], folder: Path) -> None:
+def write_sharded(state: dict[str, Any], folder: Path, *, reserve: Path) -> None:
     """Write all ranks' shards. Collective. Raises CheckpointError on every rank."""
     try:
-        dist_checkpointing.save(state, str(folder), InProcessSave())
+        dist_checkpointing.save(state, str(folder), InProcessSave(reserve))
     except CheckpointException as failure:
         raise CheckpointError(_first_failure(failure, folder)) from failure
     except CheckpointingException as failure:
@@ -155,6 +164,14 @@ def read_sharded(state: dict[str, Any], folder: Path) -> dict[str, Any]:
         return dist_checkpointing.load(state, str(folder), strict=StrictHandling.RAISE_UNEXPECTED)
     except (CheckpointException, CheckpointingException, KeyError) as failure:
         raise CheckpointError(f"{folder} does not fit this model or optimizer: {failure}") from failure
+
+
+def load_module(module: MegatronModule, values: dict[str, Any]) -> None:
+    """Put loaded tensors into the module. Raises CheckpointError when a parameter or buffer got none."""
+    missing, unexpected = module.load_state_dict(values, strict=False)
+    wrong = [key for key in [*missing, *unexpected] if not key.endswith("_extra_state")]
+    if wrong:
+        raise CheckpointError(f"the checkpoint does not fit this model: {wrong[0]} is only in one of them")
 
 
 def _without_empty_objects(model: dict[str, Any]) -> dict[str, Any]:
