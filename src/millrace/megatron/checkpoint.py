@@ -6,7 +6,9 @@ All ranks call `save` and `load` together; rank 0 alone touches names, manifest 
 parallel layout, with or without a distributed optimizer. Resumed at its own layout, training goes on exactly as if it
 had never stopped; at another one the random states cannot be kept and are drawn anew, which a log line says.
 
-Checkpoint files hold pickled metadata: load only what you or people you trust have written.
+Tensors and random states are read as such alone, and torch's pickled metadata is checked for what it names before it is
+unpickled. Megatron-Core itself pickles a few small objects besides (all of them since 0.19, else only with Transformer
+Engine), so load only what you or people you trust have written.
 """
 
 from __future__ import annotations
@@ -40,6 +42,7 @@ from millrace.megatron.checkpoint_store import (
 )
 from millrace.megatron.random_state import random_state, reseed, restore_random_state
 from millrace.megatron.sharded_state import (
+    check_metadata,
     load_module,
     optimizer_step,
     owned_bytes,
@@ -126,6 +129,7 @@ class Checkpointer:
             return None
         facts, manifest = _on_rank_zero(lambda: self._inspect(folder, policy))
         self._verify(folder, manifest)
+        _on_rank_zero(lambda: check_metadata(folder / SHARDS))
         _together(lambda: _take_weights(policy, folder / SHARDS, facts["optimizer_step"]))
         if policy.optimizer is not None:
             policy.step = facts["policy_step"]

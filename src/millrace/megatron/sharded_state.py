@@ -8,6 +8,7 @@ rank itself with torch.distributed.checkpoint's writer, which costs milliseconds
 from __future__ import annotations
 
 import errno
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ from megatron.core.dist_checkpointing.strategies.torch import (
 from megatron.core.dist_checkpointing.validation import StrictHandling
 from megatron.core.transformer.module import MegatronModule
 from torch.distributed import checkpoint as torch_checkpoint
-from torch.distributed.checkpoint import CheckpointException, FileSystemWriter
+from torch.distributed.checkpoint import CheckpointException, FileSystemWriter, metadata
 
 from millrace.megatron.checkpoint_store import CheckpointError
 
@@ -50,6 +51,19 @@ SHARDED = (ShardedTensor, ShardedTensorFactory)
 DISTRIBUTED_MASTER = "optimizer.state.param."
 MASTER = "optimizer.state.fp32_param."
 """Names of the float32 master copies: of Megatron's distributed optimizer, and of its other one and of checkpoints."""
+
+METADATA_TYPES = {
+    ("pathlib", "PosixPath"),
+    ("pathlib._local", "PosixPath"),  # Python 3.13
+    ("torch", "Size"),
+    ("torch.serialization", "_get_layout"),
+    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
+    *(("torch.distributed.checkpoint.metadata", name) for name in vars(metadata) if "Metadata" in name),
+    ("torch.distributed.checkpoint.metadata", "StorageMeta"),
+    ("torch.distributed.checkpoint.metadata", "TensorProperties"),
+    ("torch.distributed.checkpoint.metadata", "_MEM_FORMAT_ENCODING"),
+}
+"""What torch's checkpoint metadata is made of, besides data types."""
 
 OUT_OF_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -153,6 +167,29 @@ def write_sharded(state: dict[str, Any], folder: Path, *, reserve: Path) -> None
         raise CheckpointError(_first_failure(failure, folder)) from failure
     except CheckpointingException as failure:
         raise CheckpointError(f"the checkpoint cannot be written to {folder}: {failure}") from failure
+
+
+class _OnlyFormatTypes(pickle.Unpickler):
+    """Reads torch's checkpoint metadata, and refuses a pickle that names anything else, since unpickling runs code."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) not in METADATA_TYPES and not (module == "torch" and _is_data_type(name)):
+            raise pickle.UnpicklingError(f"it names {module}.{name}, which no checkpoint needs")
+        return super().find_class(module, name)
+
+
+def _is_data_type(name: str) -> bool:
+    return isinstance(getattr(torch, name, None), torch.dtype)
+
+
+def check_metadata(folder: Path) -> None:
+    """Raises CheckpointError when the folder's pickled metadata holds more than a checkpoint's tables."""
+    path = folder / ".metadata"
+    try:
+        with path.open("rb") as file:
+            _OnlyFormatTypes(file).load()
+    except (pickle.UnpicklingError, EOFError, OSError) as error:
+        raise CheckpointError(f"{path} is not read: {error}") from None
 
 
 def read_sharded(state: dict[str, Any], folder: Path) -> dict[str, Any]:
