@@ -27,6 +27,14 @@ FINISHED, STOPPED = 0, 130
 GRACE_SECONDS = 10.0
 """How long the other ranks may take to end by themselves after one has failed; rank 0 closes its engines meanwhile."""
 
+EXPECTED_WARNINGS = (
+    "ignore:Transformer Engine and Apex are not installed",
+    "ignore:Apex is not installed",
+    "ignore:full scope is deprecated",
+    "ignore::FutureWarning:torch.distributed.c10d_logger",
+)
+"""What Megatron-Core says at every start on CPU ranks and means nothing there."""
+
 _PR_SET_PDEATHSIG = 1
 _POLL_SECONDS = 0.05
 _LOST_PEER = ("connection closed by peer", "connection reset by peer", "broken pipe")
@@ -75,12 +83,13 @@ def trainer_environment(trainer: TrainerConfig, ranks: int) -> dict[str, str]:
         "PYTHONFAULTHANDLER": "1",
         # Gloo would otherwise listen on whatever address the host name resolves to.
         "GLOO_SOCKET_IFNAME": "lo",
+        # The order in which tensor-parallel communication and computation were issued is kept on the GPU.
+        "CUDA_DEVICE_MAX_CONNECTIONS": "1",
     }
     if trainer.device == "cpu" or (trainer.device == "auto" and not has_nvidia_device()):
         # Megatron's fused mixture-of-experts functions would be compiled for many seconds at the first step.
         environment["TORCH_COMPILE_DISABLE"] = "1"
-        # Said at every import of Megatron-Core, and expected here: neither exists for CPU ranks.
-        environment["PYTHONWARNINGS"] = "ignore:Transformer Engine and Apex,ignore:Apex is not installed"
+        environment["PYTHONWARNINGS"] = ",".join(EXPECTED_WARNINGS)
     return environment
 
 

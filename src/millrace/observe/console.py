@@ -8,7 +8,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from rich.console import Console
-from rich.logging import RichHandler
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
@@ -30,8 +29,8 @@ class RunConsole:
         self.console = Console(highlight=False)
         self._log_file = logging.FileHandler(run_dir / "logs" / "run.log", encoding="utf-8")
         self._log_file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-        terminal = RichHandler(console=self.console, show_path=False, show_level=False, log_time_format="[%H:%M:%S]")
-        terminal.setFormatter(logging.Formatter("%(message)s"))
+        terminal = _Terminal(self.console)
+        terminal.setFormatter(logging.Formatter("%(asctime)s  %(message)s", datefmt="%H:%M:%S"))
         log.setLevel(logging.INFO)
         log.propagate = False
         log.handlers = [self._log_file, terminal]
@@ -74,6 +73,18 @@ class RunConsole:
     def close(self) -> None:
         self._log_file.close()
         log.handlers = []
+
+
+class _Terminal(logging.Handler):
+    """Log lines above the progress bar, one line each: a file or a pipe gets them unwrapped as well."""
+
+    def __init__(self, console: Console) -> None:
+        super().__init__()
+        self._console = console
+
+    def emit(self, record: logging.LogRecord) -> None:
+        style = "yellow" if record.levelno >= logging.WARNING else None
+        self._console.print(self.format(record), style=style, markup=False, soft_wrap=True)
 
 
 class Bar:
