@@ -196,6 +196,8 @@ class CheckpointStore:
 
     def give_up(self, aside: Path, needed: int) -> None:
         """Remove a folder that could not be finished; raises CheckpointError when that was for want of space."""
+        if not aside.exists():  # it was published, and what failed came after
+            return
         try:
             self.require_space(needed, aside)
         finally:
