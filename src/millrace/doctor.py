@@ -70,7 +70,7 @@ def _python() -> Finding:
 
 
 def _torch_and_transformers() -> list[Finding]:
-    """torch, CUDA and transformers' model code, imported in another process so that a broken one is a line of the table.
+    """torch, CUDA and transformers' model code, imported in another process: a broken one is a line of the table.
 
     A torchvision of another build than torch's breaks the last of them.
     """
