@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
 from millrace.rollout.client import EngineClient, EngineUnreachable, RequestAborted, RequestTimeout
-from millrace.rollout.fleet_health import Event, Missed, Overdue
+from millrace.rollout.fleet_health import Event, Overdue, Suspected
 from millrace.rollout.member import FleetError, Member
 
 T = TypeVar("T")
@@ -110,7 +110,7 @@ class Dispatcher(Generic[T]):
 
     def _retry(self, index: int, member: Member, error: EngineUnreachable | RequestTimeout) -> None:
         if isinstance(error, EngineUnreachable):
-            self._pool.report(member, Missed())
+            self._pool.report(member, Suspected())
         elif time.monotonic() - member.progressed_at >= self._limit:
             self._pool.report(member, Overdue(f"none of its requests came back within {self._limit:g} s"))
         self._failures[index] += 1

@@ -51,6 +51,11 @@ class Missed:
 
 
 @dataclass(frozen=True)
+class Suspected:
+    """A request broke off. Many do at one time, so the next health probe decides."""
+
+
+@dataclass(frozen=True)
 class Exited:
     """The process ended."""
 
@@ -81,7 +86,7 @@ class SyncEnded:
     version: int
 
 
-Event = Answered | Missed | Exited | Overdue | Respawned | SyncBegan | SyncEnded
+Event = Answered | Missed | Suspected | Exited | Overdue | Respawned | SyncBegan | SyncEnded
 
 
 @dataclass(frozen=True)
@@ -118,6 +123,8 @@ def step(health: EngineHealth, event: Event, *, max_restarts: int) -> Step:
             return Step(_answered(health))
         case Missed():
             return _missed(health, max_restarts)
+        case Suspected():
+            return Step(_silenced(health))
         case Exited(code):
             return _died(health, f"its process ended with status {code}", max_restarts)
         case Overdue(what):
@@ -145,8 +152,13 @@ def _missed(health: EngineHealth, max_restarts: int) -> Step:
     missed = health.missed + 1
     if missed >= MISSES_UNTIL_DEAD:
         return _died(health, f"{missed} health probes in a row were not answered", max_restarts)
-    before = health.before_silence if health.state is State.SILENT else health.state
-    return Step(replace(health, state=State.SILENT, missed=missed, before_silence=before))
+    return Step(replace(_silenced(health), missed=missed))
+
+
+def _silenced(health: EngineHealth) -> EngineHealth:
+    if health.state not in _ANSWERING:
+        return health
+    return replace(health, state=State.SILENT, before_silence=health.state)
 
 
 def _died(health: EngineHealth, reason: str, max_restarts: int) -> Step:

@@ -5,14 +5,15 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
 from millrace.rollout.client import EngineClient, EngineFailed, EngineUnreachable, RequestTimeout
-from millrace.rollout.fleet_health import Missed
+from millrace.rollout.fleet_health import Suspected
 from millrace.rollout.member import Member
 from millrace.rollout.transports.buckets import SyncError
+from millrace.rollout.transports.nccl import Meeting, rank_offsets
 
 T = TypeVar("T")
 
@@ -38,14 +39,14 @@ class Receivers:
     def __init__(
         self,
         members: Sequence[Member],
-        report_missed: Callable[[Member, Missed], None],
+        report: Callable[[Member, Suspected], None],
         sampled: Callable[[str], bool],
         limit: float,
     ) -> None:
         self.members = list(members)
         self.workers: dict[int, list[WorkerReport]] = {}
         """Reports of each engine's workers, by the engine's index."""
-        self._report_missed, self._sampled, self._limit = report_missed, sampled, limit
+        self._report, self._sampled, self._limit = report, sampled, limit
 
     async def begin(self) -> None:
         """Freeze what the engines are doing and get them ready for new weights."""
@@ -56,6 +57,23 @@ class Receivers:
 
         for member, workers in (await self._each(begin)).items():
             self.workers[member] = [WorkerReport() for _ in range(workers)]
+
+    def lives_and_workers(self) -> tuple[list[tuple[str, int]], int]:
+        """Which life of which engines takes part, and how many workers they have together."""
+        lives = [(member.client.url, member.health.restarts) for member in self.members]
+        return lives, sum(len(self.workers[member.engine.index]) for member in self.members)
+
+    async def meet(self, meetings: Sequence[Meeting]) -> None:
+        """Let the workers of all engines join the NCCL group of each trainer rank."""
+        counts = [len(self.workers[member.engine.index]) for member in self.members]
+        offsets = dict(zip((member.client for member in self.members), rank_offsets(counts), strict=True))
+        for meeting in meetings:
+            where = json.dumps(asdict(meeting))
+            await self._each(
+                lambda client, where=where: client.worker_call(  # type: ignore[misc]
+                    "millrace_meet", where, str(offsets[client]), limit=self._limit
+                )
+            )
 
     async def load(self, index: Path, names: Sequence[str]) -> None:
         """Let every engine load one bucket."""
@@ -102,5 +120,5 @@ class Receivers:
                 raise SyncError(f"{member.engine.name} could not take the weights: {error}") from error
         except (EngineUnreachable, RequestTimeout):
             pass
-        self._report_missed(member, Missed())
+        self._report(member, Suspected())
         return None

@@ -1,9 +1,9 @@
 """What runs inside vLLM's workers: takes new weights in place. The only file that touches vLLM's internals.
 
 vLLM calls the methods of `WeightReceiver` on every worker through `/collective_rpc`, with strings as arguments:
-`millrace_begin`, `millrace_load` once a bucket, `millrace_finish`. Weights go through vLLM's layer-wise reload, which
-repeats what loading does to them (cutting over ranks, fusing, packing for the kernels) and writes the result into the
-tensors that the running model holds.
+`millrace_begin`, `millrace_load` once a bucket, `millrace_finish`; before them `millrace_meet` for NCCL. Weights go
+through vLLM's layer-wise reload, which repeats what loading does to them (cutting over ranks, fusing, packing for the
+kernels) and writes the result into the tensors that the running model holds.
 
 On CPU that reload leaves three things behind, each of them silently (vLLM 0.32):
 * a fused mixture of experts skips its packing on an update, as if its kernel kept the weights elsewhere;
@@ -21,15 +21,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 from vllm.config import set_current_vllm_config
+from vllm.distributed.weight_transfer.nccl_common import (
+    NCCLWeightTransferInitInfo,
+    trainer_init,
+    worker_init_process_group,
+)
 from vllm.model_executor.layers.attention import is_deferred_attention_layer
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
 
 from millrace.converters.fingerprint import fingerprint
+from millrace.rollout.transports.arrival import BucketReader
+from millrace.rollout.transports.nccl import Meeting
 
 
 @dataclass
@@ -47,6 +53,23 @@ class WeightReceiver:
     """Mixed into vLLM's worker class (`--worker-extension-cls`)."""
 
     _millrace_receipt: _Receipt | None = None
+    _millrace_reader: BucketReader | None = None
+
+    def millrace_meet(self, meeting: str, offset: str) -> dict[str, Any]:
+        """Join the NCCL group of one trainer rank; offset: rank of this engine's first worker in it."""
+        where = Meeting(**json.loads(meeting))
+        info = NCCLWeightTransferInitInfo(
+            master_address=where.address, master_port=where.port, rank_offset=int(offset), world_size=where.world
+        )
+        group = worker_init_process_group(info, self.vllm_config.parallel_config)  # type: ignore[attr-defined]
+
+        def receive(tensor: Tensor) -> None:
+            stream = torch.cuda.current_stream()
+            group.broadcast(tensor, src=0, stream=stream)
+            stream.synchronize()
+
+        self._millrace_bucket_reader().senders[where.rank] = receive
+        return {}
 
     @torch.no_grad()
     def millrace_begin(self) -> dict[str, Any]:
@@ -68,7 +91,7 @@ class WeightReceiver:
         """
         receipt = self._millrace_open_receipt()
         model = self._millrace_model()
-        bucket = _read_bucket(Path(index))
+        bucket = self._millrace_bucket_reader().read(Path(index))
         received = {name: fingerprint(bucket[name]) for name in json.loads(sampled)}
         for name in received:
             self._millrace_note_held(receipt, model, name, bucket[name])
@@ -106,6 +129,11 @@ class WeightReceiver:
             raise RuntimeError("no weight update is under way: millrace_begin comes first")
         return self._millrace_receipt
 
+    def _millrace_bucket_reader(self) -> BucketReader:
+        if self._millrace_reader is None:
+            self._millrace_reader = BucketReader(self.device)  # type: ignore[attr-defined]
+        return self._millrace_reader
+
     def _millrace_model(self) -> nn.Module:
         model: nn.Module = self.model_runner.get_model()  # type: ignore[attr-defined]
         return model
@@ -120,20 +148,11 @@ class WeightReceiver:
             receipt.held[name] = fingerprint(tensor.to(parameter.dtype))
 
 
-def _read_bucket(index: Path) -> dict[str, Tensor]:
-    """HF name -> tensor. Raw bytes are mapped, not read: the tensors live as long as somebody holds one of them."""
-    description = json.loads(index.read_text())
-    file = index.parent / description["file"]
-    if description["kind"] == "disk":
-        with safe_open(file, framework="pt", device="cpu") as bucket:
-            return {name: bucket.get_tensor(name) for name in bucket.keys()}  # noqa: SIM118
-    data = torch.from_file(str(file), shared=False, size=description["bytes"], dtype=torch.uint8)
-    return {entry["name"]: _view(data, entry) for entry in description["tensors"]}
-
-
-def _view(data: Tensor, entry: dict[str, Any]) -> Tensor:
-    piece = data[entry["offset"] : entry["offset"] + entry["bytes"]]
-    return piece.view(getattr(torch, entry["dtype"])).view(entry["shape"])
+def meet_workers(meeting: Meeting) -> Any:
+    """The trainer's end of `millrace_meet`: a communicator in which this process is rank 0, then all workers."""
+    return trainer_init(
+        {"master_address": meeting.address, "master_port": meeting.port, "world_size": meeting.world}, rank=0
+    )
 
 
 def _let_go_of(bucket: dict[str, Tensor], model: nn.Module) -> None:

@@ -29,6 +29,7 @@ from millrace.rollout.fleet import Fleet
 from millrace.rollout.receivers import EnginesLost, Receivers, WorkerReport
 from millrace.rollout.transports import make_carrier, transport_folder
 from millrace.rollout.transports.buckets import Carrier, Feeder, Outbox, Sent, SyncError, clear
+from millrace.rollout.transports.nccl import NcclCarrier
 
 T = TypeVar("T")
 
@@ -76,7 +77,7 @@ class SyncReport:
     tensors: int
     seconds: float
     phases: dict[str, float]
-    """Seconds of begin, send, finish and verify."""
+    """Seconds of begin, meet (NCCL groups), send, finish and verify."""
     fingerprints: int
     """Tensors whose fingerprints were compared."""
     held: int
@@ -115,6 +116,9 @@ class WeightSync:
         self._probe = tuple(probe_tokens)
         self._folder = Path(self._on_main(lambda fleet: str(transport_folder(config, fleet.run_dir))))
         self._carrier = carrier or make_carrier(config, self._folder, self._rank)
+        self._met: object = None
+        """Lives of the engines that the NCCL groups were built with."""
+        self._feeding: concurrent.futures.Future[None] | None = None
         self._phases: dict[str, float] = {}
 
     def push(self, version: int) -> SyncReport:
@@ -149,9 +153,25 @@ class WeightSync:
         expected = self._policy.logprobs(batch, temperature=1.0)[0].tolist()
         with self._phase("begin"):
             self._on_main(lambda fleet: self._begin(fleet, sampled, only_unsynced))
+        with self._phase("meet"):
+            self._meet()
         with self._phase("send"):
             sent = self._gather(self._send(sampled))
         return self._on_main(lambda fleet: self._conclude(fleet, version, sent, expected))
+
+    def _meet(self) -> None:
+        """Build the NCCL groups, where the transport has any, when the engines are others than before."""
+        if not isinstance(self._carrier, NcclCarrier):
+            return
+        lives, workers = self._on_main(lambda fleet: self._receivers.lives_and_workers())
+        if lives == self._met:
+            return
+        meeting = self._carrier.call_meeting(workers)
+        meetings = self._gather(meeting)
+        joining = self._fleet.begin(self._receivers.meet(meetings)) if self._fleet else None
+        self._carrier.meet(meeting)
+        self._on_main(lambda fleet: joining.result() if joining else None)
+        self._met = lives
 
     def _send(self, sampled: Callable[[str], bool]) -> Sent:
         outbox = Outbox(
@@ -162,8 +182,11 @@ class WeightSync:
             limit=self._config.request_timeout_s,
             sampled=sampled,
         )
+        feeding = self._fleet.begin(self._feeder.run()) if self._fleet else None
         try:
-            return outbox.send(self._policy.hf_tensors())
+            sent = outbox.send(self._policy.hf_tensors())
+            self._feeding = feeding
+            return sent
         finally:
             self._carrier.close()
 
@@ -173,13 +196,9 @@ class WeightSync:
         clear(self._folder)
         members = fleet.call(fleet.begin_sync(only_unsynced=only_unsynced))
         self._receivers = Receivers(members, fleet.report, sampled, self._config.request_timeout_s)
-        feeder = Feeder(self._folder, self._world, self._receivers.load, self._config.request_timeout_s)
+        self._feeder = Feeder(self._folder, self._world, self._receivers.load, self._config.request_timeout_s)
 
-        async def feed() -> None:
-            await self._receivers.begin()
-            await feeder.run()
-
-        self._feeding: concurrent.futures.Future[None] = fleet.begin(feed())
+        fleet.call(self._receivers.begin())
 
     def _conclude(self, fleet: Fleet, version: int, sent: list[Sent], expected: list[float]) -> _Verdict:
         try:
@@ -191,6 +210,7 @@ class WeightSync:
 
     def _verify(self, fleet: Fleet, version: int, sent: list[Sent], expected: list[float]) -> _Verdict:
         receivers = self._receivers
+        assert self._feeding is not None
         self._feeding.result()
         if problems := [rank.problem for rank in sent if rank.problem]:
             raise SyncError("; ".join(problems))
@@ -236,11 +256,12 @@ class WeightSync:
             raise outcome[0]
         return outcome[0]  # type: ignore[return-value]
 
-    def _gather(self, sent: Sent) -> list[Sent]:
+    def _gather(self, own: T) -> list[T]:
+        """What every rank has, in the order of the ranks. Collective."""
         if self._world == 1:
-            return [sent]
-        gathered: list[Sent | None] = [None] * self._world
-        dist.all_gather_object(gathered, sent)
+            return [own]
+        gathered: list[T | None] = [None] * self._world
+        dist.all_gather_object(gathered, own)
         return [one for one in gathered if one is not None]
 
     @contextmanager
@@ -280,8 +301,8 @@ def _mismatch(
         if not mean <= tolerance:  # not a number is a mismatch too
             return (
                 f"log-probs of the probe prompt differ between trainer and {engine} by {mean:.3g} on average, more "
-                f"than fleet.probe_tolerance = {tolerance:g}; all {len(fingerprints)} compared tensors arrived as sent, "
-                "so the difference lies in what the engine makes of them (or in the trainer's own forward pass)"
+                f"than fleet.probe_tolerance = {tolerance:g}; {len(fingerprints)} compared tensors arrived as sent, so "
+                "the difference lies in what the engine makes of them (or in the trainer's own forward pass)"
             )
     return ""
 

@@ -7,6 +7,8 @@ from pathlib import Path
 from millrace.config.schema import FleetConfig
 from millrace.rollout.transports.buckets import Carrier
 from millrace.rollout.transports.disk import DiskCarrier, disk_folder
+from millrace.rollout.transports.ipc import IpcCarrier
+from millrace.rollout.transports.nccl import NcclCarrier
 from millrace.rollout.transports.shared_memory import SharedMemoryCarrier, shared_memory_folder
 
 
@@ -16,7 +18,13 @@ def transport_folder(config: FleetConfig, run_dir: Path) -> Path:
 
 
 def make_carrier(config: FleetConfig, folder: Path, rank: int) -> Carrier:
-    """The carrier of `config.transport` for the buckets of one rank."""
-    if config.transport == "shared_memory":
-        return SharedMemoryCarrier(folder, rank, config.bucket_bytes)
-    return DiskCarrier(folder, rank, config.bucket_bytes)
+    """The carrier of `config.transport` for the buckets of one rank. Raises SyncError where it cannot work."""
+    match config.transport:
+        case "shared_memory":
+            return SharedMemoryCarrier(folder, rank, config.bucket_bytes)
+        case "disk":
+            return DiskCarrier(folder, rank, config.bucket_bytes)
+        case "nccl":
+            return NcclCarrier(rank, config.bucket_bytes)
+        case "ipc":
+            return IpcCarrier(config.bucket_bytes)

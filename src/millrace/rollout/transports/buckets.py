@@ -137,12 +137,13 @@ class Outbox:
 
     def _publish(self) -> None:
         slot = self._sequence % BUCKETS_PER_RANK
+        size = self._entries[-1].offset + self._entries[-1].bytes
         described = self._carrier.describe(slot, self._entries)
         index = self._folder / f"{self._rank:05d}-{self._sequence:06d}.json"
         tensors = [asdict(entry) for entry in self._entries]
-        publish(index, {"kind": self._carrier.kind, "bytes": self._used, "tensors": tensors, **described})
+        publish(index, {"kind": self._carrier.kind, "bytes": size, "tensors": tensors, **described})
         self._pending[slot] = index
-        self._carrier.deliver(slot, self._used)
+        self._carrier.deliver(slot, size)
         self._entries, self._used = [], 0
         self._sequence += 1
 

@@ -1,0 +1,85 @@
+"""The process side of an engine, with a command of its own in place of the server."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+TREE = """
+import pathlib, subprocess, sys, time
+stubborn = "import signal, time; signal.signal(15, signal.SIG_IGN); time.sleep(60)"
+child = subprocess.Popen([sys.executable, "-c", stubborn])
+pathlib.Path(sys.argv[1]).write_text(f"{child.pid}")
+time.sleep(60)
+"""
+
+
+def wait_until(condition: Callable[[], bool], limit: float = 20.0) -> None:
+    end = time.monotonic() + limit
+    while not condition():
+        assert time.monotonic() < end, "it did not happen in time"
+        time.sleep(0.02)
+
+
+def alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def supervise(parent: int, *command: str) -> "subprocess.Popen[bytes]":
+    return subprocess.Popen(
+        [sys.executable, "-m", "millrace.rollout.supervisor", str(parent), *command], start_new_session=True
+    )
+
+
+@pytest.fixture
+def tree(tmp_path: Path) -> Iterator[tuple["subprocess.Popen[bytes]", int]]:
+    """A supervised process with a child that ignores SIGTERM, and the pid of that child."""
+    note = tmp_path / "pid"
+    supervisor = supervise(os.getpid(), sys.executable, "-c", TREE, str(note))
+    wait_until(lambda: note.exists() and bool(note.read_text()))
+    yield supervisor, int(note.read_text())
+    if supervisor.poll() is None:
+        os.killpg(supervisor.pid, signal.SIGKILL)
+        supervisor.wait()
+
+
+def test_the_exit_status_is_passed_on() -> None:
+    assert supervise(os.getpid(), sys.executable, "-c", "raise SystemExit(7)").wait(20) == 7
+
+
+def test_sigterm_ends_the_whole_tree_even_what_ignores_it(tree: tuple["subprocess.Popen[bytes]", int]) -> None:
+    supervisor, grandchild = tree
+    supervisor.terminate()
+    supervisor.wait(20)
+    assert not alive(grandchild)
+
+
+def test_the_tree_ends_when_the_thread_that_started_it_ends(tmp_path: Path) -> None:
+    started: list[subprocess.Popen[bytes]] = []
+    release = threading.Event()
+
+    def starter() -> None:
+        started.append(supervise(os.getpid(), sys.executable, "-c", "import time; time.sleep(60)"))
+        release.wait(20)
+
+    thread = threading.Thread(target=starter)
+    thread.start()
+    wait_until(lambda: bool(started))
+    time.sleep(0.5)
+    assert started[0].poll() is None
+    release.set()
+    thread.join()
+    started[0].wait(20)
+
+
+def test_a_parent_that_died_before_is_noticed() -> None:
+    assert supervise(1, sys.executable, "-c", "import time; time.sleep(60)").wait(20) == 1

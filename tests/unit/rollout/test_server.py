@@ -1,0 +1,74 @@
+import subprocess
+import sys
+
+import pytest
+
+from millrace.config.schema import FleetConfig
+from millrace.rollout.auth import TOKEN_VARIABLE
+from millrace.rollout.fleet import Fleet
+from millrace.rollout.member import FleetError
+from millrace.rollout.server import Device, server_command, server_environment
+
+INHERITED = {
+    "PATH": "/bin",
+    "RANK": "3",
+    "MASTER_PORT": "1",
+    "TORCHELASTIC_RUN_ID": "x",
+    "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",
+}
+
+
+def command(config: FleetConfig, device: Device = "cpu") -> list[str]:
+    return server_command(config, model_path="/models/m", host="127.0.0.1", port=4711, device=device)
+
+
+def environment(config: FleetConfig, device: Device = "cpu", **more: object) -> dict[str, str]:
+    return server_environment(config, inherited=INHERITED, token="s3cret", host="127.0.0.1", device=device, **more)  # type: ignore[arg-type]
+
+
+def test_the_token_is_in_the_environment_and_not_on_the_command_line() -> None:
+    assert environment(FleetConfig())[TOKEN_VARIABLE] == "s3cret"
+    assert not any("s3cret" in argument for argument in command(FleetConfig()))
+
+
+def test_an_engine_does_not_inherit_the_trainers_rank() -> None:
+    assert not {"RANK", "MASTER_PORT", "TORCHELASTIC_RUN_ID"} & environment(FleetConfig()).keys()
+    assert environment(FleetConfig())["PATH"] == "/bin"
+
+
+@pytest.mark.parametrize("transport", ["shared_memory", "disk", "nccl", "ipc"])
+def test_unpickling_from_the_wire_is_never_allowed(transport: str) -> None:
+    config = FleetConfig(transport=transport)  # type: ignore[arg-type]
+    for device in ("cpu", "cuda"):
+        assert "VLLM_ALLOW_INSECURE_SERIALIZATION" not in environment(config, device)
+
+
+def test_log_probs_are_those_of_the_distribution_that_is_sampled() -> None:
+    arguments = command(FleetConfig())
+    assert arguments[arguments.index("--logprobs-mode") + 1] == "processed_logprobs"
+
+
+def test_prompts_on_cpu_are_read_in_one_piece_whatever_their_length() -> None:
+    arguments = command(FleetConfig(max_model_len=100_000))
+    assert "--no-enable-chunked-prefill" in arguments
+    assert int(arguments[arguments.index("--max-num-batched-tokens") + 1]) >= 100_000
+    assert "--no-enable-chunked-prefill" not in command(FleetConfig(), "cuda")
+
+
+def test_an_engine_on_gpus_sees_only_its_own() -> None:
+    assert environment(FleetConfig(), "cuda", gpus=[4, 5])["CUDA_VISIBLE_DEVICES"] == "4,5"
+    with pytest.raises(FleetError, match="need 4 GPUs, but 3"):
+        Fleet(FleetConfig(engines=2, tensor_parallel=2), "m", "runs/x", device="cuda", gpus=[0, 1, 2])  # type: ignore[arg-type]
+
+
+def test_servers_that_already_run_need_their_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(TOKEN_VARIABLE, raising=False)
+    with pytest.raises(FleetError, match=TOKEN_VARIABLE):
+        Fleet(FleetConfig(engines=0, addresses=("http://10.0.0.1:8000",)), "m", "runs/x")  # type: ignore[arg-type]
+
+
+def test_the_fleet_imports_neither_torch_nor_vllm() -> None:
+    modules = "fleet, client, engine, server, dispatch, member, fleet_health, types, supervisor, auth"
+    check = f"import sys; from millrace.rollout import {modules}; print({{'torch', 'vllm'}} & set(sys.modules))"
+    output = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, check=True).stdout
+    assert output.strip() == "set()"
