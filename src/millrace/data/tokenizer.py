@@ -156,7 +156,11 @@ class ChatTokenizer:
         return len(before), end + len(self._end_of_turn)
 
     def _marked_by_template(self, messages: Messages, trained: Sequence[bool]) -> tuple[list[int], list[bool]]:
-        """Take the template's own {% generation %} marks, and add the end of turn where they leave it out."""
+        """Take the template's own {% generation %} marks, and add the end of turn where they leave it out.
+
+        A template may mark some assistant messages only, such as those whose reasoning it keeps. Which ones is not told,
+        so that single messages can be given weight 0 only where all are marked.
+        """
         try:
             rendered = self._tokenizer.apply_chat_template(
                 list(messages), tokenize=True, return_dict=True, return_assistant_tokens_mask=True
@@ -165,13 +169,13 @@ class ChatTokenizer:
             raise DataError(f"the chat template of {self.path} refuses the messages: {error}") from error
         tokens = list(rendered["input_ids"])
         spans = _spans(rendered["assistant_masks"])
-        if len(spans) != len(trained):
+        if not spans or (len(spans) != len(trained) and not all(trained)):
             raise DataError(
                 f"the chat template of {self.path} marks {len(spans)} generations in a conversation with "
                 f"{len(trained)} assistant messages: check its {{% generation %}} blocks"
             )
         mask = [False] * len(tokens)
-        for (start, end), in_loss in zip(spans, trained, strict=True):
+        for (start, end), in_loss in zip(spans, [True] * len(spans) if all(trained) else trained, strict=True):
             if end < len(tokens) and tokens[end] == self.end_of_turn_id and tokens[end - 1] != self.end_of_turn_id:
                 end += 1
             mask[start:end] = [in_loss] * (end - start)

@@ -118,6 +118,16 @@ def test_generation_marks_of_the_template_are_used(tmp_path: Path, inside: str, 
     assert trained_text(tokenizer, tokens, mask) == ["\n6<|im_end|>"]
 
 
+def test_a_template_may_mark_the_last_generation_only(tmp_path: Path) -> None:
+    template = MARKED.replace("END", "<|im_end|>").replace("REST", "")
+    template = template.replace("m['role'] == 'assistant'", "m['role'] == 'assistant' and loop.last")
+    tokenizer = ChatTokenizer(checkpoint(tmp_path, template), VOCABULARY)
+    tokens, mask = tokenizer.render_conversation(TURNS)
+    assert trained_text(tokenizer, tokens, mask) == ["\n6<|im_end|>"]
+    with pytest.raises(DataError, match="marks 1 generations in a conversation with 2 assistant messages"):
+        tokenizer.render_conversation([USER, {**FOUR, "weight": 0}, *TURNS[2:]])
+
+
 def test_stop_ids_are_the_end_of_turn_and_every_declared_eos(tmp_path: Path) -> None:
     assert ChatTokenizer(checkpoint(tmp_path / "a"), VOCABULARY).stop_token_ids == (IM_END,)
     base = checkpoint(tmp_path / "b", eos_token_id=[PAD])
