@@ -26,7 +26,7 @@ stamp=$venv/.millrace-made-from
 say "making $venv with $("$python" --version) (some minutes and about 3.5 GB)"
 [ -x "$venv/bin/python" ] || "$python" -m venv "$venv"
 pip() { "$venv/bin/python" -m pip --disable-pip-version-check "$@"; }
-pip install --quiet --upgrade 'pip>=24'
+pip install --quiet 'pip>=24'
 
 # Asks the index what it would install, without downloading it: a CUDA build depends on gigabytes of CUDA libraries.
 index_has_cpu_torch() {
