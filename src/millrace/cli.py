@@ -5,6 +5,7 @@ Nothing here imports torch, Megatron-Core or transformers, so that help, `check`
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 import tempfile
@@ -43,7 +44,7 @@ HfFolder = Annotated[Path, typer.Option("--hf", help="Folder of the Hugging Face
 Card = Annotated[Path | None, typer.Option(help="Write the result as a small YAML file as well.")]
 Tp = Annotated[int, typer.Option(min=1, help="Tensor-parallel ranks.")]
 Pp = Annotated[int, typer.Option(min=1, help="Pipeline-parallel stages.")]
-Dp = Annotated[int, typer.Option(min=1, help="Data-parallel replicas.")]
+Dp = Annotated[int | None, typer.Option(min=1, help="Data-parallel replicas [default: as many as ep needs]")]
 Ep = Annotated[int, typer.Option(min=1, help="Expert-parallel ranks.")]
 Etp = Annotated[int | None, typer.Option(min=1, help="Tensor-parallel ranks of one expert [default: tp if ep is 1]")]
 
@@ -160,7 +161,7 @@ def hf_to_megatron(
     pp: Pp = 1,
     ep: Ep = 1,
     etp: Etp = None,
-    dp: Dp = 1,
+    dp: Dp = None,
 ) -> None:
     """Write a Hugging Face checkpoint as a sharded Megatron-Core checkpoint.
 
@@ -177,7 +178,7 @@ def megatron_to_hf(
     pp: Pp = 1,
     ep: Ep = 1,
     etp: Etp = None,
-    dp: Dp = 1,
+    dp: Dp = None,
 ) -> None:
     """Write a Megatron-Core checkpoint as a Hugging Face checkpoint; the layout need not be the one it was saved in.
 
@@ -188,7 +189,9 @@ def megatron_to_hf(
 
 
 @verify.command()
-def roundtrip(hf: HfFolder, tp: Tp = 1, pp: Pp = 1, ep: Ep = 1, etp: Etp = None, dp: Dp = 1, card: Card = None) -> None:
+def roundtrip(
+    hf: HfFolder, tp: Tp = 1, pp: Pp = 1, ep: Ep = 1, etp: Etp = None, dp: Dp = None, card: Card = None
+) -> None:
     """Hugging Face -> Megatron -> Hugging Face: every tensor must come back bit for bit.
 
     Example: `millrace verify roundtrip --hf demo/base --tp 2`
@@ -197,7 +200,7 @@ def roundtrip(hf: HfFolder, tp: Tp = 1, pp: Pp = 1, ep: Ep = 1, etp: Etp = None,
 
 
 @verify.command()
-def logits(hf: HfFolder, tp: Tp = 1, pp: Pp = 1, ep: Ep = 1, etp: Etp = None, dp: Dp = 1, card: Card = None) -> None:
+def logits(hf: HfFolder, tp: Tp = 1, pp: Pp = 1, ep: Ep = 1, etp: Etp = None, dp: Dp = None, card: Card = None) -> None:
     """Logits of the Megatron model against those of transformers, in float32.
 
     Example: `millrace verify logits --hf runs/laptop-dense/export --tp 2 --card logits.yaml`
@@ -206,7 +209,7 @@ def logits(hf: HfFolder, tp: Tp = 1, pp: Pp = 1, ep: Ep = 1, etp: Etp = None, dp
 
 
 @verify.command()
-def layout(hf: HfFolder, tp: Tp = 1, pp: Pp = 1, ep: Ep = 1, etp: Etp = None, dp: Dp = 1, card: Card = None) -> None:
+def layout(hf: HfFolder, tp: Tp = 1, pp: Pp = 1, ep: Ep = 1, etp: Etp = None, dp: Dp = None, card: Card = None) -> None:
     """Loss and gradients of a parallel layout against those of one rank.
 
     Example: `millrace verify layout --hf demo/base --tp 2 --pp 2`
@@ -236,7 +239,7 @@ def doctor() -> None:
     raise typer.Exit(0 if usable(findings) else FAILED)
 
 
-def _verify(what: str, hf: Path, card: Path | None, tp: int, pp: int, ep: int, etp: int | None, dp: int) -> None:
+def _verify(what: str, hf: Path, card: Path | None, tp: int, pp: int, ep: int, etp: int | None, dp: int | None) -> None:
     arguments = [what, "--hf", str(hf), *(["--card", str(card)] if card else [])]
     _on_ranks("verify_worker", arguments, tp, pp, ep, etp, dp, say_layout=what != "sync")
 
@@ -248,7 +251,7 @@ def _on_ranks(
     pp: int,
     ep: int,
     etp: int | None,
-    dp: int,
+    dp: int | None,
     *,
     say_layout: bool = True,
 ) -> None:
@@ -256,8 +259,10 @@ def _on_ranks(
     from millrace.config.schema import TrainerConfig
     from millrace.launch.local import run_ranks, trainer_environment
 
-    ranks = tp * pp * dp
     etp = etp or (tp if ep == 1 else 1)
+    # Experts take their ranks from tp x dp, so without a word on dp it is the least that gives them enough.
+    dp = dp or ep * etp // math.gcd(tp, ep * etp)
+    ranks = tp * pp * dp
     if say_layout:
         sizes = {"tp": tp, "pp": pp, "ep": ep, "etp": etp, "dp": dp}
         arguments = [*arguments, *(text for key, size in sizes.items() for text in (f"--{key}", str(size)))]
