@@ -186,8 +186,7 @@ class Fleet:
         Waits for engines that are starting when no other one is up.
         """
         await self._wait("an engine that can take weights", self._one_up, self.config.start_timeout_s)
-        up = (State.READY, State.SERVING, State.STALE)
-        chosen = [m for m in self.members if m.unsynced or (m.health.state in up and not only_unsynced)]
+        chosen = [m for m in self.members if m.unsynced or (m.serving and not only_unsynced)]
         for member in chosen:
             self.report(member, SyncBegan())
         return chosen
@@ -227,7 +226,7 @@ class Fleet:
         for task in [*self._watchers, *self._restarts]:
             task.cancel()
         await asyncio.gather(*self._watchers, *self._restarts, return_exceptions=True)
-        await asyncio.gather(*(asyncio.to_thread(member.engine.stop) for member in self.members))
+        await asyncio.gather(*(asyncio.to_thread(engine.stop) for engine in self._engines))
         await self._http.aclose()
 
     async def _watch(self, member: Member) -> None:
@@ -328,7 +327,7 @@ class Fleet:
 
     def _one_up(self) -> bool:
         self._raise_if_lost()
-        return any(not m.coming_up and m.health.state not in (State.SILENT, State.GAVE_UP) for m in self.members)
+        return any(m.serving or m.unsynced for m in self.members)
 
     def _end_of(self, member: Member) -> str:
         why, log = member.health.reason, member.engine.log_tail()

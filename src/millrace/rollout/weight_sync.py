@@ -77,7 +77,7 @@ class SyncReport:
     tensors: int
     seconds: float
     phases: dict[str, float]
-    """Seconds of begin, meet (NCCL groups), send, finish and verify."""
+    """Seconds of probe (the trainer's log-probs), begin, meet (NCCL groups), send, finish and verify."""
     fingerprints: int
     """Tensors whose fingerprints were compared."""
     held: int
@@ -123,36 +123,44 @@ class WeightSync:
 
     def push(self, version: int) -> SyncReport:
         """Give every engine the policy's present weights as `version`. Raises SyncMismatch, SyncError on every rank."""
-        return self._push(version, only_unsynced=False)
+        report = self._push(version, only_unsynced=False)
+        assert report is not None
+        return report
 
     def resync_if_needed(self) -> SyncReport | None:
         """Give engines that were restarted the last pushed version, while the others go on serving.
 
         To be called where all ranks are, while the policy still has the weights of that version.
         """
-        if self.version is None or not self._on_main(lambda fleet: fleet.needs_sync):
-            return None
-        return self._push(self.version, only_unsynced=True)
+        return None if self.version is None else self._push(self.version, only_unsynced=True)
 
-    def _push(self, version: int, *, only_unsynced: bool) -> SyncReport:
-        check_all = False
+    def _push(self, version: int, *, only_unsynced: bool) -> SyncReport | None:
+        first_mismatch = ""
         for _ in range(MAX_TRIES):
-            verdict = self._push_once(version, only_unsynced, check_all)
-            if verdict.mismatch and check_all:
+            if only_unsynced and not self._on_main(lambda fleet: fleet.needs_sync):
+                return None
+            verdict = self._push_once(version, only_unsynced, check_all=bool(first_mismatch))
+            if first_mismatch and verdict.mismatch:
                 raise SyncMismatch(verdict.mismatch)
-            check_all = check_all or bool(verdict.mismatch)
+            if first_mismatch and verdict.report is not None:
+                raise SyncMismatch(
+                    f"{first_mismatch}. Sent again and compared in full it was right: the fault comes and goes"
+                )
+            first_mismatch = first_mismatch or verdict.mismatch
             if verdict.report is not None:
                 self.version = version
                 return verdict.report
         raise SyncError(f"no engine lived through {MAX_TRIES} weight syncs in a row; their logs say why")
 
-    def _push_once(self, version: int, only_unsynced: bool, check_all: bool) -> _Verdict:
+    def _push_once(self, version: int, only_unsynced: bool, *, check_all: bool) -> _Verdict:
         self._phases = {}
         sampled = _sampler(version, check_all)
         batch = TokenBatch.from_sequences([self._probe])
-        expected = self._policy.logprobs(batch, temperature=1.0)[0].tolist()
+        with self._phase("probe"):
+            expected = self._policy.logprobs(batch, temperature=1.0)[0].tolist()
         with self._phase("begin"):
-            self._on_main(lambda fleet: self._begin(fleet, sampled, only_unsynced))
+            if not self._on_main(lambda fleet: self._begin(fleet, sampled, only_unsynced)):
+                return _Verdict()
         with self._phase("meet"):
             self._meet()
         with self._phase("send"):
@@ -192,13 +200,17 @@ class WeightSync:
 
     # ---- rank 0 ---------------------------------------------------------------------------------------------------
 
-    def _begin(self, fleet: Fleet, sampled: Callable[[str], bool], only_unsynced: bool) -> None:
+    def _begin(self, fleet: Fleet, sampled: Callable[[str], bool], only_unsynced: bool) -> bool:
+        """Whether there is an engine that is ready to take weights."""
         clear(self._folder)
         members = fleet.call(fleet.begin_sync(only_unsynced=only_unsynced))
         self._receivers = Receivers(members, fleet.report, sampled, self._config.request_timeout_s)
         self._feeder = Feeder(self._folder, self._world, self._receivers.load, self._config.request_timeout_s)
-
-        fleet.call(self._receivers.begin())
+        try:
+            fleet.call(self._receivers.begin())
+        except EnginesLost:
+            return False
+        return True
 
     def _conclude(self, fleet: Fleet, version: int, sent: list[Sent], expected: list[float]) -> _Verdict:
         try:
