@@ -49,7 +49,7 @@ def adapt(device: torch.device) -> None:
     use_local_multi_tensor_kernels()
     use_adam_with_step_in_group()
     define_router_gemm()
-    give_split_sizes_as_numbers()
+    give_split_sizes_as_arrays()
     _adapted = True
 
 
@@ -259,8 +259,8 @@ def define_router_gemm() -> None:
     moe_utils.te_general_gemm = None
 
 
-def give_split_sizes_as_numbers() -> None:
-    """On CUDA the mixture-of-experts dispatcher turns the split sizes of its all-to-all into numbers while it copies
+def give_split_sizes_as_arrays() -> None:
+    """On CUDA the mixture-of-experts dispatcher turns the split sizes of its all-to-all into arrays while it copies
     them to the host; on CPU it would hand gloo tensors, which gloo refuses."""
     from megatron.core.transformer.moe import token_dispatcher
 
@@ -268,7 +268,7 @@ def give_split_sizes_as_numbers() -> None:
 
     def move(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
         if as_numpy and isinstance(tensor, Tensor):
-            return tensor.tolist()
+            return tensor.numpy()
         return original(tensor, as_numpy=as_numpy, record_stream=record_stream)
 
     _replace(token_dispatcher, "maybe_move_tensor_to_cpu", move)
