@@ -41,11 +41,11 @@ logger = logging.getLogger("make_data")
 
 Row = dict[str, Any]
 
-SFT_CONVERSATIONS = {"math": 6000, "instruction_following": 8000}
+SFT_CONVERSATIONS = {"math": 7000, "instruction_following": 7000}
 TRAIN_PROMPTS = 1200
 HELD_OUT_PROMPTS = 128
 
-VOCABULARY = 512
+VOCABULARY = 640
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -92,7 +92,7 @@ class Sum:
         partial = self.partial + (_slip(rng) if slipped_step == 0 else 0)
         result = partial + self.signs[1] * self.terms[2] + (_slip(rng) if slipped_step == 1 else 0)
         (a, b, c), (first, second) = self.terms, self.operators
-        steps = f"<think>{a}{first}{b}={partial}, {partial}{second}{c}={result}</think>"
+        steps = f"<think>{a}{first}{b}={partial},{partial}{second}{c}={result}</think>"
         if MATH_SLIP <= flaw < MATH_SLIP + MATH_UNBOXED:
             return f"{steps}The answer is {result}."
         if MATH_SLIP + MATH_UNBOXED <= flaw < MATH_SLIP + MATH_UNBOXED + MATH_EARLY:
@@ -322,11 +322,9 @@ def write_data(folder: Path, seed: int) -> list[str]:
 
 
 def train_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
-    """Byte-level BPE with single digits and ChatML; <think> and </think> are tokens that stay in the text."""
+    """Byte-level BPE with ChatML; <think> and </think> are tokens that stay in the text."""
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-    )
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
     thinking = ["<think>", "</think>"]
@@ -336,8 +334,9 @@ def train_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    roles = ["user\n", "assistant\n", "system\n"] * 100
-    tokenizer.train_from_iterator([*texts, *roles], trainer)
+    # a number is one token even where it is rare, and the roles are part of the template, not of the texts
+    numbers = [str(result) for result in range(28)]
+    tokenizer.train_from_iterator([*texts, *(["user\n", "assistant\n", "system\n", *numbers] * 100)], trainer)
     tokenizer.add_tokens([AddedToken(token, normalized=False) for token in thinking])
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
@@ -354,7 +353,7 @@ def base_config(tokenizer: PreTrainedTokenizerFast, moe: bool) -> Qwen3Config | 
         "vocab_size": len(tokenizer),
         "hidden_size": 128,
         "intermediate_size": 384,
-        "num_hidden_layers": 3,
+        "num_hidden_layers": 2,
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
         "head_dim": 32,
