@@ -158,8 +158,8 @@ class ChatTokenizer:
     def _marked_by_template(self, messages: Messages, trained: Sequence[bool]) -> tuple[list[int], list[bool]]:
         """Take the template's own {% generation %} marks, and add the end of turn where they leave it out.
 
-        A template may mark some assistant messages only, such as those whose reasoning it keeps. Which ones is not told,
-        so that single messages can be given weight 0 only where all are marked.
+        A template may mark some assistant messages only, such as those whose reasoning it keeps. Which ones is not
+        told, so that single messages can be given weight 0 only where all are marked.
         """
         try:
             rendered = self._tokenizer.apply_chat_template(
