@@ -25,6 +25,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from millrace.errors import MillraceError
+
 MEMORY_BYTES = 2 << 30
 """Address space of one worker."""
 
@@ -59,7 +61,7 @@ class PoolCounts:
             setattr(self, name, getattr(self, name) + 1)
 
 
-class VerifierStartError(RuntimeError):
+class VerifierStartError(MillraceError):
     """A worker could not be started: the verifier's module cannot be imported here."""
 
 
