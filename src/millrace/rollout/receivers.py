@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-from millrace.rollout.client import EngineClient, EngineFailed, EngineUnreachable, RequestTimeout
+from millrace.rollout.client import EngineClient, EngineFailed, EngineUnreachable, RequestRefused, RequestTimeout
 from millrace.rollout.fleet_health import Suspected
 from millrace.rollout.member import Member
 from millrace.rollout.transports.buckets import SyncError
 from millrace.rollout.transports.nccl import Meeting, rank_offsets
 
 T = TypeVar("T")
+
+NOT_A_NUMBER = "float values are not JSON compliant"
+"""How a server refuses to answer with log-probs that are not numbers, as broken weights give them."""
 
 
 class EnginesLost(SyncError):
@@ -100,8 +104,17 @@ class Receivers:
                 report.missing, report.changed, report.held = reply["missing"], reply["changed"], reply["held"]
 
     async def probe(self, tokens: tuple[int, ...]) -> dict[int, list[float]]:
-        """Log-probs of a prompt on each engine, by the engine's index."""
-        return await self._each(lambda client: client.prompt_logprobs(tokens, self._limit))
+        """Log-probs of a prompt on each engine, by the engine's index; not-a-number where it computes none."""
+
+        async def probe(client: EngineClient) -> list[float]:
+            try:
+                return await client.prompt_logprobs(tokens, self._limit)
+            except RequestRefused as error:
+                if NOT_A_NUMBER not in str(error):
+                    raise
+                return [math.nan] * len(tokens)
+
+        return await self._each(probe)
 
     async def _each(self, call: Callable[[EngineClient], Awaitable[T]]) -> dict[int, T]:
         answers = await asyncio.gather(*(self._ask(member, call) for member in self.members))

@@ -93,8 +93,9 @@ class WeightReceiver:
         model = self._millrace_model()
         bucket = self._millrace_bucket_reader().read(Path(index))
         received = {name: fingerprint(bucket[name]) for name in json.loads(sampled)}
+        parameters = dict(model.named_parameters())
         for name in received:
-            self._millrace_note_held(receipt, model, name, bucket[name])
+            _note_held(receipt, parameters.get(name), name, bucket[name])
         with set_current_vllm_config(self.vllm_config):  # type: ignore[attr-defined]
             receipt.loaded |= model.load_weights(iter(bucket.items()))  # type: ignore[operator]
         _let_go_of(bucket, model)
@@ -141,11 +142,11 @@ class WeightReceiver:
     def _millrace_on_cpu(self) -> bool:
         return bool(self.device.type == "cpu")  # type: ignore[attr-defined]
 
-    def _millrace_note_held(self, receipt: _Receipt, model: nn.Module, name: str, tensor: Tensor) -> None:
-        """Remember what a parameter must look like in the end, if the engine keeps it uncut under the same name."""
-        parameter = dict(model.named_parameters()).get(name)
-        if parameter is not None and parameter.shape == tensor.shape and parameter.is_floating_point():
-            receipt.held[name] = fingerprint(tensor.to(parameter.dtype))
+
+def _note_held(receipt: _Receipt, parameter: Tensor | None, name: str, tensor: Tensor) -> None:
+    """Remember what a parameter must look like in the end, if the engine keeps it uncut under the same name."""
+    if parameter is not None and parameter.shape == tensor.shape and parameter.is_floating_point():
+        receipt.held[name] = fingerprint(tensor.to(parameter.dtype))
 
 
 def meet_workers(meeting: Meeting) -> Any:
