@@ -168,6 +168,7 @@ def single(folder: Path) -> dict[str, Any]:
             "random_kept": bool(torch.equal(before, torch.get_rng_state())),
         }
     with running(folder, *layout) as policy:
+        train(policy, range(1))
         results |= damage(folder, policy)
         results["other_model"] = refusal(lambda: Checkpointer(folder / "ckpt" / "moe_ep2", 2).load(policy))
         results["full_disk"] = full_disk(folder, policy)
