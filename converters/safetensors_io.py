@@ -75,7 +75,7 @@ class LazyTensor:
 
 
 class HFReader:
-    """The tensors of a Hugging Face checkpoint, by name.
+    """The tensors of a Hugging Face checkpoint (its folder, or one safetensors file), by name.
 
     Raises ConversionError when the folder holds no safetensors, when a file that the index names is missing or
     truncated, or when the index and the files disagree.
@@ -84,6 +84,9 @@ class HFReader:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self._tensors: dict[str, LazyTensor] = {}
+        if self.path.suffix == ".safetensors":
+            self._open(self.path)
+            return
         weight_map = _read_index(self.path)
         files = sorted(set(weight_map.values())) if weight_map is not None else [_single_file(self.path)]
         for file in files:
@@ -158,7 +161,7 @@ def read_header(file: Path) -> dict[str, dict[str, Any]]:
             length = struct.unpack("<Q", stream.read(8))[0] if size >= 8 else 0
             text = stream.read(length) if 8 + length <= size else b""
     except FileNotFoundError:
-        raise ConversionError(f"{file} is missing, though {INDEX} names it; fetch it again") from None
+        raise ConversionError(f"{file} is missing; fetch it again") from None
     if not text:
         raise ConversionError(f"{file} is truncated: {size} bytes do not even hold its header; fetch it again")
     try:
@@ -248,6 +251,8 @@ def publish(path: str | Path, manifests: Sequence[Manifest], *, source: str | Pa
     try:
         index = _number_shards(folder, [pair for manifest in manifests for pair in manifest.files.items()])
         (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+        for file in folder.glob("*.safetensors"):
+            file.chmod((folder / INDEX).stat().st_mode)  # save_file leaves them readable to their owner alone
         copy_companions(source, folder, dtype=dtype)
         _flush_to_disk(folder)
         replaced = path.with_name(path.name + ".replaced")

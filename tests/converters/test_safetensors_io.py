@@ -44,7 +44,7 @@ def test_a_truncated_file_is_named_with_both_sizes(tmp_path):
 def test_a_missing_shard_is_named(tmp_path):
     write_checkpoint("qwen3", tmp_path, shards=2)
     (tmp_path / "model-00001-of-00002.safetensors").unlink()
-    with pytest.raises(ConversionError, match=r"model-00001-of-00002.safetensors is missing, though"):
+    with pytest.raises(ConversionError, match=r"model-00001-of-00002.safetensors is missing"):
         HFReader(tmp_path)
 
 
@@ -87,6 +87,7 @@ def test_a_checkpoint_is_written_in_shards_with_all_its_companions(tmp_path):
     assert json.loads((out / INDEX).read_text())["metadata"]["total_size"] == reader.total_bytes
     for name in ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"):
         assert (out / name).read_bytes() == (source / name).read_bytes()
+    assert len({file.stat().st_mode for file in out.iterdir()}) == 1
     assert not list(tmp_path.glob("*.writing"))
 
 

@@ -6,6 +6,7 @@ rank holds.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from operator import attrgetter
@@ -113,12 +114,26 @@ def hf_tensors(parameters: list[BoundParameter]) -> Iterator[tuple[str, Tensor]]
     Collective: every rank iterates to the end. One parameter is whole on one rank at a time. Among the replicas of a
     parameter they take turns. A tensor may share memory with the parameter: use it before the next update.
     """
-    owned = [bound for bound in parameters if not bound.entry.is_copy]
-    for number, bound in enumerate(owned):
-        if number % bound.replicas == bound.replica:
-            shards = _gather_to_first(bound)
-            if shards is not None:
-                yield from bound.entry.to_hf(shards).items()
+    for bound in _in_turn(parameters):
+        shards = _gather_to_first(bound)
+        if shards is not None:
+            yield from bound.entry.to_hf(shards).items()
+
+
+def export_bytes(parameters: list[BoundParameter]) -> int:
+    """Bytes of the tensors that `hf_tensors` will yield on this rank."""
+    return sum(
+        math.prod(shape) * bound.tensor.element_size()
+        for bound in _in_turn(parameters)
+        if bound.rank == 0
+        for shape in bound.entry.hf.values()
+    )
+
+
+def _in_turn(parameters: list[BoundParameter]) -> list[BoundParameter]:
+    """The parameters that this rank's replica exports."""
+    exported = [bound for bound in parameters if not bound.entry.is_copy]
+    return [bound for number, bound in enumerate(exported) if number % bound.replicas == bound.replica]
 
 
 def _gather_to_first(bound: BoundParameter) -> list[Tensor] | None:
