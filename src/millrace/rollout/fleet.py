@@ -268,7 +268,8 @@ class Fleet:
         health = member.health
         bad = health.state in (State.SILENT, State.DEAD, State.GAVE_UP)
         reason = f": {health.reason}" if health.state in (State.DEAD, State.GAVE_UP) else ""
-        level = logging.WARNING if bad else logging.INFO
+        routine = {before, health.state} <= {State.READY, State.STALE, State.SERVING}  # every weight sync
+        level = logging.WARNING if bad else logging.DEBUG if routine else logging.INFO
         self._log.log(level, "%s: %s -> %s%s", member.engine.name, before, health.state, reason)
 
     def _act(self, member: Member, action: Action) -> None:
