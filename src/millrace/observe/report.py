@@ -79,7 +79,8 @@ def _cell(score: Mapping | None, before: Mapping | None) -> str:
     if before is None:
         return text
     change = 100 * (score["pass_rate"] - before["pass_rate"])
-    return f"{text} <span class='{'up' if change >= 0 else 'down'}'>{change:+.1f}</span>"
+    direction = "quiet" if abs(change) < 0.05 else "up" if change > 0 else "down"
+    return f"{text} <span class='{direction}'>{change:+.1f}</span>"
 
 
 def _curves(rows: Sequence[Mapping]) -> str:
