@@ -9,7 +9,6 @@ title() { printf '\n\033[1m== %s\033[0m\n' "$*"; }
 
 if [ ! -e demo/.made ]; then
   title "A small random Qwen3, its mixture-of-experts sister and data for two domains"
-  "$bin/python" recipes/laptop/make_data.py --out demo --seed 1
   "$bin/python" recipes/laptop/make_data.py --out demo --seed 1 --moe
   touch demo/.made
 fi
