@@ -7,7 +7,7 @@ length whose padding carries weight 0, so that nothing but the padding differs. 
     to the longest of the batch         every sequence padded to the longest of the global batch
     to the longest of the micro-batch   sequences in the order of arrival, `--group` at a time, padded to their longest
 
-    torchrun --nproc-per-node 1 -m benchmarks.packing [--rounds 7]
+    torchrun --nproc-per-node 1 -m benchmarks.packing [--rounds 5]
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def main(arguments: argparse.Namespace) -> None:
     }
     require_same_loss(policy, batches, arguments.tolerance)
     steps = {name: partial(policy.train_step, batch, sft_loss_fn()) for name, batch in batches.items()}
-    seconds = race(steps, arguments.rounds)
+    seconds = race(steps, arguments.rounds, warm_up=1)
     report(lengths, batches, seconds, topology)
     topology.close()
 
@@ -101,11 +101,11 @@ def report(
 
 def parse(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="benchmarks.packing", description="Packed over padded tokens/s")
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--hidden", type=int, default=256)
-    parser.add_argument("--vocab", type=int, default=8192)
-    parser.add_argument("--sequences", type=int, default=64)
+    parser.add_argument("--vocab", type=int, default=4096)
+    parser.add_argument("--sequences", type=int, default=32)
     parser.add_argument("--median", type=int, default=96, help="tokens of the middle sequence")
     parser.add_argument("--sigma", type=float, default=0.8, help="spread of the logarithm of the lengths")
     parser.add_argument("--capacity", type=int, default=1024, help="tokens of a micro-batch, and the longest sequence")

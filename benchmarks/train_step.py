@@ -8,7 +8,7 @@ the backward pass, runs a loss over streams, and reduces and checks metrics.
 
 That both do the same work is checked: their losses must agree at every step.
 
-    torchrun --nproc-per-node 2 -m benchmarks.train_step [--rounds 15]
+    torchrun --nproc-per-node 2 -m benchmarks.train_step [--rounds 10]
 """
 
 from __future__ import annotations
@@ -174,9 +174,9 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="benchmarks.train_step", description="Policy.train_step over bare Megatron-Core"
     )
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--layers", type=int, default=6)
-    parser.add_argument("--hidden", type=int, default=384)
+    parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--hidden", type=int, default=512)
     parser.add_argument("--vocab", type=int, default=8192)
     parser.add_argument("--sequences", type=int, default=16)
     parser.add_argument("--median", type=int, default=96, help="tokens of the middle sequence")
