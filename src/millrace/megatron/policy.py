@@ -116,7 +116,7 @@ class Policy:
         With `entropy` also that of the distribution each token was drawn from. Both are 0 at the first token of a
         sequence. Raises DataError for a sequence longer than trainer.max_tokens_per_micro_batch.
         """
-        micro_batches = self._cut(batch)
+        micro_batches = self.cut(batch)
         head = partial(self._head, temperature=temperature, entropy=entropy)
 
         def on_last_stage(micro_batch: MicroBatch, hidden: Tensor) -> tuple[Tensor, Any]:
@@ -148,7 +148,7 @@ class Policy:
         assert self._trained is not None and self.optimizer is not None, "a forward-only policy does not train"
         lr = learning_rate(self.step - self._schedule_start, self._optimizer_config, self._total_steps)
         set_hyper_parameters(self.optimizer, self._optimizer_config, lr)
-        micro_batches = self._cut(batch)
+        micro_batches = self.cut(batch)
         metrics = self.backward(micro_batches, loss_fn, temperature=temperature)
         self.optimizer.prepare_grads()
         metrics |= {
@@ -207,7 +207,8 @@ class Policy:
     def _multiple(self) -> int:
         return self.topology.tp if self._sequence_parallel else 1
 
-    def _cut(self, batch: TokenBatch) -> list[MicroBatch]:
+    def cut(self, batch: TokenBatch) -> list[MicroBatch]:
+        """The packed micro-batches of this rank; every rank gets the same number."""
         return cut_batch(
             batch,
             dp=self.topology.dp,
