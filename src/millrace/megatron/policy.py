@@ -137,19 +137,21 @@ class Policy:
         loss_fn: LossFn,
         *,
         temperature: float = 1.0,
+        entropy: bool = False,
         before_update: BeforeUpdate | None = None,
     ) -> dict[str, float]:
         """One update from the whole batch; the loss is the sum of `loss_fn` over it, however it is cut.
 
         Returns on every rank the loss and `loss_fn`'s metrics, summed over the batch, with `grad_norm`, `lr`, `tokens`
-        and `micro_batches` (of one data-parallel rank). `before_update` sees all of them after the backward pass; what
-        it raises leaves the weights as they are. Raises TrainingDiverged when loss or gradient is not finite.
+        and `micro_batches` (of one data-parallel rank), and with `entropy` the batch's weighted mean of it.
+        `before_update` sees all of them after the backward pass; what it raises leaves the weights as they are. Raises
+        TrainingDiverged when loss or gradient is not finite.
         """
         assert self._trained is not None and self.optimizer is not None, "a forward-only policy does not train"
         lr = learning_rate(self.step - self._schedule_start, self._optimizer_config, self._total_steps)
         set_hyper_parameters(self.optimizer, self._optimizer_config, lr)
         micro_batches = self.cut(batch)
-        metrics = self.backward(micro_batches, loss_fn, temperature=temperature)
+        metrics = self.backward(micro_batches, loss_fn, temperature=temperature, entropy=entropy)
         self.optimizer.prepare_grads()
         metrics |= {
             "grad_norm": float(self.optimizer.get_grad_norm()),
@@ -165,7 +167,12 @@ class Policy:
         return metrics
 
     def backward(
-        self, micro_batches: Sequence[MicroBatch], loss_fn: LossFn, *, temperature: float = 1.0
+        self,
+        micro_batches: Sequence[MicroBatch],
+        loss_fn: LossFn,
+        *,
+        temperature: float = 1.0,
+        entropy: bool = False,
     ) -> dict[str, float]:
         """Leave the gradient of the summed loss, reduced over all ranks, in the parameters' `main_grad`."""
         assert self._trained is not None and self.optimizer is not None, "a forward-only policy does not train"
@@ -173,8 +180,10 @@ class Policy:
         self.optimizer.zero_grad()
 
         def on_last_stage(micro_batch: MicroBatch, hidden: Tensor) -> tuple[Tensor, Any]:
-            logp, _ = self._head(micro_batch, hidden, temperature=temperature, entropy=False)
+            logp, entropies = self._head(micro_batch, hidden, temperature=temperature, entropy=entropy)
             loss, metrics = loss_fn(logp[: micro_batch.shown], micro_batch.streams, micro_batch.segment_ids)
+            if entropies is not None:
+                metrics["entropy"] = (micro_batch.streams["weight"] * entropies).sum()
             return loss, {"loss": loss.detach(), **metrics}
 
         return self._sum_metrics(self._run(micro_batches, on_last_stage, training=True))

@@ -43,7 +43,7 @@ def run_rl(stage: RlStage, ctx: StageContext, progress: Progress) -> None:
         with ctx.timed("train"):
             for batch in _batches(collected, stage, ctx, reference):
                 values |= ctx.policy.train_step(
-                    batch, loss_fn, temperature=temperature, before_update=mismatch_guard(stage)
+                    batch, loss_fn, temperature=temperature, entropy=True, before_update=mismatch_guard(stage)
                 )
         with ctx.timed("sync"):
             ctx.sync.push(ctx.policy.step)

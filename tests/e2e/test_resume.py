@@ -1,0 +1,85 @@
+"""Resuming equals not stopping: bit for bit, wherever the run was when it was killed."""
+
+import json
+import random
+import signal
+import time
+
+import psutil
+import pytest
+import torch
+from runs import RL, SFT, exported, finish, kill, output, run, start, wait_until, write_recipe, write_world
+
+KILLS = 10
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    return write_world(tmp_path_factory.mktemp("world"))
+
+
+def assert_same_export(one, other):
+    ours, theirs = exported(one), exported(other)
+    assert ours.keys() == theirs.keys() and ours
+    different = [name for name in ours if not torch.equal(ours[name], theirs[name])]
+    assert not different, f"{len(different)} of {len(ours)} tensors differ, first {different[0]}"
+
+
+def saving(run_dir) -> bool:
+    folder = run_dir / "checkpoints"
+    return folder.exists() and any(entry.name.startswith(".") for entry in folder.iterdir())
+
+
+@pytest.mark.slow
+def test_ten_kills_at_random_moments_and_in_saves_change_no_bit(world):
+    steps = {**SFT, "steps": 60}
+    whole = write_recipe(world, "whole", stages=[steps], domains=False)
+    assert run(whole) == 0, output(whole)
+
+    killed = write_recipe(world, "killed", stages=[steps], domains=False)
+    run_dir, draw, in_save = world / "runs" / "killed", random.Random(11), 0
+    for number in range(KILLS):
+        process = start(killed)
+        if number % 2:
+            alive = wait_until(lambda: saving(run_dir), process, killed)
+        else:
+            alive = wait_until((run_dir / "metrics.jsonl").exists, process, killed)
+            time.sleep(draw.uniform(0.0, 9.0))
+        in_save += alive and saving(run_dir)
+        kill(process)
+    assert in_save >= 2, "too few of the kills hit a save for this test to mean anything"
+    assert run(killed) == 0, output(killed)
+    assert_same_export(world / "runs" / "whole", run_dir)
+    steps_seen = [json.loads(line)["step"] for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    assert steps_seen == sorted(set(steps_seen))
+
+
+@pytest.mark.slow
+def test_a_cascade_that_was_interrupted_and_killed_ends_where_an_undisturbed_one_does(world):
+    stages = [SFT, RL]
+    whole = write_recipe(world, "cascade", stages=stages, domains=True)
+    assert run(whole) == 0, output(whole)
+
+    broken = write_recipe(world, "broken", stages=stages, domains=True)
+    run_dir = world / "runs" / "broken"
+    process = start(broken)
+    assert wait_until(lambda: (run_dir / "metrics.jsonl").exists() and bool(metric_steps(run_dir)), process, broken)
+    process.send_signal(signal.SIGINT)
+    assert finish(process, broken) == 130, output(broken)
+    assert "stopped as asked" in output(broken)
+
+    process = start(broken)
+    second_rollouts = run_dir / "rollouts" / "rl" / "step-000001.jsonl"
+    assert wait_until(second_rollouts.exists, process, broken), output(broken)
+    engines = [p for p in psutil.Process(process.pid).children(recursive=True) if "vllm" in " ".join(p.cmdline())]
+    assert engines
+    kill(process)
+    assert not any(p.is_running() for p in engines), "an engine outlived its run"
+
+    assert run(broken) == 0, output(broken)
+    assert_same_export(world / "runs" / "cascade", run_dir)
+    assert (run_dir / "report.html").exists()
+
+
+def metric_steps(run_dir) -> list[int]:
+    return [json.loads(line)["step"] for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
