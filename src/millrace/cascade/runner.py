@@ -11,6 +11,7 @@ from millrace.cascade.export import export_policy
 from millrace.cascade.ledger import Ledger
 from millrace.config.model_shape import ModelShape
 from millrace.config.schema import OptimizerConfig, Recipe, SftStage, StageConfig
+from millrace.data.datasets import ConversationDataset
 from millrace.data.tokenizer import ChatTokenizer
 from millrace.environments.registry import make_environment
 from millrace.evaluation.pass_rate import PassRate
@@ -28,7 +29,7 @@ from millrace.stages.episodes import Domain, EpisodePlayer
 from millrace.stages.evaluate import evaluate
 from millrace.stages.reference import checkpoint_name
 from millrace.stages.rl import run_rl
-from millrace.stages.sft import run_sft
+from millrace.stages.sft import open_conversations, run_sft
 
 START = "start"
 """Label of the row measured before the first stage."""
@@ -69,6 +70,10 @@ def _open(
     console = RunConsole(run_dir) if control.is_main else None
     shape = ModelShape.from_hf(recipe.model.path)
     tokenizer = ChatTokenizer(recipe.model.path, shape.vocab_size)
+    # Bad rows are found before a model is built or an engine waited for.
+    domains = _domains(recipe, tokenizer) if control.is_main else {}
+    conversations = _conversations(recipe, tokenizer) if control.is_main else {}
+    control.barrier()
     policy = Policy(
         recipe.model, shape, recipe.parallel, recipe.trainer, topology, optimizer=OptimizerConfig(), seed=recipe.seed
     )
@@ -77,7 +82,7 @@ def _open(
     sync = player = None
     if needs_fleet(recipe):
         sync = WeightSync(policy, fleet, recipe.fleet, topology)
-        player = _player(recipe, control, sync, tokenizer, fleet, console)
+        player = EpisodePlayer(control, sync, tokenizer, fleet, domains, console)
         stack.callback(player.close)
         control.on_main(lambda: fleet.wait_ready() if fleet else None)
         sync.push(policy.step)
@@ -85,7 +90,18 @@ def _open(
     if console and metrics:
         stack.callback(console.close)
         stack.callback(metrics.close)
-    ctx = StageContext(recipe, run_dir, control, policy, tokenizer, checkpointer, sync, player, console, metrics)
+    ctx = StageContext(
+        recipe=recipe,
+        run_dir=run_dir,
+        control=control,
+        policy=policy,
+        checkpointer=checkpointer,
+        conversations=conversations,
+        sync=sync,
+        player=player,
+        console=console,
+        metrics=metrics,
+    )
     return ctx, progress
 
 
@@ -101,20 +117,13 @@ def _load(policy: Policy, recipe: Recipe, checkpointer: Checkpointer, console: R
     return progress
 
 
-def _player(
-    recipe: Recipe,
-    control: ControlGroup,
-    sync: WeightSync,
-    tokenizer: ChatTokenizer,
-    fleet: Fleet | None,
-    console: RunConsole | None,
-) -> EpisodePlayer:
-    domains = {}
-    if control.is_main:
-        domains = {
-            name: Domain(name, config, make_environment(config), tokenizer) for name, config in recipe.domains.items()
-        }
-    return EpisodePlayer(control, sync, tokenizer, fleet, domains, console)
+def _domains(recipe: Recipe, tokenizer: ChatTokenizer) -> dict[str, Domain]:
+    return {name: Domain(name, config, make_environment(config), tokenizer) for name, config in recipe.domains.items()}
+
+
+def _conversations(recipe: Recipe, tokenizer: ChatTokenizer) -> dict[str, ConversationDataset]:
+    stages = (stage for stage in recipe.stages if isinstance(stage, SftStage))
+    return {stage.name: open_conversations(stage, tokenizer) for stage in stages}
 
 
 def _run_stages(ctx: StageContext, progress: Progress, ledger: Ledger) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from millrace.config.schema import Recipe, StageConfig
-from millrace.data.tokenizer import ChatTokenizer
+from millrace.data.datasets import ConversationDataset
 from millrace.megatron.checkpoint import Checkpointer
 from millrace.megatron.policy import Policy
 from millrace.observe.console import RunConsole
@@ -45,8 +45,9 @@ class StageContext:
     run_dir: Path
     control: ControlGroup
     policy: Policy
-    tokenizer: ChatTokenizer
     checkpointer: Checkpointer
+    conversations: Mapping[str, ConversationDataset]
+    """Data of the SFT stages by name, opened before the model is built; rank 0 only, elsewhere empty."""
     sync: WeightSync | None
     """None in a run without rollouts."""
     player: EpisodePlayer | None

@@ -10,13 +10,17 @@ from millrace.config.schema import SftStage
 from millrace.data.batch import TokenBatch
 from millrace.data.datasets import ConversationDataset
 from millrace.data.sampler import EpochSampler
+from millrace.data.tokenizer import ChatTokenizer
 from millrace.stages.context import Progress, StageContext
 
 
 def run_sft(stage: SftStage, ctx: StageContext, progress: Progress) -> None:
-    """Train to the stage's end from `progress`. Collective; rank 0 alone reads and tokenises."""
-    data = open_conversations(stage, ctx) if ctx.control.is_main else None
-    size = ctx.control.on_main(lambda: len(data))
+    """Train to the stage's end from `progress`. Collective; rank 0 alone has the data."""
+    data = ctx.conversations.get(stage.name)
+    size = ctx.control.on_main(lambda: len(data) if data else 0)
+    if data:
+        dropped = f", {data.dropped} overlong ones left out" if data.dropped else ""
+        ctx.say(f"{stage.name}: {len(data)} conversations, {sum(data.lengths):,} tokens{dropped}")
     sampler = EpochSampler(size, seed=ctx.recipe.seed + progress.stage)
     if progress.sampler is not None:
         sampler.load_state_dict(progress.sampler)
@@ -32,13 +36,8 @@ def run_sft(stage: SftStage, ctx: StageContext, progress: Progress) -> None:
         ctx.end_step(stage, Progress(progress.stage, step + 1, sampler.state_dict()), steps, metrics)
 
 
-def open_conversations(stage: SftStage, ctx: StageContext) -> ConversationDataset:
-    data = ConversationDataset(
-        stage.data, ctx.tokenizer, max_length=stage.max_length, drop_overlong=stage.drop_overlong
-    )
-    dropped = f", {data.dropped} overlong ones left out" if data.dropped else ""
-    ctx.say(f"{stage.name}: {len(data)} conversations, {sum(data.lengths):,} tokens{dropped}")
-    return data
+def open_conversations(stage: SftStage, tokenizer: ChatTokenizer) -> ConversationDataset:
+    return ConversationDataset(stage.data, tokenizer, max_length=stage.max_length, drop_overlong=stage.drop_overlong)
 
 
 def total_steps(stage: SftStage, conversations: int) -> int:
