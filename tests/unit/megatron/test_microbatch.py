@@ -1,0 +1,58 @@
+import pytest
+import torch
+
+from millrace.data.batch import TokenBatch
+from millrace.data.errors import DataError
+from millrace.megatron.microbatch import MicroBatch, cut_batch, make_micro_batch
+
+CPU = torch.device("cpu")
+
+
+def batch_of(*lengths: int) -> TokenBatch:
+    total = sum(lengths)
+    streams = {"weight": torch.arange(1.0, total + 1)}
+    return TokenBatch(torch.arange(100, 100 + total), torch.tensor(lengths), streams)
+
+
+def cut(batch: TokenBatch, dp: int, capacity: int, multiple: int = 1) -> list[list[MicroBatch]]:
+    return [
+        cut_batch(batch, dp=dp, dp_rank=rank, capacity=capacity, multiple=multiple, device=CPU) for rank in range(dp)
+    ]
+
+
+@pytest.mark.parametrize("dp", [1, 2, 3])
+@pytest.mark.parametrize("capacity", [20, 33, 100])
+def test_every_token_stands_in_exactly_one_micro_batch(dp: int, capacity: int) -> None:
+    batch = batch_of(5, 20, 1, 7, 7, 13)
+    parts = [part for rank in cut(batch, dp, capacity) for part in rank]
+    positions = torch.cat([part.positions for part in parts])
+    assert sorted(positions.tolist()) == list(range(53))
+    for part in parts:
+        assert torch.equal(part.tokens[: part.real], batch.tokens[part.positions])
+        assert part.real <= capacity
+        if part.real:
+            assert torch.equal(part.streams["weight"], batch.streams["weight"][part.positions])
+
+
+def test_ranks_get_equal_numbers_of_micro_batches_and_empty_ones_weigh_nothing() -> None:
+    first, second = cut(batch_of(9), dp=2, capacity=10, multiple=4)
+    assert len(first) == len(second) == 1
+    assert (first[0].real, first[0].tokens.numel(), first[0].lengths) == (9, 12, (9, 3))
+    empty = second[0]
+    assert (empty.real, empty.lengths, empty.shown) == (0, (4,), 1)
+    assert empty.streams["weight"].tolist() == [0.0]
+    assert empty.predicting_rows.numel() == 0
+
+
+def test_rows_predict_the_next_token_of_their_own_sequence_only() -> None:
+    part = make_micro_batch(batch_of(3, 1, 2), [0, 1, 2], 4, CPU)
+    assert part.predicting_rows.tolist() == [0, 1, 4]
+    assert part.segment_ids.tolist() == [0, 0, 0, 1, 2, 2]
+    packed = part.packed_seq_params()
+    assert packed.cu_seqlens_q.tolist() == [0, 3, 4, 6, 8]
+    assert packed.max_seqlen_q == 3
+
+
+def test_a_sequence_longer_than_a_micro_batch_is_refused() -> None:
+    with pytest.raises(DataError, match="max_tokens_per_micro_batch"):
+        cut(batch_of(5, 11), dp=1, capacity=10)

@@ -1,0 +1,75 @@
+from dataclasses import replace
+
+import pytest
+import torch
+from tiny_checkpoints import write_checkpoint
+
+from millrace.config.model_shape import ModelShape
+from millrace.config.schema import ParallelConfig
+from millrace.megatron.model import check_layout, layers_of_stage, rope_inverse_frequencies
+from millrace.megatron.topology import LayoutError
+
+
+@pytest.fixture(scope="module")
+def shape(tmp_path_factory: pytest.TempPathFactory) -> ModelShape:
+    return ModelShape.from_hf(write_checkpoint("qwen3_moe", tmp_path_factory.mktemp("model")))
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory: pytest.TempPathFactory) -> ModelShape:
+    return ModelShape.from_hf(write_checkpoint("qwen3", tmp_path_factory.mktemp("model")))
+
+
+@pytest.mark.parametrize(
+    ("layout", "sentence"),
+    [
+        ({"tp": 4, "sequence_parallel": True}, "parallel.tp 4 does not divide the 4 attention heads and 2 key/value"),
+        ({"pp": 3}, "parallel.pp 3 does not divide the 4 layers"),
+        ({"ep": 3, "dp": 3}, "parallel.ep 3 does not divide the 4 experts"),
+        ({"tp": 2}, "needs parallel.sequence_parallel=true"),
+        ({"etp": 5}, "parallel.etp 5 does not divide the experts' width 64"),
+    ],
+)
+def test_a_layout_that_cannot_hold_the_model_is_refused(
+    layout: dict[str, int], sentence: str, shape: ModelShape
+) -> None:
+    with pytest.raises(LayoutError, match=sentence):
+        check_layout(shape, ParallelConfig(**layout))
+
+
+def test_expert_ranks_without_experts_are_refused(dense: ModelShape) -> None:
+    with pytest.raises(LayoutError, match="the model has no experts"):
+        check_layout(dense, ParallelConfig(dp=2, ep=2))
+
+
+def test_stages_hold_equal_runs_of_layers(dense: ModelShape) -> None:
+    assert [layers_of_stage(dense, 2, rank) for rank in range(2)] == [(0, 2), (2, 4)]
+
+
+@pytest.mark.parametrize(
+    "scaling",
+    [
+        None,
+        {"rope_type": "linear", "factor": 4.0},
+        {
+            "rope_type": "llama3",
+            "factor": 32.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 8192,
+        },
+    ],
+    ids=["plain", "linear", "llama3"],
+)
+def test_rope_frequencies_are_those_of_transformers(scaling: dict[str, float] | None, dense: ModelShape) -> None:
+    from transformers import LlamaConfig
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+    config = LlamaConfig(
+        hidden_size=64,
+        num_attention_heads=1,
+        head_dim=64,
+        rope_parameters={"rope_type": "default", "rope_theta": 5e5, **(scaling or {})},
+    )
+    found = rope_inverse_frequencies(replace(dense, head_dim=64, rope_theta=5e5, rope_scaling=scaling))
+    torch.testing.assert_close(found, LlamaRotaryEmbedding(config).inv_freq, rtol=1e-6, atol=0)
