@@ -32,10 +32,10 @@ from millrace.megatron.topology import init_distributed
 
 LAYOUTS = {
     "tp2_sp": ("qwen3", "float32", ParallelConfig(tp=2, sequence_parallel=True), False),
-    "dp2_distributed": ("qwen3", "bfloat16", ParallelConfig(dp=2), True),
+    "dp2_distributed": ("tied", "bfloat16", ParallelConfig(dp=2), True),
     "moe_ep2": ("qwen3_moe", "float32", ParallelConfig(dp=2, ep=2), False),
 }
-"""Family, data type, layout, distributed optimizer of each run that is saved."""
+"""Base model (a folder), data type, layout, distributed optimizer of each run that is saved."""
 
 OPTIMIZER = OptimizerConfig(lr=1e-2, schedule="cosine", warmup_steps=2, decay_steps=8, weight_decay=0.1)
 STEPS, SAVED_AT = 6, 3
@@ -44,7 +44,7 @@ PROBE = torch.arange(24).reshape(2, 12) * 7 % 256
 
 @contextmanager
 def running(
-    folder: Path, family: str, dtype: str, parallel: ParallelConfig, distributed: bool, *, forward_only: bool = False
+    folder: Path, base: str, dtype: str, parallel: ParallelConfig, distributed: bool, *, forward_only: bool = False
 ) -> Iterator[Policy]:
     """A policy in process groups of its own."""
     os.environ["MASTER_PORT"] = str(int(os.environ["MASTER_PORT"]) + 1)
@@ -56,7 +56,7 @@ def running(
         collective_timeout_s=60,
     )
     topology = init_distributed(parallel, trainer, seed=7)
-    path = folder / family
+    path = folder / base
     policy = Policy(
         ModelConfig(path=str(path), dtype=dtype),
         ModelShape.from_hf(str(path)),
@@ -131,7 +131,7 @@ def straight(folder: Path) -> dict[str, Any]:
 
 
 def resumed(folder: Path) -> dict[str, Any]:
-    """The last three steps, in new processes, from the checkpoint; and one pipeline of two from the TP2 run."""
+    """The last three steps, in new processes, from the checkpoint; and pipelines of two from other layouts."""
     results = {}
     for name, layout in LAYOUTS.items():
         with running(folder, *layout) as policy:
@@ -139,13 +139,14 @@ def resumed(folder: Path) -> dict[str, Any]:
             policy.set_schedule(OPTIMIZER, STEPS, done=policy.step)
             results[name] = {**outcome(policy, train(policy, range(SAVED_AT, STEPS))), "state": state}
     results["pp2_from_tp2"] = elsewhere(folder, "tp2_sp", ParallelConfig(pp=2), False)
+    results["pp2_from_dp2"] = elsewhere(folder, "dp2_distributed", ParallelConfig(pp=2), True)
     return results
 
 
 def elsewhere(folder: Path, name: str, parallel: ParallelConfig, distributed: bool) -> dict[str, Any]:
     """Load the run `name` at another layout: its logits, and the loss of the next two steps."""
-    family, dtype, _, _ = LAYOUTS[name]
-    with running(folder, family, dtype, parallel, distributed) as policy:
+    base, dtype, _, _ = LAYOUTS[name]
+    with running(folder, base, dtype, parallel, distributed) as policy:
         Checkpointer(folder / "ckpt" / name, keep=2).load(policy)
         logits = policy.logits(PROBE).tolist()
         policy.set_schedule(OPTIMIZER, STEPS, done=policy.step)

@@ -19,6 +19,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Base models; the first two phases have run in it."""
     folder = tmp_path_factory.mktemp("checkpoints")
     write_checkpoint("qwen3", folder / "qwen3", num_hidden_layers=2, seed=3)
+    write_checkpoint("qwen3", folder / "tied", num_hidden_layers=2, seed=6, tied=True)
     write_checkpoint("qwen3_moe", folder / "qwen3_moe", num_hidden_layers=2, seed=4)
     write_checkpoint("qwen3", folder / "tiny", num_hidden_layers=1, seed=5)
     return folder
@@ -56,6 +57,7 @@ def test_a_resumed_run_ends_with_the_same_bits_as_one_that_never_stopped(run, st
     ("source", "phase", "target"),
     [
         ("tp2_sp", "resumed", "pp2_from_tp2"),
+        ("dp2_distributed", "resumed", "pp2_from_dp2"),
         ("tp2_sp", "single", "one_from_tp2"),
         ("dp2_distributed", "single", "one_from_dp2"),
         ("moe_ep2", "single", "one_from_ep2"),
