@@ -15,7 +15,7 @@ import re
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 from torch import Tensor
 
@@ -208,7 +208,7 @@ def mapping_for(facts: ModelFacts) -> Mapping:
     ]
     for layer in range(facts.num_layers):
         hf_layer = family.hf_layer.format(layer=layer)
-        here = {"megatron_prefix": f"decoder.layers.{layer}.", "hf_prefix": hf_layer, "layer": layer}
+        here: dict[str, Any] = {"megatron_prefix": f"decoder.layers.{layer}.", "hf_prefix": hf_layer, "layer": layer}
         entries += [write_out(line, **here) for line in family.layer(facts, layer)]
         for expert in range(facts.num_experts if facts.num_experts and facts.moe_layer_mask[layer] else 0):
             here = {

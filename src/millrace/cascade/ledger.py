@@ -47,6 +47,6 @@ class Ledger:
                 found.append(entry)
         return found
 
-    def scores(self) -> dict[str, dict[str, dict[str, float]]]:
+    def scores(self) -> dict[str, dict[str, dict[str, Any]]]:
         """The stage-by-domain matrix: {label: {domain: {"pass_rate", "half_width", "answers"}}}."""
         return {entry["after"]: entry["scores"] for entry in self.events("evaluated")}

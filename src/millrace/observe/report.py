@@ -63,7 +63,8 @@ def _matrix(events: Sequence[Mapping]) -> str:
         return ""
     domains = list(dict.fromkeys(domain for event in measured for domain in event["scores"]))
     head = "".join(f"<th>{html.escape(domain)}</th>" for domain in domains)
-    lines, before = [], {}
+    lines: list[str] = []
+    before: Mapping[str, Mapping] = {}
     for event in measured:
         cells = "".join(f"<td>{_cell(event['scores'].get(d), before.get(d))}</td>" for d in domains)
         lines.append(f"<tr><td>{html.escape(event['after'])}</td>{cells}</tr>")

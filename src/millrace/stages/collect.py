@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from millrace.config.schema import RlStage
 from millrace.data.sampler import MixedSampler
@@ -23,11 +24,13 @@ class Collected:
 
     groups: list[Group]
     metrics: dict[str, float]
-    sampler: dict
+    sampler: dict[str, Any]
 
 
 class GroupCollector:
-    def __init__(self, stage: RlStage, ctx: StageContext, stage_index: int, sampler_state: dict | None) -> None:
+    def __init__(
+        self, stage: RlStage, ctx: StageContext, stage_index: int, sampler_state: Mapping[str, Any] | None
+    ) -> None:
         assert ctx.player is not None
         self._stage, self._ctx, self._index = stage, ctx, stage_index
         self._player: EpisodePlayer = ctx.player
@@ -45,7 +48,7 @@ class GroupCollector:
             groups, metrics = self._sample(step)
             state = self._sampler.state_dict()
             if self._ctx.control.is_main:
-                header = {"step": step, "weight_version": version, "sampler": state, "metrics": metrics}
+                header: dict[str, Any] = {"step": step, "weight_version": version, "sampler": state, "metrics": metrics}
                 self._journal.write(step, header, groups)
             return Collected(groups, self._ctx.control.on_main(lambda: metrics), state)
         self._ctx.say(f"{self._stage.name}: step {step + 1} trains on its recorded rollouts")
@@ -57,7 +60,9 @@ class GroupCollector:
         return self._journal.read(step, version)
 
     def _sample(self, step: int) -> tuple[list[Group], dict[str, float]]:
-        stage, kept, played = self._stage, [], []
+        stage = self._stage
+        kept: list[Group] = []
+        played: list[Group] = []
         rounds = stage.dynamic_sampling_max_rounds if stage.dynamic_sampling else 1
         for round_number in range(rounds):
             drawn = self._sampler.next(stage.prompts_per_step)
@@ -67,8 +72,7 @@ class GroupCollector:
             groups = [self._penalise_overlong(group) for group in groups]
             played += groups
             kept += [group for group in groups if has_variance(group)] if stage.dynamic_sampling else groups
-            full = len(kept) >= stage.prompts_per_step
-            if self._ctx.control.on_main(lambda full=full: full):
+            if self._is_full(kept):
                 break
         if self._ctx.control.is_main and len(kept) < stage.updates_per_batch:
             raise NothingToLearn(
@@ -76,6 +80,10 @@ class GroupCollector:
                 "answers of different reward, so there is nothing to learn from; use harder or easier prompts"
             )
         return kept[: stage.prompts_per_step], rollout_metrics(played) if played else {}
+
+    def _is_full(self, kept: Sequence[Group]) -> bool:
+        """Rank 0's answer on every rank."""
+        return self._ctx.control.on_main(lambda: len(kept) >= self._stage.prompts_per_step)
 
     def _episodes(self, drawn: Sequence[tuple[str, int]], step: int, round_number: int) -> list[Episode]:
         """Rank 0's episodes; every prompt of the run has its own seeds, whatever ran before."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import signal
 from collections.abc import Callable
 from datetime import timedelta
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -31,17 +31,19 @@ class ControlGroup:
 
     def on_main(self, function: Callable[[], T]) -> T:
         """Call `function` on rank 0 and return its result on every rank."""
-        box = [function() if self.is_main else None]
+        box: list[T | None] = [function() if self.is_main else None]
         dist.broadcast_object_list(box, src=0, group=self._group)
-        return box[0]
+        return cast(T, box[0])
 
     def broadcast_batch(self, batch: TokenBatch | None) -> TokenBatch:
         """Rank 0's batch on every rank, as plain tensors."""
-        names = self.on_main(lambda: (batch.tokens.numel(), len(batch), sorted(batch.streams)))
-        n, b, streams = names
-        tokens = batch.tokens if self.is_main else torch.empty(n, dtype=torch.int64)
-        lengths = batch.lengths if self.is_main else torch.empty(b, dtype=torch.int64)
-        values = torch.stack([batch.streams[s] for s in streams]) if self.is_main else torch.empty(len(streams), n)
+        n, b, streams = self.on_main(lambda: _extent(batch))
+        if batch is None:
+            tokens, lengths = torch.empty(n, dtype=torch.int64), torch.empty(b, dtype=torch.int64)
+            values = torch.empty(len(streams), n)
+        else:
+            tokens, lengths = batch.tokens, batch.lengths
+            values = torch.stack([batch.streams[name] for name in streams])
         for tensor in (tokens, lengths, values):
             dist.broadcast(tensor, src=0, group=self._group)
         return TokenBatch(tokens, lengths, dict(zip(streams, values, strict=True)))
@@ -64,3 +66,9 @@ class ControlGroup:
         """SIGINT, SIGTERM and SIGUSR1 (a scheduler's warning) end the run, saved, after the step in progress."""
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
             signal.signal(number, lambda *_: self.ask_to_stop())
+
+
+def _extent(batch: TokenBatch | None) -> tuple[int, int, list[str]]:
+    """Tokens, sequences and names of the streams."""
+    assert batch is not None, "rank 0 gives the batch"
+    return batch.tokens.numel(), len(batch), sorted(batch.streams)
