@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -99,10 +100,18 @@ def has_nvidia_device() -> bool:
 
 
 def free_port() -> int:
-    """A TCP port of the loopback interface that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    """A TCP port of the loopback interface that nobody listens on.
+
+    Taken below the range from which the kernel numbers outgoing connections, where another socket of the ranks could
+    take it before their rendezvous listens on it.
+    """
+    while True:
+        with socket.socket() as probe:
+            try:
+                probe.bind(("127.0.0.1", random.randrange(10_000, 32_768)))
+            except OSError:
+                continue
+            return probe.getsockname()[1]
 
 
 @dataclass
