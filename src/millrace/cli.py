@@ -46,7 +46,7 @@ Tp = Annotated[int, typer.Option(min=1, help="Tensor-parallel ranks.")]
 Pp = Annotated[int, typer.Option(min=1, help="Pipeline-parallel stages.")]
 Dp = Annotated[int | None, typer.Option(min=1, help="Data-parallel replicas [default: as many as ep needs]")]
 Ep = Annotated[int, typer.Option(min=1, help="Expert-parallel ranks.")]
-Etp = Annotated[int | None, typer.Option(min=1, help="Tensor-parallel ranks of one expert [default: tp if ep is 1]")]
+Etp = Annotated[int | None, typer.Option(min=1, help="Tensor-parallel ranks of one expert [default: 1]")]
 
 
 def _version(asked: bool) -> None:
@@ -167,7 +167,7 @@ def hf_to_megatron(
 
     Example: `millrace convert hf-to-megatron --hf demo/base --out demo/base-megatron --tp 2`
     """
-    _on_ranks("convert_worker", ["hf-to-megatron", "--hf", str(hf), "--out", str(out)], tp, pp, ep, etp, dp)
+    _on_ranks("megatron.convert_worker", ["hf-to-megatron", "--hf", str(hf), "--out", str(out)], tp, pp, ep, etp, dp)
 
 
 @convert.command("megatron-to-hf")
@@ -185,7 +185,7 @@ def megatron_to_hf(
     Example: `millrace convert megatron-to-hf --checkpoint runs/x/checkpoints/step-10 --out exported`
     """
     arguments = ["megatron-to-hf", "--checkpoint", str(checkpoint), "--out", str(out)]
-    _on_ranks("convert_worker", arguments, tp, pp, ep, etp, dp)
+    _on_ranks("megatron.convert_worker", arguments, tp, pp, ep, etp, dp)
 
 
 @verify.command()
@@ -218,12 +218,13 @@ def layout(hf: HfFolder, tp: Tp = 1, pp: Pp = 1, ep: Ep = 1, etp: Etp = None, dp
 
 
 @verify.command()
-def sync(hf: HfFolder, card: Card = None) -> None:
-    """Weights swapped into a running engine against a fresh engine started from them.
+def sync(hf: HfFolder, tp: Tp = 1, pp: Pp = 1, ep: Ep = 1, etp: Etp = None, dp: Dp = None, card: Card = None) -> None:
+    """Weights swapped into a running engine against a fresh engine, the trainer and transformers.
 
-    Example: `millrace verify sync --hf demo/base`
+    Example: `millrace verify sync --hf demo/base --tp 2`
     """
-    _verify("sync", hf, card, 1, 1, 1, None, 1)
+    arguments = ["--hf", str(hf), *(["--card", str(card)] if card else [])]
+    _on_ranks("cascade.verify_sync", arguments, tp, pp, ep, etp, dp)
 
 
 @app.command()
@@ -241,35 +242,32 @@ def doctor() -> None:
 
 def _verify(what: str, hf: Path, card: Path | None, tp: int, pp: int, ep: int, etp: int | None, dp: int | None) -> None:
     arguments = [what, "--hf", str(hf), *(["--card", str(card)] if card else [])]
-    _on_ranks("verify_worker", arguments, tp, pp, ep, etp, dp, say_layout=what != "sync")
+    _on_ranks("megatron.verify_worker", arguments, tp, pp, ep, etp, dp)
 
 
 def _on_ranks(
-    worker: str,
+    module: str,
     arguments: list[str],
     tp: int,
     pp: int,
     ep: int,
     etp: int | None,
     dp: int | None,
-    *,
-    say_layout: bool = True,
 ) -> None:
-    """Run a worker of millrace.megatron on as many ranks as its layout has, and exit as it does."""
+    """Run a module of millrace on as many ranks as its layout has, and exit as it does."""
     from millrace.config.schema import TrainerConfig
     from millrace.launch.local import run_ranks, trainer_environment
 
-    etp = etp or (tp if ep == 1 else 1)
+    etp = etp or 1
     # Experts take their ranks from tp x dp, so without a word on dp it is the least that gives them enough.
     dp = dp or ep * etp // math.gcd(tp, ep * etp)
     ranks = tp * pp * dp
-    if say_layout:
-        sizes = {"tp": tp, "pp": pp, "ep": ep, "etp": etp, "dp": dp}
-        arguments = [*arguments, *(text for key, size in sizes.items() for text in (f"--{key}", str(size)))]
+    sizes = {"tp": tp, "pp": pp, "ep": ep, "etp": etp, "dp": dp}
+    arguments = [*arguments, *(text for key, size in sizes.items() for text in (f"--{key}", str(size)))]
     environment = trainer_environment(TrainerConfig(), ranks)
     # The logs of the ranks stay, for a failure names them.
     logs = Path(tempfile.mkdtemp(prefix="millrace-"))
-    raise typer.Exit(run_ranks(f"millrace.megatron.{worker}", arguments, ranks, environment, logs))
+    raise typer.Exit(run_ranks(f"millrace.{module}", arguments, ranks, environment, logs))
 
 
 def main() -> None:

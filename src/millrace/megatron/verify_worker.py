@@ -3,7 +3,7 @@
     roundtrip         Hugging Face -> this layout -> Hugging Face: every tensor bitwise equal
     logits            this layout against transformers, float32
     layout-reference  logits and gradients of one batch on one rank, into a file
-    layout            the same batch at this layout against that file
+    layout            the same batch at this layout against that of one rank
 
 Each names the first tensor or token that differs and by how much, writes a YAML card with `--card`, and ends with exit
 code 1 when the check fails. Every rank is started as
@@ -13,7 +13,11 @@ code 1 when the check fails. Every rank is started as
 from __future__ import annotations
 
 import argparse
+import os
+import socket
+import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -40,6 +44,7 @@ from millrace.megatron.worker import (
     conclude,
     end_with,
     gather,
+    is_main,
     on_rank_zero,
     ranks,
 )
@@ -69,8 +74,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     checks.choices["logits"].add_argument("--tolerance", type=float, default=LOGITS_TOLERANCE)
     checks.choices["logits"].add_argument("--tokens", help="token ids with commas between; seeded ones when absent")
     checks.choices["layout"].add_argument("--tolerance", type=float, default=GRADIENT_TOLERANCE)
-    for name in ("layout", "layout-reference"):
-        checks.choices[name].add_argument("--reference", required=True, help="safetensors file of the reference")
+    checks.choices["layout"].add_argument("--reference", help="file of layout-reference; made first when absent")
+    checks.choices["layout-reference"].add_argument("--reference", required=True, help="safetensors file to write")
     return parser.parse_args(argv)
 
 
@@ -276,15 +281,38 @@ def _relative(gradient: Tensor, reference: Tensor) -> float:
 
 
 def layout(arguments: argparse.Namespace) -> Verdict:
+    """Compare this layout with one rank, which computes the reference first where no file of it is given."""
+    with tempfile.TemporaryDirectory(prefix="millrace-") as folder:
+        file = arguments.reference or f"{folder}/reference.safetensors"
+        if arguments.reference is None and is_main():
+            _compute_reference(arguments, file)
+        return _layout_against(arguments, file)
+
+
+def _layout_against(arguments: argparse.Namespace, file: str) -> Verdict:
     shape = ModelShape.from_hf(arguments.hf)
-    reference = HFReader(arguments.reference)
     tokens, batch = seeded_tokens(shape, arguments.seed), example_batch(shape, arguments.seed)
-    return _at_layout(
-        arguments,
-        "float32",
-        lambda policy: check_layout_against(policy, tokens, batch, reference, arguments.tolerance),
-        optimizer=OptimizerConfig(lr=0.0),
-    )
+
+    def check(policy: Policy) -> Verdict:
+        reference = HFReader(on_rank_zero(lambda: file))
+        verdict = check_layout_against(policy, tokens, batch, reference, arguments.tolerance)
+        gather(None)  # rank 0 removes the file when it returns
+        return verdict
+
+    return _at_layout(arguments, "float32", check, optimizer=OptimizerConfig(lr=0.0))
+
+
+def _compute_reference(arguments: argparse.Namespace, file: str) -> None:
+    """One rank in a process of its own; the others wait for rank 0 at the rendezvous meanwhile."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    command = [sys.executable, "-m", "millrace.megatron.verify_worker", "layout-reference", "--hf", arguments.hf]
+    command += ["--reference", file, "--device", arguments.device, "--seed", str(arguments.seed)]
+    ended = subprocess.run(command, env={**os.environ, **alone}, stdout=subprocess.DEVNULL, check=False)
+    if ended.returncode:
+        raise ConversionError(f"the reference of one rank could not be computed (exit code {ended.returncode})")
 
 
 # ---- all

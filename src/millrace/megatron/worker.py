@@ -118,25 +118,26 @@ def bytes_bar(what: str, total: int) -> Iterator[Callable[[int], None]]:
         TransferSpeedColumn(),
         TimeElapsedColumn(),
     )
-    with Progress(*columns, console=console, disable=not (_is_main() and console.is_terminal)) as progress:
+    with Progress(*columns, console=console, disable=not (is_main() and console.is_terminal)) as progress:
         task = progress.add_task(what, total=total)
         yield lambda count: progress.advance(task, count)
 
 
 def say(sentence: str) -> None:
     """Tell the user, once for all ranks."""
-    if _is_main():
+    if is_main():
         Console(highlight=False, soft_wrap=True).print(sentence, markup=False)
 
 
-def _is_main() -> bool:
+def is_main() -> bool:
+    """Whether this is rank 0, also where no process group exists."""
     return int(os.environ.get("RANK", "0")) == 0
 
 
 def conclude(command: str, arguments: argparse.Namespace, verdict: Verdict, started: float) -> int:
     """Print the verdict, write the card when one is wanted, and return the exit code."""
     say(f"{'passed' if verdict.passed else 'FAILED'}: {verdict.summary}")
-    if arguments.card is not None and _is_main():
+    if arguments.card is not None and is_main():
         facts = {
             "command": command,
             "verdict": "passed" if verdict.passed else "failed",
