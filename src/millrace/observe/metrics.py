@@ -48,6 +48,7 @@ METRICS: dict[str, Metric] = {
         "below 0.5",
         "dynamic_sampling: true, or other data",
     ),
+    "groups/played": Metric("groups sampled for the step, dropped ones included", "near prompts_per_step", "as above"),
     "entropy": Metric(
         "mean entropy of the policy at the answers' tokens, nats", "falls slowly", "collapsing: lower lr, clip-higher"
     ),
@@ -56,10 +57,13 @@ METRICS: dict[str, Metric] = {
         "float32: < 1e-5; bfloat16: < 0.02 dense, < 0.05 mixture of experts",
         "same dtype in trainer and fleet; off_policy.kind: icepop or tis; a sudden jump is a wrong weight",
     ),
-    "mismatch/max": Metric(
-        "largest |log p_train - log p_rollout| of the batch",
-        "float32: < 1e-3; bfloat16: < 1",
-        "as mismatch/mean; mismatch.mask_above leaves such tokens out",
+    "mismatch/masked": Metric(
+        "share of the answers' tokens that the off-policy correction or mismatch.mask_above leaves out of the loss",
+        "below 0.01",
+        "as mismatch/mean",
+    ),
+    "clip_fraction": Metric(
+        "share of the answers' tokens whose ratio is clipped", "below 0.2", "fewer updates_per_batch, or a lower lr"
     ),
     "kl": Metric("mean KL estimate to the reference", "below 0.1", "raise kl.coefficient"),
     "time/rollout": Metric("seconds spent sampling and scoring", "the larger part of a step", "more engines"),
