@@ -32,6 +32,8 @@ EXPECTED_WARNINGS = (
     "ignore:Transformer Engine and Apex are not installed",
     "ignore:Apex is not installed",
     "ignore:full scope is deprecated",
+    "ignore:The .grad attribute of a Tensor that is not a leaf",
+    "ignore:`load_state_dict` is deprecated",
     "ignore::FutureWarning:torch.distributed.c10d_logger",
 )
 """What Megatron-Core says at every start on CPU ranks and means nothing there."""
