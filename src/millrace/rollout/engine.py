@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import socket
@@ -95,14 +96,17 @@ class EngineProcess:
         return None if self._process is None else self._process.poll()
 
     def terminate(self) -> None:
-        """Ask the engine to end in order."""
-        self._signal(signal.SIGTERM)
+        """Ask the engine to end in order: the supervisor passes it on to the server alone."""
+        if self._process is not None:
+            self._process.terminate()
 
     def kill(self) -> None:
         """End every process of the engine now, also stopped ones."""
-        if self._process is not None:
-            self._signal(signal.SIGKILL)
-            self._process.wait()
+        if self._process is None:
+            return
+        with contextlib.suppress(ProcessLookupError):  # all of them have ended
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
 
     def stop(self, limit: float = STOP_SECONDS) -> None:
         """End the engine and everything it started: SIGTERM, and SIGKILL after `limit` seconds."""
@@ -113,14 +117,6 @@ class EngineProcess:
         while self._process.poll() is None and time.monotonic() < end:
             time.sleep(0.05)
         self.kill()
-
-    def _signal(self, signum: signal.Signals) -> None:
-        if self._process is None:
-            return
-        try:
-            os.killpg(self._process.pid, signum)
-        except ProcessLookupError:
-            return  # all of them have ended
 
     def log_tail(self) -> str:
         """The last lines that the present process wrote to its log."""

@@ -7,6 +7,7 @@ it stays in memory as long as the engine lives.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import signal
@@ -55,14 +56,16 @@ def _signal_on_parent_death(signum: signal.Signals) -> None:
 
 
 def _end_group(child: subprocess.Popen[bytes]) -> None:
-    """SIGTERM to the processes of the group, SIGKILL to what is left after a grace period. This process survives."""
+    """SIGTERM to the command, which ends its own children in order; SIGKILL to what is left after a grace period."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    os.killpg(0, signal.SIGTERM)
-    limit = time.monotonic() + GRACE_SECONDS
+    # Where the command itself is gone, nobody is left to end the others in order.
+    limit = time.monotonic() + (GRACE_SECONDS if child.poll() is None else 0.0)
+    child.terminate()
     while _others_left(child) and time.monotonic() < limit:
         time.sleep(0.05)
     for pid in _descendants():
-        os.kill(pid, signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):  # it ended by itself
+            os.kill(pid, signal.SIGKILL)
     child.wait()
 
 

@@ -51,7 +51,7 @@ class SharedMemoryCarrier:
         # A page of tmpfs that cannot be had ends the writer with SIGBUS; asked for here, it is an error.
         with open(self._paths[slot], "r+b") as file:
             try:
-                os.posix_fallocate(file.fileno(), 0, size)
+                os.posix_fallocate(file.fileno(), self._backed[slot], size - self._backed[slot])
             except OSError as error:
                 raise SyncError(
                     f"{ROOT} has no room for a bucket of {size / 2**20:.0f} MiB ({error.strerror}); lower "
