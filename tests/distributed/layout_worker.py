@@ -59,6 +59,8 @@ def results(policy: Policy, case: dict[str, Any]) -> dict[str, Any]:
         policy.backward(policy.cut(batch.select([1])), negative_log_likelihood)
         found["one sequence"] = gradients(policy)
     found["metrics"] = [policy.train_step(batch, negative_log_likelihood) for _ in range(2)]
+    groups = policy.optimizer.param_groups
+    found["weight decay"] = sorted({(p.dim(), group["weight_decay"]) for group in groups for p in group["params"]})
     found["refused"] = refused_update(policy)
     found["updated"] = copied(policy.hf_tensors())
     return found

@@ -122,9 +122,9 @@ def merged(ranks: list[dict[str, Any]], take: Callable[[dict[str, Any]], dict[st
 
 
 def difference(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
-    """Largest |found - expected| of any tensor, over the largest |expected| of that tensor."""
+    """Largest norm(found - expected) / norm(expected) of any tensor."""
     assert found.keys() == expected.keys()
-    return max(float((found[n] - e).abs().max() / e.abs().max()) for n, e in expected.items())
+    return max(float((found[name] - tensor).norm() / tensor.norm()) for name, tensor in expected.items())
 
 
 def uncut(rank: dict[str, Any]) -> dict[str, Tensor]:
@@ -262,3 +262,8 @@ def test_updates_lower_the_loss_and_a_refused_one_changes_nothing(results: Resul
     assert second["loss"] < first["loss"] - 1
     assert one["refused"].startswith("refused at loss")
     assert (first["lr"], first["tokens"], first["micro_batches"]) == (1e-3, 100.0, 1.0)
+
+
+@pytest.mark.parametrize("name", ["qwen3_moe-one", "qwen3_moe-ep2"])
+def test_norms_are_exempt_from_weight_decay(name: str, results: Results) -> None:
+    assert results[name][0]["weight decay"] == [(1, 0.0), (2, 0.1)]

@@ -202,4 +202,4 @@ def reduce_expert_gradients_over_expert_ranks(model: torch.nn.Module, parallel: 
         return
     for name, parameter in model.named_parameters():
         if ".experts." in name:
-            parameter.allreduce = False
+            setattr(parameter, "allreduce", False)  # noqa: B010

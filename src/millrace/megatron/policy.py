@@ -29,7 +29,7 @@ from millrace.errors import MillraceError
 from millrace.megatron import weights
 from millrace.megatron.logprobs import token_logprobs, vocabulary_logits
 from millrace.megatron.microbatch import MicroBatch, cut_batch
-from millrace.megatron.model import build_model
+from millrace.megatron.model import HiddenStateModel, build_model
 from millrace.megatron.optimizer import build_optimizer, learning_rate, set_hyper_parameters
 from millrace.megatron.topology import Topology
 
@@ -300,7 +300,7 @@ class Policy:
                 )
 
 
-def _with_gradient_buffers(module: torch.nn.Module, trainer: TrainerConfig) -> DistributedDataParallel:
+def _with_gradient_buffers(module: HiddenStateModel, trainer: TrainerConfig) -> DistributedDataParallel:
     """Megatron-Core's data parallelism: gradients add up in float32 buffers, reduced once a step by plain sums."""
     config = module.config
     config.finalize_model_grads_func = _finalize_sums

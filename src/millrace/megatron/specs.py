@@ -49,7 +49,7 @@ class RMSNorm(torch.nn.Module):
         self.eps = eps
         device = torch.cuda.current_device()
         self.weight = torch.nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype, device=device))
-        self.weight.sequence_parallel = config.sequence_parallel
+        setattr(self.weight, "sequence_parallel", config.sequence_parallel)  # noqa: B010
 
     def forward(self, x: Tensor) -> Tensor:
         return F.rms_norm(x, (x.shape[-1],), self.weight, self.eps)
@@ -94,7 +94,7 @@ class PackedAttention(MegatronModule):
             return self._attend(*batch_first).transpose(0, 1).flatten(2)
         lengths = _segment_lengths(packed_seq_params, query.shape[0])
         pieces = [t.split(lengths) for t in (query, key, value)]
-        outputs: list[Tensor | None] = [None] * len(lengths)
+        outputs = [query] * len(lengths)
         for members in _by_length(lengths):
             stacked = (torch.stack([piece[i] for i in members]) for piece in pieces)
             for i, output in zip(members, self._attend(*stacked).unbind(), strict=True):
