@@ -38,7 +38,7 @@ class GroupCollector:
         self._sampler = MixedSampler(sizes, seed=ctx.recipe.seed + stage_index)
         if sampler_state is not None:
             self._sampler.load_state_dict(sampler_state)
-        self._journal = RolloutJournal(ctx.run_dir, stage.name)
+        self._journal = RolloutJournal(ctx.run_dir, stage.name, ctx.recipe)
 
     def collect(self, step: int) -> Collected:
         """The groups of a step: those on record for these weights, or newly sampled ones. Collective."""

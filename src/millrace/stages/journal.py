@@ -7,19 +7,23 @@ and a person can read what the model wrote.
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from millrace.config.schema import Recipe
 from millrace.environments.base import Reward
 from millrace.rollout.types import Rollout
 from millrace.stages.episodes import Episode, Group, Scored
 
 
 class RolloutJournal:
-    def __init__(self, run_dir: Path, stage: str) -> None:
+    def __init__(self, run_dir: Path, stage: str, recipe: Recipe) -> None:
+        self._recipe = recipe_mark(recipe)
         self.folder = run_dir / "rollouts" / stage
         self.folder.mkdir(parents=True, exist_ok=True)
 
@@ -30,7 +34,7 @@ class RolloutJournal:
         """Record a step's groups; a reader sees the whole file or none."""
         aside = self.path(step).with_suffix(".tmp")
         with aside.open("w", encoding="utf-8") as file:
-            file.write(json.dumps(dict(header)) + "\n")
+            file.write(json.dumps({**header, "recipe": self._recipe}) + "\n")
             for group in groups:
                 for answer in group.answers:
                     file.write(json.dumps(_to_json(group.episode, answer)) + "\n")
@@ -39,13 +43,14 @@ class RolloutJournal:
         os.replace(aside, self.path(step))
 
     def read(self, step: int, weight_version: int) -> tuple[dict[str, Any], list[Group]] | None:
-        """What was recorded for a step with these weights, or None. Other weights' answers are not used."""
+        """What was recorded for a step with these weights, or None. Answers of other weights, or of a recipe that was
+        changed since, are not used."""
         path = self.path(step)
         if not path.exists():
             return None
         lines = path.read_text(encoding="utf-8").splitlines()
         header = json.loads(lines[0])
-        if header["weight_version"] != weight_version:
+        if header["weight_version"] != weight_version or header.get("recipe") != self._recipe:
             return None
         groups: dict[str, list[Scored]] = {}
         episodes: dict[str, Episode] = {}
@@ -54,6 +59,13 @@ class RolloutJournal:
             episodes[answer.rollout.request_id] = episode
             groups.setdefault(answer.rollout.request_id, []).append(answer)
         return header, [Group(episodes[key], tuple(answers)) for key, answers in groups.items()]
+
+
+def recipe_mark(recipe: Recipe) -> str:
+    """Tells recipes apart by what they compute: its name, folder and threads do not count."""
+    trainer = dataclasses.replace(recipe.trainer, threads_per_rank=None, collective_timeout_s=1.0)
+    same = dataclasses.replace(recipe, name="", run_dir="", trainer=trainer)
+    return hashlib.sha256(repr(same).encode()).hexdigest()[:16]
 
 
 def _to_json(episode: Episode, answer: Scored) -> dict[str, Any]:
