@@ -62,7 +62,7 @@ def write_recipe(world: Path, name: str, *, stages: list[dict], domains: bool, *
             }
         }
         recipe["fleet"] = {"dtype": "float32", "max_model_len": 256, "max_num_seqs": 32, "kv_cache_bytes": 67108864}
-        recipe["evaluation"] = {"samples": 2, "sampling": {"max_response_tokens": 8}}
+        recipe["evaluation"] = {"every": 2, "samples": 2, "sampling": {"max_response_tokens": 8}}
     path = world / f"{name}.yaml"
     path.write_text(yaml.safe_dump(recipe, sort_keys=False), encoding="utf-8")
     return path

@@ -10,6 +10,8 @@ import pytest
 import torch
 from runs import RL, SFT, exported, finish, kill, output, run, start, wait_until, write_recipe, write_world
 
+from millrace.cascade.ledger import Ledger
+
 KILLS = 10
 
 
@@ -69,6 +71,14 @@ def test_a_cascade_that_was_interrupted_and_killed_ends_where_an_undisturbed_one
     assert "stopped as asked" in output(broken)
 
     process = start(broken)
+    assert wait_until(lambda: "resuming at step" in output(broken), process, broken), output(broken)
+    process.send_signal(signal.SIGINT)  # the engines are starting
+    began = time.monotonic()
+    assert finish(process, broken) == 130, output(broken)
+    assert time.monotonic() - began < 30
+    assert output(broken).count("stopped as asked") == 2
+
+    process = start(broken)
     second_rollouts = run_dir / "rollouts" / "rl" / "step-000001.jsonl"
     assert wait_until(second_rollouts.exists, process, broken), output(broken)
     engines = [p for p in psutil.Process(process.pid).children(recursive=True) if "vllm" in " ".join(p.cmdline())]
@@ -79,6 +89,7 @@ def test_a_cascade_that_was_interrupted_and_killed_ends_where_an_undisturbed_one
     assert run(broken) == 0, output(broken)
     assert_same_export(world / "runs" / "cascade", run_dir)
     assert (run_dir / "report.html").exists()
+    assert list(Ledger(run_dir).scores()) == ["start", "sft", "rl@2", "rl"]
 
 
 def metric_steps(run_dir) -> list[int]:

@@ -23,8 +23,8 @@ from millrace.observe.report import write_report
 from millrace.observe.writer import MetricsWriter
 from millrace.rollout.fleet import Fleet
 from millrace.rollout.weight_sync import WeightSync
-from millrace.stages.context import Progress, StageContext, Stopped
-from millrace.stages.control import ControlGroup
+from millrace.stages.context import Progress, StageContext
+from millrace.stages.control import ControlGroup, Stopped
 from millrace.stages.episodes import Domain, EpisodePlayer
 from millrace.stages.evaluate import evaluate
 from millrace.stages.reference import checkpoint_name
@@ -46,8 +46,10 @@ def run(recipe: Recipe, run_dir: Path, fleet: Fleet | None) -> bool:
         ctx, progress = _open(recipe, run_dir, fleet, topology, stack)
         ledger = Ledger(run_dir)
         try:
+            _meet_engines(ctx, fleet)
             _run_stages(ctx, progress, ledger)
         except Stopped:
+            ctx.save_reached()
             ctx.say("stopped as asked; the same command goes on from here")
             _record(ctx, ledger, "stopped", step=ctx.policy.step)
             return False
@@ -84,8 +86,6 @@ def _open(
         sync = WeightSync(policy, fleet, recipe.fleet, topology)
         player = EpisodePlayer(control, sync, tokenizer, fleet, domains, console)
         stack.callback(player.close)
-        control.on_main(lambda: fleet.wait_ready() if fleet else None)
-        sync.push(policy.step)
     metrics = MetricsWriter(run_dir, first_step=policy.step + 1) if control.is_main else None
     if console and metrics:
         stack.callback(console.close)
@@ -101,8 +101,17 @@ def _open(
         player=player,
         console=console,
         metrics=metrics,
+        reached=progress,
+        saved=progress,
     )
     return ctx, progress
+
+
+def _meet_engines(ctx: StageContext, fleet: Fleet | None) -> None:
+    """Wait for the engines of a run that samples, and give them the policy's weights."""
+    if ctx.sync is not None:
+        ctx.control.on_main_until_stopped(lambda: fleet.wait_ready() if fleet else None)
+        ctx.push_weights()
 
 
 def _load(policy: Policy, recipe: Recipe, checkpointer: Checkpointer, console: RunConsole | None) -> Progress:
@@ -145,7 +154,7 @@ def _run_stage(stage: StageConfig, ctx: StageContext, progress: Progress, ledger
     if isinstance(stage, SftStage):
         run_sft(stage, ctx, progress)
     else:
-        run_rl(stage, ctx, progress)
+        run_rl(stage, ctx, progress, lambda label: _measure(ctx, ledger, label))
 
 
 def _measure(ctx: StageContext, ledger: Ledger, after: str, fresh: bool = True) -> None:
@@ -153,8 +162,7 @@ def _measure(ctx: StageContext, ledger: Ledger, after: str, fresh: bool = True) 
     known = ctx.control.on_main(lambda: after in ledger.scores())
     if ctx.player is None or not ctx.recipe.domains or known or not fresh:
         return
-    assert ctx.sync is not None
-    ctx.sync.push(ctx.policy.step)
+    ctx.push_weights()
     scores = evaluate(ctx, after)
     _record(
         ctx, ledger, "evaluated", after=after, step=ctx.policy.step, scores={d: s.to_json() for d, s in scores.items()}

@@ -23,6 +23,8 @@ def main(run_dir: Path) -> int:
     except MillraceError as error:
         sys.stderr.write(f"{error}\n")
         return FAILED
+    except KeyboardInterrupt:  # before the run takes signals as requests: nothing is done yet that could be saved
+        return STOPPED
     finally:
         if fleet is not None:
             fleet.close()

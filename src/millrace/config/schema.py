@@ -26,7 +26,7 @@ class ParallelConfig:
     pp: int = 1
     """Pipeline-parallel stages: the layers are cut over them."""
     cp: int = 1
-    """Context-parallel ranks: each sequence is cut over them (CUDA with Transformer Engine only)."""
+    """Context-parallel ranks: each sequence is cut over them. Not supported: must be 1."""
     dp: int = 1
     """Data-parallel replicas of the model. World size = tp * pp * cp * dp."""
     ep: int = 1
@@ -162,7 +162,8 @@ class SamplingConfig:
 @dataclass(frozen=True, kw_only=True)
 class EvaluationConfig:
     every: int = 0
-    """Steps between evaluations inside an RL stage; before the first and after each stage is measured in any case."""
+    """Steps between evaluations inside an RL stage, 0 for none; the start and the end of each stage are measured in any
+    case."""
     samples: int = 1
     """Answers a prompt (avg@k)."""
     max_prompts: int | None = None

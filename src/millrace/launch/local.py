@@ -26,7 +26,8 @@ from millrace.errors import MillraceError
 
 FINISHED, STOPPED = 0, 130
 GRACE_SECONDS = 10.0
-"""How long the other ranks may take to end by themselves after one has failed; rank 0 closes its engines meanwhile."""
+"""How long the other ranks may take to end by themselves after one has failed or stopped; rank 0 closes its engines
+meanwhile."""
 
 EXPECTED_WARNINGS = (
     "ignore:Transformer Engine and Apex are not installed",
@@ -137,6 +138,10 @@ class _Rank:
     def kill(self) -> None:
         os.killpg(self.process.pid, signal.SIGKILL)
 
+    def was_interrupted(self) -> bool:
+        """Whether a signal ended it, also one that came while Python was still starting."""
+        return self.code is not None and (self.code < 0 or _tail(self.log).endswith("KeyboardInterrupt"))
+
     def ending(self) -> str:
         """How it ended, as a clause."""
         assert self.code is not None
@@ -205,6 +210,7 @@ class _Watch:
 
     def until_the_end(self) -> int:
         failed: list[_Rank] = []
+        stopped: list[_Rank] = []
         deadline = float("inf")
         while running := self._running():
             time.sleep(_POLL_SECONDS)
@@ -212,11 +218,14 @@ class _Watch:
                 rank.look()
                 if rank.code not in (None, FINISHED, STOPPED):
                     failed.append(rank)
-            if failed:
+                elif rank.code == STOPPED:
+                    stopped.append(rank)
+            # A rank that stopped before all had found each other is waited for by the others.
+            if failed or stopped:
                 deadline = min(deadline, time.monotonic() + GRACE_SECONDS)
             if time.monotonic() > deadline:
                 break
-        if failed and not (self.stop_asked and all(rank.code and rank.code < 0 for rank in failed)):
+        if failed and not (self.stop_asked and all(rank.was_interrupted() for rank in failed)):
             raise RankFailed(_sentence(failed))
         return FINISHED if not failed and all(rank.code == FINISHED for rank in self.ranks) else STOPPED
 

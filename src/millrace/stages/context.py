@@ -16,12 +16,8 @@ from millrace.megatron.policy import Policy
 from millrace.observe.console import RunConsole
 from millrace.observe.writer import MetricsWriter
 from millrace.rollout.weight_sync import WeightSync
-from millrace.stages.control import ControlGroup
+from millrace.stages.control import ControlGroup, Stopped
 from millrace.stages.episodes import EpisodePlayer
-
-
-class Stopped(Exception):
-    """The run was asked to stop; everything up to here is saved."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +51,10 @@ class StageContext:
     """Rank 0 only."""
     metrics: MetricsWriter | None
     """Rank 0 only."""
+    reached: Progress
+    """What is done: where a run that stops now should go on."""
+    saved: Progress
+    """Where a resumed run would go on."""
     seconds: dict[str, float] = field(default_factory=dict)
 
     def say(self, sentence: str) -> None:
@@ -70,6 +70,7 @@ class StageContext:
 
     def begin_stage(self, stage: StageConfig, progress: Progress, steps: int, updates_per_step: int = 1) -> None:
         """A stage begins with fresh optimizer state; one that goes on keeps it, and its place in the schedule."""
+        self.reached = progress
         updates = steps * updates_per_step
         if progress.step == 0:
             self.policy.reset_optimizer(stage.optimizer, updates)
@@ -77,21 +78,35 @@ class StageContext:
             self.policy.set_schedule(stage.optimizer, updates, done=progress.step * updates_per_step)
 
     def end_step(self, stage: StageConfig, progress: Progress, steps: int, values: Mapping[str, float]) -> None:
-        """Record a step, save when it is time, stop when asked to (raises Stopped after saving)."""
+        """Record a step, save when it is time, stop when asked to (raises Stopped; what is reached is saved then)."""
+        self.reached = progress
         times = {**self.seconds, "time/step": sum(self.seconds.values())}
         self.seconds.clear()
         if self.console and self.metrics:
             self.metrics.write(self.policy.step, stage.name, {**values, **times})
             self.console.step(stage.type, stage.name, progress.step, steps, {**values, **times})
         every = self.recipe.checkpoint.every
-        stopping = self.control.should_stop()
-        if progress.step < steps and (stopping or (every and progress.step % every == 0)):
+        if progress.step == steps:  # the end of a stage is saved by whoever runs the stages
+            return
+        if every and progress.step % every == 0:
             self.save(progress)
-        if stopping and progress.step < steps:
+        if self.control.should_stop():
             raise Stopped
+
+    def push_weights(self) -> None:
+        """Give the engines the policy's present weights unless they have them. Collective."""
+        assert self.sync is not None
+        if self.sync.version != self.policy.step:
+            self.sync.push(self.policy.step)
+
+    def save_reached(self) -> None:
+        """Checkpoint what is done, unless that is on disk. Collective."""
+        if self.reached != self.saved:
+            self.save(self.reached)
 
     def save(self, progress: Progress, name: str | None = None) -> None:
         """Checkpoint policy, optimizer, random states and progress; a named one is kept for good."""
         self.checkpointer.save(
             self.policy, self.policy.step, progress.to_json(), name=name, keep_always=name is not None
         )
+        self.reached = self.saved = progress

@@ -9,6 +9,7 @@ from __future__ import annotations
 import signal
 from collections.abc import Callable
 from datetime import timedelta
+from types import FrameType
 from typing import TypeVar, cast
 
 import torch
@@ -22,18 +23,43 @@ LONGEST_WAIT = timedelta(hours=24)
 """Rank 0 has its own, named limits on what it waits for; this one only ends orphans."""
 
 
+class Stopped(Exception):
+    """The run was asked to stop."""
+
+
 class ControlGroup:
     def __init__(self) -> None:
         self._group = dist.new_group(backend="gloo", timeout=LONGEST_WAIT)
         self.rank = dist.get_rank()
         self.is_main = self.rank == 0
         self._stop_asked = False
+        self._interruptible = False
 
     def on_main(self, function: Callable[[], T]) -> T:
         """Call `function` on rank 0 and return its result on every rank."""
         box: list[T | None] = [function() if self.is_main else None]
         dist.broadcast_object_list(box, src=0, group=self._group)
         return cast(T, box[0])
+
+    def on_main_until_stopped(self, function: Callable[[], T]) -> T:
+        """Like `on_main`, for a long wait that may be left half-way: when rank 0 was asked to stop, before or while it
+        waits, Stopped is raised on every rank. `function` sees a KeyboardInterrupt."""
+        result, stopped = self.on_main(lambda: self._until_stopped(function))
+        if stopped:
+            raise Stopped
+        return cast(T, result)
+
+    def _until_stopped(self, function: Callable[[], T]) -> tuple[T | None, bool]:
+        """The result, and whether it was given up for a stop."""
+        try:
+            self._interruptible = True
+            if self._stop_asked:
+                return None, True
+            return function(), False
+        except KeyboardInterrupt:
+            return None, True
+        finally:
+            self._interruptible = False
 
     def broadcast_batch(self, batch: TokenBatch | None) -> TokenBatch:
         """Rank 0's batch on every rank, as plain tensors."""
@@ -63,9 +89,16 @@ class ControlGroup:
         return bool(flag.item())
 
     def stop_on_signals(self) -> None:
-        """SIGINT, SIGTERM and SIGUSR1 (a scheduler's warning) end the run, saved, after the step in progress."""
+        """SIGINT, SIGTERM and SIGUSR1 (a scheduler's warning) end the run, saved: an update in progress is finished,
+        rollouts and waits are left."""
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-            signal.signal(number, lambda *_: self.ask_to_stop())
+            signal.signal(number, self._on_signal)
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        self.ask_to_stop()
+        if self._interruptible:
+            self._interruptible = False  # once: what ends the wait is not interrupted in turn
+            raise KeyboardInterrupt
 
 
 def _extent(batch: TokenBatch | None) -> tuple[int, int, list[str]]:

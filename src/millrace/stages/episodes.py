@@ -93,7 +93,7 @@ class EpisodePlayer:
     def play(self, episodes: Sequence[Episode], sampling: SamplingConfig, n: int, what: str) -> list[Group]:
         """Answer each episode n times and score the answers. Collective; rank 0 gets the groups, the others nothing.
 
-        `what` names the wait on the progress bar.
+        `what` names the wait on the progress bar. Raises Stopped on every rank when the run is asked to stop meanwhile.
         """
         requests = [self._request(episode, sampling, n) for episode in episodes]
         rollouts = self._generate(requests, what)
@@ -115,7 +115,7 @@ class EpisodePlayer:
     def _generate(self, requests: Sequence[Request], what: str) -> list[list[Rollout]]:
         rollouts: list[list[Rollout]] = []
         while True:
-            complete = self._control.on_main(lambda: self._try_generate(requests, what, rollouts))
+            complete = self._control.on_main_until_stopped(lambda: self._try_generate(requests, what, rollouts))
             if complete:
                 return rollouts
             self._sync.resync_if_needed()

@@ -28,15 +28,22 @@ class MismatchTooLarge(MillraceError):
     """Trainer and engines disagree about the log-probs of the same tokens."""
 
 
-def run_rl(stage: RlStage, ctx: StageContext, progress: Progress) -> None:
-    """Train to the stage's end from `progress`. Collective."""
+def run_rl(stage: RlStage, ctx: StageContext, progress: Progress, measure: Callable[[str], None]) -> None:
+    """Train to the stage's end from `progress`. Collective.
+
+    `measure(label)` puts held-out pass rates on record; it is called every `evaluation.every` steps.
+    """
     assert ctx.sync is not None
+    every = ctx.recipe.evaluation.every
     collector = GroupCollector(stage, ctx, progress.stage, progress.sampler)
     reference = reference_policy(ctx, progress.stage) if stage.kl.coefficient else None
     loss_fn = stage_loss_fn(stage)
     temperature = stage.sampling.temperature
     ctx.begin_stage(stage, progress, stage.steps, stage.updates_per_batch)
+    ctx.push_weights()
     for step in range(progress.step, stage.steps):
+        if every and step and step % every == 0:
+            measure(f"{stage.name}@{step}")
         with ctx.timed("rollout"):
             collected = collector.collect(step)
         values = dict(collected.metrics)

@@ -75,6 +75,35 @@ def test_a_rank_that_hangs_after_another_died_is_ended(ranks: Ranks, monkeypatch
         ranks(program)
 
 
+def test_a_rank_that_waits_for_one_that_stopped_is_ended(ranks: Ranks, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("millrace.launch.local.GRACE_SECONDS", 0.5)
+    program = "import os, sys, time\nif os.environ['RANK'] == '0': sys.exit(130)\ntime.sleep(60)\n"
+    started = time.monotonic()
+    assert ranks(program) == STOPPED
+    assert time.monotonic() - started < 15
+
+
+def test_a_stop_while_python_starts_is_no_failure(ranks: Ranks, tmp_path: Path) -> None:
+    program = """
+import os, sys, time
+open(f"{sys.argv[1]}/ready-{os.environ['RANK']}", "w").close()
+try:
+    time.sleep(60)
+except KeyboardInterrupt:
+    sys.stderr.write("KeyboardInterrupt\\n")
+    sys.exit(1)
+"""
+
+    def stop() -> None:
+        wait_for(lambda: all((tmp_path / f"ready-{rank}").exists() for rank in (0, 1)))
+        os.kill(os.getpid(), signal.SIGINT)
+
+    stopper = threading.Thread(target=stop)
+    stopper.start()
+    assert ranks(program) == STOPPED
+    stopper.join()
+
+
 STOPS_WHEN_ASKED = """
 import os, signal, sys, time
 asked = []
