@@ -7,15 +7,15 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from millrace.cascade.engines import needs_fleet
-from millrace.cascade.export import export_policy
 from millrace.cascade.ledger import Ledger
 from millrace.config.model_shape import ModelShape
-from millrace.config.schema import OptimizerConfig, Recipe, SftStage, StageConfig
+from millrace.config.schema import OptimizerConfig, Recipe, RlStage, SftStage, StageConfig
 from millrace.data.datasets import ConversationDataset
 from millrace.data.tokenizer import ChatTokenizer
 from millrace.environments.registry import make_environment
 from millrace.evaluation.pass_rate import PassRate
 from millrace.megatron.checkpoint import Checkpointer
+from millrace.megatron.export import export_hf
 from millrace.megatron.policy import Policy
 from millrace.megatron.topology import Topology, init_distributed
 from millrace.observe.console import RunConsole
@@ -54,7 +54,7 @@ def run(recipe: Recipe, run_dir: Path, fleet: Fleet | None) -> bool:
             _record(ctx, ledger, "stopped", step=ctx.policy.step)
             return False
         if recipe.export:
-            export_policy(ctx.policy, recipe.model.path, run_dir / "export", ctx.control)
+            export_hf(ctx.policy, recipe.model.path, run_dir / "export", overwrite=True)
             _record(ctx, ledger, "exported", path="export", step=ctx.policy.step)
             ctx.say(f"exported to {run_dir / 'export'}")
         if ctx.console:
@@ -127,7 +127,17 @@ def _load(policy: Policy, recipe: Recipe, checkpointer: Checkpointer, console: R
 
 
 def _domains(recipe: Recipe, tokenizer: ChatTokenizer) -> dict[str, Domain]:
-    return {name: Domain(name, config, make_environment(config), tokenizer) for name, config in recipe.domains.items()}
+    return {name: _open_domain(name, recipe, tokenizer) for name in recipe.domains}
+
+
+def _open_domain(name: str, recipe: Recipe, tokenizer: ChatTokenizer) -> Domain:
+    config, context = recipe.domains[name], recipe.fleet.max_model_len
+    domain = Domain(name, config, make_environment(config), tokenizer)
+    stages = [stage for stage in recipe.stages if isinstance(stage, RlStage) and name in stage.domains]
+    if stages:
+        domain.require_room(domain.train, context, max(stage.sampling.max_response_tokens for stage in stages))
+    domain.require_room(domain.held_out, context, recipe.evaluation.sampling.max_response_tokens)
+    return domain
 
 
 def _conversations(recipe: Recipe, tokenizer: ChatTokenizer) -> dict[str, ConversationDataset]:

@@ -28,7 +28,7 @@ from millrace.config.model_shape import ModelShape
 from millrace.config.schema import FleetConfig, TrainerConfig
 from millrace.data.batch import TokenBatch
 from millrace.megatron import weights
-from millrace.megatron.convert_worker import export
+from millrace.megatron.export import export_hf
 from millrace.megatron.policy import Policy
 from millrace.megatron.verify_worker import load_policy, seeded_tokens, transformers_logits
 from millrace.megatron.worker import (
@@ -171,7 +171,7 @@ def collect(arguments: argparse.Namespace, config: FleetConfig, folder: Path) ->
         report = sync.push(2)
         swapped = on_rank_zero(lambda: greedy(fleet, prompts) if fleet else [])
         out = on_rank_zero(lambda: folder / "exported")
-        export(policy, Path(arguments.hf), out, max_shard_bytes=2 << 30, overwrite=False)
+        export_hf(policy, arguments.hf, out)
         trained = trainer_logprobs(policy, swapped)
     if not is_main():
         return None

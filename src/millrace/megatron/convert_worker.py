@@ -14,14 +14,15 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from millrace.config.model_shape import ModelShape
-from millrace.config.schema import ModelConfig, TrainerConfig
+from millrace.config.schema import TrainerConfig
 from millrace.converters.errors import ConversionError
-from millrace.converters.safetensors_io import HFReader, HFWriter, prepare_export, publish
+from millrace.converters.safetensors_io import HFReader
 from millrace.megatron import weights
 from millrace.megatron.checkpoint import HF_FOLDER, Checkpointer
 from millrace.megatron.checkpoint_store import FACTS
+from millrace.megatron.export import export_hf
 from millrace.megatron.policy import DTYPES, Policy
-from millrace.megatron.worker import PASSED, add_layout_arguments, bytes_bar, end_with, gather, on_rank_zero, ranks, say
+from millrace.megatron.worker import PASSED, add_layout_arguments, bytes_bar, end_with, model_config, ranks, say
 
 GIB = 1 << 30
 
@@ -53,7 +54,7 @@ def hf_to_megatron(arguments: argparse.Namespace) -> Path:
     shape = ModelShape.from_hf(arguments.hf)
     dtype = widest_dtype(HFReader(arguments.hf)) if arguments.dtype == "auto" else arguments.dtype
     with ranks(arguments, trainer) as (topology, parallel):
-        model = ModelConfig(path=arguments.hf, dtype=dtype)
+        model = model_config(arguments.hf, dtype)
         policy = Policy(model, shape, parallel, trainer, topology, optimizer=None, seed=arguments.seed)
         load_with_bar(policy, arguments.hf)
         written = Checkpointer(arguments.out, keep=1).save(policy, 0, {}, keep_always=True)
@@ -81,10 +82,16 @@ def megatron_to_hf(arguments: argparse.Namespace) -> Path:
     trainer = TrainerConfig(device=arguments.device)
     with ranks(arguments, trainer) as (topology, parallel):
         dtype = stored_dtype(shape) if arguments.dtype == "auto" else arguments.dtype
-        model = ModelConfig(path=str(source), dtype=dtype)
+        model = model_config(str(source), dtype)
         policy = Policy(model, shape, parallel, trainer, topology, optimizer=None, seed=arguments.seed)
         Checkpointer(checkpoint.parent, keep=1).load(policy, checkpoint)
-        out = export(policy, source, Path(arguments.out), int(arguments.shard_gib * GIB), arguments.overwrite)
+        out = export_hf(
+            policy,
+            source,
+            Path(arguments.out),
+            max_shard_bytes=int(arguments.shard_gib * GIB),
+            overwrite=arguments.overwrite,
+        )
         say(f"{checkpoint} -> {out} ({dtype})")
     return out
 
@@ -97,21 +104,6 @@ def find_checkpoint(path: Path) -> Path:
     if latest is None:
         raise ConversionError(f"{path} is no checkpoint and holds none")
     return latest
-
-
-def export(policy: Policy, source: Path, out: Path, max_shard_bytes: int, overwrite: bool) -> Path:
-    """Write the policy in Hugging Face format, every rank its own tensors. Collective."""
-    on_rank_zero(lambda: prepare_export(out, overwrite=overwrite))
-    writer = HFWriter(out, max_shard_bytes=max_shard_bytes, rank=policy.topology.rank)
-    with bytes_bar(
-        "writing", weights.export_bytes(weights.bind(policy.module, policy.shape, policy.topology))
-    ) as advance:
-        for name, tensor in policy.hf_tensors():
-            writer.add(name, tensor)
-            advance(tensor.numel() * tensor.element_size())
-    manifests = gather(writer.close())
-    on_rank_zero(lambda: publish(out, manifests, source=source, dtype=policy.config.dtype))
-    return out
 
 
 def main(argv: Sequence[str]) -> int:

@@ -29,7 +29,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from millrace.config.model_shape import ModelShape
-from millrace.config.schema import ModelConfig, OptimizerConfig, ParallelConfig, TrainerConfig
+from millrace.config.schema import OptimizerConfig, ParallelConfig, TrainerConfig
 from millrace.converters.errors import ConversionError
 from millrace.converters.mapping import mapping_for
 from millrace.converters.safetensors_io import HFReader
@@ -45,6 +45,7 @@ from millrace.megatron.worker import (
     end_with,
     gather,
     is_main,
+    model_config,
     on_rank_zero,
     ranks,
 )
@@ -156,7 +157,7 @@ def transformers_logits(path: str, tokens: Tensor, device: torch.device) -> Tens
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, local_files_only=True).to(device).eval()
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, local_files_only=True).to(device).eval()  # type: ignore[arg-type]
     with torch.no_grad():
         return model(tokens.to(device)).logits.float().cpu()
 
@@ -350,7 +351,7 @@ def load_policy(
     optimizer: OptimizerConfig | None,
     seed: int,
 ) -> Policy:
-    model = ModelConfig(path=path, dtype=dtype)
+    model = model_config(path, dtype)
     policy = Policy(model, shape, parallel, trainer, topology, optimizer=optimizer, seed=seed)
     load_with_bar(policy, path)
     if policy.optimizer is not None:

@@ -12,14 +12,14 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar, cast
 
 import torch.distributed as dist
 import yaml
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeElapsedColumn, TransferSpeedColumn
 
-from millrace.config.schema import ParallelConfig, TrainerConfig
+from millrace.config.schema import ModelConfig, ParallelConfig, TrainerConfig
 from millrace.errors import MillraceError
 from millrace.megatron.topology import Topology, init_distributed
 
@@ -80,6 +80,11 @@ def ranks(arguments: argparse.Namespace, trainer: TrainerConfig) -> Iterator[tup
     topology = init_distributed(parallel, trainer, arguments.seed)
     yield topology, parallel
     topology.close()
+
+
+def model_config(path: str, dtype: str) -> ModelConfig:
+    """A checkpoint with one of the data types a trainer can have."""
+    return ModelConfig(path=path, dtype=cast(Literal["float32", "bfloat16"], dtype))
 
 
 def gather(value: T) -> list[T]:

@@ -13,6 +13,7 @@ from typing import Any
 
 from millrace.config.schema import DomainConfig, SamplingConfig
 from millrace.data.datasets import PromptDataset
+from millrace.data.errors import DataError
 from millrace.data.tokenizer import ChatTokenizer
 from millrace.environments.base import Environment, Message, Observation, Reward
 from millrace.observe.console import RunConsole
@@ -72,6 +73,17 @@ class Domain:
             messages = [{"role": "system", "content": self._system}, *messages]
         prompt = tuple(self._tokenizer.render_prompt(messages))
         return Episode(dataset.row_id(index), self.name, row, messages, prompt, seed)
+
+    def require_room(self, dataset: PromptDataset, context: int, answer: int) -> None:
+        """Raises DataError, naming the row, for a prompt that leaves less than `answer` of `context` tokens."""
+        for index in range(len(dataset)):
+            length = len(self.episode(dataset, index, seed=0).prompt)
+            if length + answer > context:
+                raise DataError(
+                    f"{dataset.where(index)}: the prompt has {length} tokens, so that an answer of "
+                    f"max_response_tokens {answer} does not fit into fleet.max_model_len {context}; leave the row out, "
+                    "raise fleet.max_model_len or lower max_response_tokens"
+                )
 
 
 class EpisodePlayer:
