@@ -165,6 +165,13 @@ def _fleet(recipe: Recipe) -> Problems:
         )
     if fleet.transport in ("nccl", "ipc") and recipe.trainer.device == "cpu":
         yield f"fleet.transport is {fleet.transport}, which needs CUDA; use shared_memory or disk on CPU"
+    waited = max(fleet.start_timeout_s, fleet.request_timeout_s)
+    if recipe.parallel.world_size > 1 and recipe.trainer.collective_timeout_s < waited:
+        yield (
+            f"trainer.collective_timeout_s is {recipe.trainer.collective_timeout_s:g}, but at a weight sync the ranks "
+            f"wait for engines up to {waited:g} s (fleet.start_timeout_s, fleet.request_timeout_s); raise the one or "
+            "lower the others"
+        )
     remote = [address for address in fleet.addresses if not _is_this_host(address)]
     if fleet.transport in ("shared_memory", "ipc") and remote:
         yield (

@@ -29,7 +29,7 @@ class Reward:
     reason: str
     """Why the episode ended with this value, in a few words; shown in the report."""
     details: Mapping[str, float] = field(default_factory=dict)
-    """Named partial scores, averaged into the stage's metrics."""
+    """Named partial scores; kept with the answer in the recorded rollouts."""
 
 
 class Environment(Protocol):

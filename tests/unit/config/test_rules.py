@@ -100,6 +100,12 @@ def test_the_world_size_is_compared_when_it_is_known(recipe_file: Path) -> None:
     )
 
 
+def test_ranks_may_wait_as_long_for_each_other_as_for_an_engine(recipe_file: Path) -> None:
+    too_short = "trainer.collective_timeout_s=60"
+    assert check(recipe_file, too_short) == []  # one rank waits for nobody
+    assert "wait for engines up to 600 s" in check(recipe_file, too_short, "parallel.dp=2")[0]
+
+
 def test_several_updates_of_one_batch_are_fine_with_a_ratio(recipe_file: Path) -> None:
     for kind in ("ppo", "cispo", "gspo"):
         assert check(recipe_file, "stages.climb.updates_per_batch=2", f"stages.climb.loss.kind={kind}") == []
