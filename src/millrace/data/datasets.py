@@ -116,6 +116,10 @@ class PromptDataset:
         own = json.loads(line).get("id")
         return hashlib.sha256(line).hexdigest()[:16] if own is None else str(own)
 
+    def where(self, index: int) -> str:
+        """File and line of a row, for messages."""
+        return self._rows.where(index)
+
     def _refuse_repeated_ids(self) -> None:
         seen: dict[str, int] = {}
         for index, row in enumerate(self._rows):
