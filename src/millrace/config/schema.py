@@ -116,7 +116,7 @@ class FleetConfig:
     """CPU threads of one engine on CPU."""
     transport: Literal["shared_memory", "disk", "nccl", "ipc"] = "shared_memory"
     """How weights reach the engines: shared memory on one host, safetensors on a shared disk, NCCL, or CUDA IPC."""
-    bucket_bytes: int = 268435456
+    bucket_bytes: int = 67108864
     """Weights travel in buckets of about this size."""
     start_timeout_s: float = 300.0
     """How long an engine may take to start."""
