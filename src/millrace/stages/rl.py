@@ -7,7 +7,7 @@ that (PPO clip, off-policy correction, KL, dynamic sampling) composes in `algori
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
@@ -22,6 +22,9 @@ from millrace.stages.collect import Collected, GroupCollector
 from millrace.stages.context import Progress, StageContext
 from millrace.stages.episodes import Group
 from millrace.stages.reference import reference_policy
+
+ADDED = ("tokens", "micro_batches")
+"""Metrics of an update of which a step has the sum."""
 
 
 class MismatchTooLarge(MillraceError):
@@ -46,15 +49,23 @@ def run_rl(stage: RlStage, ctx: StageContext, progress: Progress, measure: Calla
             measure(f"{stage.name}@{step}")
         with ctx.timed("rollout"):
             collected = collector.collect(step)
-        values = dict(collected.metrics)
         with ctx.timed("train"):
-            for batch in _batches(collected, stage, ctx, reference):
-                values |= ctx.policy.train_step(
+            updates = [
+                ctx.policy.train_step(
                     batch, loss_fn, temperature=temperature, entropy=True, before_update=mismatch_guard(stage)
                 )
+                for batch in _batches(collected, stage, ctx, reference)
+            ]
+        values = {**collected.metrics, **step_metrics(updates)}
         with ctx.timed("sync"):
             ctx.sync.push(ctx.policy.step)
         ctx.end_step(stage, Progress(progress.stage, step + 1, collected.sampler), stage.steps, values)
+
+
+def step_metrics(updates: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """The metrics of a step from those of its updates: tokens and micro-batches add up, all others are averaged."""
+    sums = {name: sum(update[name] for update in updates) for name in updates[0]}
+    return {name: value if name in ADDED else value / len(updates) for name, value in sums.items()}
 
 
 def _batches(collected: Collected, stage: RlStage, ctx: StageContext, reference: Policy | None) -> list[TokenBatch]:

@@ -3,7 +3,7 @@ import torch
 
 from millrace.config.schema import AdvantageConfig, MismatchConfig, PolicyLossConfig, RlStage
 from millrace.stages.collect import rollout_metrics
-from millrace.stages.rl import MismatchTooLarge, mismatch_guard, policy_batch
+from millrace.stages.rl import MismatchTooLarge, mismatch_guard, policy_batch, step_metrics
 
 from .answers import group
 
@@ -69,3 +69,9 @@ def test_a_mismatch_over_the_limit_stops_with_the_key_to_change(found):
 
 def test_no_limit_never_stops():
     mismatch_guard(stage(mismatch=MismatchConfig(stop_above=None)))({"mismatch/mean": 9.0})
+
+
+def test_a_step_of_several_updates_counts_all_its_tokens():
+    updates = [{"loss": 1.0, "tokens": 30.0, "micro_batches": 2.0}, {"loss": 0.5, "tokens": 10.0, "micro_batches": 1.0}]
+    assert step_metrics(updates) == {"loss": 0.75, "tokens": 40.0, "micro_batches": 3.0}
+    assert step_metrics(updates[:1]) == updates[0]
