@@ -51,6 +51,12 @@ class MicroBatch:
         segment_ids = self.segment_ids[: self.real]
         return (segment_ids[1:] == segment_ids[:-1]).nonzero()[:, 0]
 
+    @property
+    def trained_rows(self) -> Tensor:
+        """int64: those of `predicting_rows` whose next token has a weight; the others need no logits"""
+        rows = self.predicting_rows
+        return rows[self.streams["weight"][rows + 1] != 0]
+
     def packed_seq_params(self) -> PackedSeqParams:
         bounds = torch.tensor([0, *self.lengths], device=self.tokens.device).cumsum(0).to(torch.int32)
         longest = max(self.lengths)

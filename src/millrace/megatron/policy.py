@@ -117,10 +117,10 @@ class Policy:
         sequence. Raises DataError for a sequence longer than trainer.max_tokens_per_micro_batch.
         """
         micro_batches = self.cut(batch)
-        head = partial(self._head, temperature=temperature, entropy=entropy)
 
         def on_last_stage(micro_batch: MicroBatch, hidden: Tensor) -> tuple[Tensor, Any]:
-            logp, entropies = head(micro_batch, hidden)
+            rows = micro_batch.predicting_rows
+            logp, entropies = self._head(micro_batch, hidden, rows, temperature=temperature, entropy=entropy)
             stacked = logp[None] if entropies is None else torch.stack([logp, entropies])
             return logp.new_zeros(()), (micro_batch, stacked)
 
@@ -141,6 +141,8 @@ class Policy:
         before_update: BeforeUpdate | None = None,
     ) -> dict[str, float]:
         """One update from the whole batch; the loss is the sum of `loss_fn` over it, however it is cut.
+
+        Logits are taken only where the batch's stream `weight` is not 0; elsewhere `loss_fn` sees a log-prob of 0.
 
         Returns on every rank the loss and `loss_fn`'s metrics, summed over the batch, with `grad_norm`, `lr`, `tokens`
         and `micro_batches` (of one data-parallel rank), and with `entropy` the batch's weighted mean of it.
@@ -180,8 +182,9 @@ class Policy:
         self.optimizer.zero_grad()
 
         def on_last_stage(micro_batch: MicroBatch, hidden: Tensor) -> tuple[Tensor, Any]:
-            logp, entropies = self._head(micro_batch, hidden, temperature=temperature, entropy=entropy)
-            loss, metrics = loss_fn(logp[: micro_batch.shown], micro_batch.streams, micro_batch.segment_ids)
+            rows = micro_batch.trained_rows
+            logp, entropies = self._head(micro_batch, hidden, rows, temperature=temperature, entropy=entropy)
+            loss, metrics = loss_fn(logp, micro_batch.streams, micro_batch.segment_ids)
             if entropies is not None:
                 metrics["entropy"] = (micro_batch.streams["weight"] * entropies).sum()
             return loss, {"loss": loss.detach(), **metrics}
@@ -244,10 +247,9 @@ class Policy:
             )
 
     def _head(
-        self, micro_batch: MicroBatch, hidden: Tensor, *, temperature: float, entropy: bool
+        self, micro_batch: MicroBatch, hidden: Tensor, rows: Tensor, *, temperature: float, entropy: bool
     ) -> tuple[Tensor, Tensor | None]:
-        """Log-probs (and entropies) aligned with the shown tokens of a micro-batch [shown]."""
-        rows = micro_batch.predicting_rows
+        """Log-probs (and entropies) of the tokens behind `rows`, aligned with the shown tokens [shown]; elsewhere 0."""
         logp, entropies = token_logprobs(
             hidden,
             self.module.head_weight,
