@@ -76,7 +76,12 @@ RL = {
     "steps": 4,
     "prompts_per_step": 4,
     "samples_per_prompt": 4,
-    "sampling": {"max_response_tokens": 8},
+    "updates_per_batch": 2,
+    "dynamic_sampling": True,
+    "loss": {"kind": "ppo", "clip_high": 0.28},
+    "off_policy": {"kind": "tis"},
+    "kl": {"coefficient": 0.1},
+    "sampling": {"max_response_tokens": 150},
     "optimizer": {"lr": 1.0e-3},
 }
 

@@ -59,31 +59,3 @@ def correction(
         ratio = torch.exp(segment_mean(log_ratio, inside, segment_ids))
         weight = ((ratio >= low) & (ratio <= high)).to(log_ratio.dtype)
     return torch.where(inside, weight, 0.0)
-
-
-@torch.no_grad()
-def mismatch(
-    train_logp: Tensor, rollout_logp: Tensor, mask: Tensor, segment_ids: Tensor, *, sequence_above: float = 0.1
-) -> dict[str, float]:
-    """How far trainer and engine disagree over a whole batch, in |log p_train - log p_rollout|.
-
-    Returns:
-        `mismatch/mean`, `mismatch/p99`, `mismatch/max` over the tokens of the mask, and `mismatch/sequences`: the share
-        of sequences whose own mean exceeds `sequence_above`. All 0 for a batch without such a token.
-    """
-    inside = mask > 0
-    if not inside.any():
-        return dict.fromkeys(("mismatch/mean", "mismatch/p99", "mismatch/max", "mismatch/sequences"), 0.0)
-    difference = (train_logp - rollout_logp).abs().double()
-    ids = segment_ids[inside]
-    values = difference[inside]
-    _, first = torch.unique_consecutive(ids, return_inverse=True)
-    of_sequences = torch.zeros(int(first[-1]) + 1, dtype=torch.bool)
-    of_sequences[first.cpu()] = (segment_mean(difference, inside, segment_ids)[inside] > sequence_above).cpu()
-    rank = max(1, -(-99 * values.numel() // 100))  # nearest-rank percentile: an observed value, at any batch size
-    return {
-        "mismatch/mean": float(values.mean()),
-        "mismatch/p99": float(values.kthvalue(rank).values),
-        "mismatch/max": float(values.max()),
-        "mismatch/sequences": float(of_sequences.double().mean()),
-    }

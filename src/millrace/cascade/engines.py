@@ -5,19 +5,27 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from millrace.config.schema import Recipe, RlStage
+from millrace.config.schema import Recipe
 from millrace.rollout.fleet import Fleet
-
-
-def needs_fleet(recipe: Recipe) -> bool:
-    """Whether the run samples at all: an RL stage, or domains to measure."""
-    return bool(recipe.domains) or any(isinstance(stage, RlStage) for stage in recipe.stages)
 
 
 def start_fleet(recipe: Recipe, run_dir: Path) -> Fleet | None:
     """Start the engines of a run that samples, on rank 0; returns at once."""
-    if int(os.environ.get("RANK", "0")) != 0 or not needs_fleet(recipe):
+    if int(os.environ.get("RANK", "0")) != 0 or not recipe.samples:
         return None
-    fleet = Fleet(recipe.fleet, recipe.model.path, run_dir)
+    fleet = Fleet(recipe.fleet, recipe.model.path, run_dir, gpus=engine_gpus(recipe))
     fleet.start()
     return fleet
+
+
+def engine_gpus(recipe: Recipe) -> list[int]:
+    """GPU numbers for the engines of this machine: those behind the trainer's, or the trainer's own with CUDA IPC.
+
+    Counted among the devices that CUDA_VISIBLE_DEVICES names, as the trainer's ranks count. On CPU nothing reads them.
+    """
+    first = 0 if recipe.fleet.transport == "ipc" else recipe.parallel.world_size
+    wanted = range(first, first + recipe.fleet.engines * recipe.fleet.tensor_parallel)
+    visible = [entry.strip() for entry in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")]
+    if len(visible) > max(wanted, default=0) and all(entry.isdigit() for entry in visible):
+        return [int(visible[i]) for i in wanted]
+    return list(wanted)

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
 
-from millrace.cascade.engines import needs_fleet
 from millrace.cascade.ledger import Ledger
+from millrace.config.errors import ConfigError
 from millrace.config.model_shape import ModelShape
 from millrace.config.schema import OptimizerConfig, Recipe, RlStage, SftStage, StageConfig
 from millrace.data.datasets import ConversationDataset
@@ -82,8 +82,8 @@ def _open(
     checkpointer = Checkpointer(run_dir / "checkpoints", keep=recipe.checkpoint.keep)
     progress = _load(policy, recipe, checkpointer, console)
     sync = player = None
-    if needs_fleet(recipe):
-        sync = WeightSync(policy, fleet, recipe.fleet, topology)
+    if recipe.samples:
+        sync = WeightSync(policy, fleet, recipe.fleet, topology, group=control.group)
         player = EpisodePlayer(control, sync, tokenizer, fleet, domains, console)
         stack.callback(player.close)
     metrics = MetricsWriter(run_dir, first_step=policy.step + 1) if control.is_main else None
@@ -119,11 +119,22 @@ def _load(policy: Policy, recipe: Recipe, checkpointer: Checkpointer, console: R
     if state is None:
         policy.load_hf(recipe.model.path)
         return Progress()
+    _require_same_stages(recipe, state.pop("stages"), state["stage"])
     progress = Progress(**state)
     if console and progress.stage < len(recipe.stages):
         name = recipe.stages[progress.stage].name
         console.say(f"resuming at step {progress.step} of stage {name} (update {policy.step})")
     return progress
+
+
+def _require_same_stages(recipe: Recipe, names: list[str], reached: int) -> None:
+    """A run may change what it has not begun; what it has done must stand in the recipe as it was."""
+    begun, now = names[: reached + 1], [stage.name for stage in recipe.stages]
+    if now[: len(begun)] != begun:
+        raise ConfigError(
+            f"stages: the run's checkpoint has been through {', '.join(begun)}, but the recipe begins with "
+            f"{', '.join(now[: len(begun)])}; name the same stages, or start afresh in another run_dir"
+        )
 
 
 def _domains(recipe: Recipe, tokenizer: ChatTokenizer) -> dict[str, Domain]:

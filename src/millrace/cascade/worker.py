@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import sys
 from pathlib import Path
 
@@ -22,6 +23,13 @@ def main(run_dir: Path) -> int:
         return FINISHED if run(recipe, run_dir, fleet) else STOPPED
     except MillraceError as error:
         sys.stderr.write(f"{error}\n")
+        return FAILED
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        sys.stderr.write(
+            f"no room left to write {error.filename or run_dir}: make room and run the same command again\n"
+        )
         return FAILED
     except KeyboardInterrupt:  # before the run takes signals as requests: nothing is done yet that could be saved
         return STOPPED

@@ -75,7 +75,6 @@ class Plan:
 def make_plan(recipe: Recipe) -> Plan:
     """The plan of a recipe that fulfils the rules. Raises ConfigError when the model cannot be read."""
     shape, p = ModelShape.from_hf(recipe.model.path), recipe.parallel
-    samples = bool(recipe.domains) or any(isinstance(stage, RlStage) for stage in recipe.stages)
     return Plan(
         name=recipe.name,
         run_dir=recipe.run_dir,
@@ -84,12 +83,12 @@ def make_plan(recipe: Recipe) -> Plan:
         parameters=shape.parameter_count(),
         world_size=p.world_size,
         order="tp-cp-dp-pp; experts: etp-ep-edp-pp",
-        engines=recipe.fleet.engines if samples else 0,
+        engines=recipe.fleet.engines if recipe.samples else 0,
         engine_ranks=recipe.fleet.tensor_parallel,
-        addresses=recipe.fleet.addresses if samples else (),
+        addresses=recipe.fleet.addresses if recipe.samples else (),
         ranks=tuple(_rank(rank, recipe, shape) for rank in range(p.world_size)),
         stages=tuple(_stage(stage, recipe) for stage in recipe.stages),
-        commands=tuple(_commands(recipe, samples)),
+        commands=tuple(_commands(recipe)),
     )
 
 
@@ -166,9 +165,9 @@ def _stage(stage: SftStage | RlStage, recipe: Recipe) -> StagePlan:
     )
 
 
-def _commands(recipe: Recipe, samples: bool) -> Iterator[str]:
+def _commands(recipe: Recipe) -> Iterator[str]:
     yield f"{recipe.parallel.world_size} x python -m millrace.cascade.worker {recipe.run_dir}"
-    if samples and recipe.fleet.engines:
+    if recipe.samples and recipe.fleet.engines:
         yield f"{recipe.fleet.engines} x vLLM server of {recipe.model.path} on {recipe.fleet.interface}"
 
 

@@ -131,7 +131,7 @@ def _lengths(recipe: Recipe, shape: ModelShape | None) -> Problems:
             )
         if positions is not None and length > positions:
             yield f"{key} is {length}, but the model has {positions} positions (max_position_embeddings); lower {key}"
-    if not _samples(recipe):
+    if not recipe.samples:
         return
     answers = {f"stages.{s.name}": s.sampling for s in recipe.stages if isinstance(s, RlStage)}
     for key, sampling in {**answers, "evaluation": recipe.evaluation.sampling}.items():
@@ -142,19 +142,20 @@ def _lengths(recipe: Recipe, shape: ModelShape | None) -> Problems:
             )
 
 
-def _samples(recipe: Recipe) -> bool:
-    """Whether the run draws answers: in an RL stage, or to measure its domains."""
-    return bool(recipe.domains) or any(isinstance(stage, RlStage) for stage in recipe.stages)
+OWN_SERVER_ARGUMENTS = frozenset({"--host", "--port", "--middleware", "--worker-extension-cls", "--model"})
+"""Arguments of a vLLM server that must be what Millrace says: they keep it on its interface and behind its token."""
 
 
 def _fleet(recipe: Recipe) -> Problems:
     fleet = recipe.fleet
-    if not _samples(recipe):
+    if not recipe.samples:
         return
     if not fleet.engines and not fleet.addresses:
         yield "fleet: the run samples answers, but there are no engines; set fleet.engines or fleet.addresses"
     if fleet.engines and fleet.addresses:
         yield "fleet: engines and addresses are both given; set fleet.engines=0 to use the servers that already run"
+    for taken in sorted(OWN_SERVER_ARGUMENTS & {argument.split("=")[0] for argument in fleet.extra_args}):
+        yield f"fleet.extra_args: {taken} is set by Millrace and guards the engines; leave it out"
     for address in fleet.addresses:
         if urlsplit(address).scheme not in ("http", "https") or not urlsplit(address).hostname:
             yield f"fleet.addresses: {address!r} is not a URL such as http://node7:8000"

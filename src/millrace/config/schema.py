@@ -291,3 +291,8 @@ class Recipe:
     """What is done, in order."""
     export: bool = True
     """Write the final policy as a Hugging Face checkpoint to RUN_DIR/export."""
+
+    @property
+    def samples(self) -> bool:
+        """Whether the run draws answers and so needs engines: in an RL stage, or to measure its domains."""
+        return bool(self.domains) or any(isinstance(stage, RlStage) for stage in self.stages)

@@ -96,6 +96,7 @@ class _Verdict:
 class WeightSync:
     """Collective over all trainer ranks; `fleet` is rank 0's and None elsewhere.
 
+    group: for the messages between ranks, which may wait for engines; the default group when absent.
     carrier: how this rank's buckets travel, instead of what `config.transport` says.
     """
 
@@ -106,12 +107,14 @@ class WeightSync:
         config: FleetConfig,
         topology: Ranks,
         *,
+        group: dist.ProcessGroup | None = None,
         carrier: Carrier | None = None,
         probe_tokens: Sequence[int] = PROBE_TOKENS,
     ) -> None:
         self.version: int | None = None
         """What was last pushed."""
         self._policy, self._fleet, self._config = policy, fleet, config
+        self._group = group
         self._rank, self._world = topology.rank, topology.world
         self._probe = tuple(probe_tokens)
         self._folder = Path(self._on_main(lambda fleet: str(transport_folder(config, fleet.run_dir))))
@@ -263,7 +266,7 @@ class WeightSync:
             except MillraceError as error:
                 outcome = [error]
         if self._world > 1:
-            dist.broadcast_object_list(outcome, src=0)
+            dist.broadcast_object_list(outcome, src=0, group=self._group)
         if isinstance(outcome[0], MillraceError):
             raise outcome[0]
         return outcome[0]  # type: ignore[return-value]
@@ -273,7 +276,7 @@ class WeightSync:
         if self._world == 1:
             return [own]
         gathered: list[T | None] = [None] * self._world
-        dist.all_gather_object(gathered, own)
+        dist.all_gather_object(gathered, own, group=self._group)
         return [one for one in gathered if one is not None]
 
     @contextmanager

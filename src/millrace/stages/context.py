@@ -106,7 +106,6 @@ class StageContext:
 
     def save(self, progress: Progress, name: str | None = None) -> None:
         """Checkpoint policy, optimizer, random states and progress; a named one is kept for good."""
-        self.checkpointer.save(
-            self.policy, self.policy.step, progress.to_json(), name=name, keep_always=name is not None
-        )
+        state = {**progress.to_json(), "stages": [stage.name for stage in self.recipe.stages]}
+        self.checkpointer.save(self.policy, self.policy.step, state, name=name, keep_always=name is not None)
         self.reached = self.saved = progress

@@ -29,7 +29,7 @@ class Stopped(Exception):
 
 class ControlGroup:
     def __init__(self) -> None:
-        self._group = dist.new_group(backend="gloo", timeout=LONGEST_WAIT)
+        self.group = dist.new_group(backend="gloo", timeout=LONGEST_WAIT)
         self.rank = dist.get_rank()
         self.is_main = self.rank == 0
         self._stop_asked = False
@@ -38,7 +38,7 @@ class ControlGroup:
     def on_main(self, function: Callable[[], T]) -> T:
         """Call `function` on rank 0 and return its result on every rank."""
         box: list[T | None] = [function() if self.is_main else None]
-        dist.broadcast_object_list(box, src=0, group=self._group)
+        dist.broadcast_object_list(box, src=0, group=self.group)
         return cast(T, box[0])
 
     def on_main_until_stopped(self, function: Callable[[], T]) -> T:
@@ -71,11 +71,11 @@ class ControlGroup:
             tokens, lengths = batch.tokens, batch.lengths
             values = torch.stack([batch.streams[name] for name in streams])
         for tensor in (tokens, lengths, values):
-            dist.broadcast(tensor, src=0, group=self._group)
+            dist.broadcast(tensor, src=0, group=self.group)
         return TokenBatch(tokens, lengths, dict(zip(streams, values, strict=True)))
 
     def barrier(self) -> None:
-        dist.barrier(group=self._group)
+        dist.barrier(group=self.group)
 
     # ---- stopping
 
@@ -85,7 +85,7 @@ class ControlGroup:
     def should_stop(self) -> bool:
         """Whether any rank was asked to stop; the same answer on every rank."""
         flag = torch.tensor([int(self._stop_asked)])
-        dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=self._group)
+        dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=self.group)
         return bool(flag.item())
 
     def stop_on_signals(self) -> None:

@@ -127,7 +127,7 @@ def mismatch_guard(stage: RlStage) -> Callable[[dict[str, float]], None]:
         if limit is not None and not found <= limit:
             raise MismatchTooLarge(
                 f"{stage.name}: trainer and engines differ by {found:.3g} in mean |log-prob| over the same tokens, "
-                f"more than stages.{stage.name}.mismatch.stop_above = {limit}; no update was made. "
+                f"more than stages.{stage.name}.mismatch.stop_above = {limit}; this update was not made. "
                 "`millrace verify sync` tells whether the weights arrive; else use one dtype in model and fleet, or "
                 "an off_policy correction."
             )

@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from millrace.algorithms.off_policy import correction, mismatch
+from millrace.algorithms.off_policy import correction
 
 IDS = torch.tensor([4, 4, 4, 9, 9])
 MASK = torch.tensor([0.0, 1.0, 1.0, 1.0, 1.0])
@@ -38,25 +38,3 @@ def test_a_long_sequence_is_judged_by_its_mean_and_not_by_its_product() -> None:
         mask=torch.ones(n),
     )
     assert math.exp(0.002 * n) > 7 and weight.eq(1).all()
-
-
-def test_mismatch_of_a_batch_by_hand() -> None:
-    train = torch.tensor([-9.0, -1.0, -2.0, -1.0, -1.0])
-    rollout = torch.tensor([0.0, -1.5, -2.1, -1.0, -1.01])
-    found = mismatch(train, rollout, MASK, IDS)
-    assert found["mismatch/mean"] == pytest.approx((0.5 + 0.1 + 0.0 + 0.01) / 4, rel=1e-5)
-    assert found["mismatch/max"] == pytest.approx(0.5)
-    assert found["mismatch/p99"] == pytest.approx(0.5)
-    assert found["mismatch/sequences"] == 0.5
-    assert mismatch(train, rollout, MASK, IDS, sequence_above=0.004)["mismatch/sequences"] == 1.0
-
-
-def test_the_99th_percentile_leaves_a_hundredth_above_it() -> None:
-    difference = torch.arange(1000, dtype=torch.float64)
-    found = mismatch(difference, torch.zeros(1000), torch.ones(1000), torch.zeros(1000, dtype=torch.int64))
-    assert found["mismatch/p99"] == 989.0 and found["mismatch/max"] == 999.0
-
-
-def test_mismatch_of_no_token_is_zero() -> None:
-    found = mismatch(torch.ones(5), torch.zeros(5), torch.zeros(5), IDS)
-    assert set(found.values()) == {0.0} and len(found) == 4
