@@ -19,9 +19,10 @@ title "Dense model: SFT, RL on math, RL on instruction following (tensor paralle
 title "Mixture of experts: SFT and RL (expert parallel over 2 ranks)"
 "$bin/millrace" run recipes/laptop/moe.yaml
 
-title "Is what was exported what was trained?"
+title "Does what was exported load bit for bit, agree with transformers, and with vLLM after a weight swap?"
 "$bin/millrace" verify roundtrip --hf runs/laptop-dense/export --tp 2
 "$bin/millrace" verify logits --hf runs/laptop-dense/export --tp 2
+"$bin/millrace" verify sync --hf runs/laptop-moe/export --ep 2
 
 title "A question to the exported checkpoint, loaded afresh by transformers"
 "$bin/python" recipes/laptop/ask.py runs/laptop-dense/export demo/math/held_out.jsonl

@@ -7,7 +7,7 @@ import time
 import psutil
 import pytest
 import torch
-from runs import RL, SFT, exported, finish, kill, output, run, start, wait_until, write_recipe, write_world
+from real_runs import RL, SFT, exported, finish, kill, output, run, start, wait_until, write_recipe, write_world
 
 from millrace.cascade.ledger import Ledger
 from millrace.observe.writer import read_metrics
