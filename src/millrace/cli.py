@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import math
 import os
+import shutil
 import sys
 import tempfile
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 from rich.console import Console
@@ -46,6 +47,9 @@ Tp = Annotated[int, typer.Option(min=1, help="Tensor-parallel ranks.")]
 Pp = Annotated[int, typer.Option(min=1, help="Pipeline-parallel stages.")]
 Dp = Annotated[int | None, typer.Option(min=1, help="Data-parallel replicas [default: as many as ep needs]")]
 Ep = Annotated[int, typer.Option(min=1, help="Expert-parallel ranks.")]
+Dtype = Annotated[
+    Literal["auto", "float32", "bfloat16"], typer.Option(help="Data type that is written; auto: as in the source.")
+]
 Etp = Annotated[int | None, typer.Option(min=1, help="Tensor-parallel ranks of one expert [default: 1]")]
 
 
@@ -162,12 +166,14 @@ def hf_to_megatron(
     ep: Ep = 1,
     etp: Etp = None,
     dp: Dp = None,
+    dtype: Dtype = "auto",
 ) -> None:
     """Write a Hugging Face checkpoint as a sharded Megatron-Core checkpoint.
 
     Example: `millrace convert hf-to-megatron --hf demo/base --out demo/base-megatron --tp 2`
     """
-    _on_ranks("megatron.convert_worker", ["hf-to-megatron", "--hf", str(hf), "--out", str(out)], tp, pp, ep, etp, dp)
+    arguments = ["hf-to-megatron", "--hf", str(hf), "--out", str(out), "--dtype", dtype]
+    _on_ranks("megatron.convert_worker", arguments, tp, pp, ep, etp, dp)
 
 
 @convert.command("megatron-to-hf")
@@ -179,12 +185,16 @@ def megatron_to_hf(
     ep: Ep = 1,
     etp: Etp = None,
     dp: Dp = None,
+    dtype: Dtype = "auto",
+    shard_gib: Annotated[float, typer.Option(min=0.001, help="Largest safetensors file, GiB.")] = 2.0,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace --out when it exists.")] = False,
 ) -> None:
     """Write a Megatron-Core checkpoint as a Hugging Face checkpoint; the layout need not be the one it was saved in.
 
-    Example: `millrace convert megatron-to-hf --checkpoint runs/x/checkpoints/step-10 --out exported`
+    Example: `millrace convert megatron-to-hf --checkpoint runs/x/checkpoints/step-00000010 --out exported`
     """
-    arguments = ["megatron-to-hf", "--checkpoint", str(checkpoint), "--out", str(out)]
+    arguments = ["megatron-to-hf", "--checkpoint", str(checkpoint), "--out", str(out), "--dtype", dtype]
+    arguments += ["--shard-gib", str(shard_gib), *(["--overwrite"] if overwrite else [])]
     _on_ranks("megatron.convert_worker", arguments, tp, pp, ep, etp, dp)
 
 
@@ -265,9 +275,11 @@ def _on_ranks(
     sizes = {"tp": tp, "pp": pp, "ep": ep, "etp": etp, "dp": dp}
     arguments = [*arguments, *(text for key, size in sizes.items() for text in (f"--{key}", str(size)))]
     environment = trainer_environment(TrainerConfig(), ranks)
-    # The logs of the ranks stay, for a failure names them.
+    # The logs of the ranks stay where one fails, for the failure names them.
     logs = Path(tempfile.mkdtemp(prefix="millrace-"))
-    raise typer.Exit(run_ranks(f"millrace.{module}", arguments, ranks, environment, logs))
+    code = run_ranks(f"millrace.{module}", arguments, ranks, environment, logs)
+    shutil.rmtree(logs)
+    raise typer.Exit(code)
 
 
 def main() -> None:

@@ -1,7 +1,7 @@
 """The ledger of a run: an append-only record of what was done, from which a run is explained and resumed.
 
 One JSON object a line in RUN_DIR/ledger.jsonl, each with `event` and `time` (seconds since the epoch). Events:
-`started`, `stage_started`, `evaluated`, `stage_finished`, `exported`, `stopped`.
+`stage_started`, `evaluated`, `stage_finished`, `exported`, `finished`, `stopped`.
 """
 
 from __future__ import annotations
@@ -46,6 +46,11 @@ class Ledger:
             if event is None or entry["event"] == event:
                 found.append(entry)
         return found
+
+    def is_finished(self, stages: list[str]) -> bool:
+        """Whether a run through these stages has come to its end."""
+        finished = self.events("finished")
+        return bool(finished) and finished[-1]["stages"] == stages
 
     def scores(self) -> dict[str, dict[str, dict[str, Any]]]:
         """The stage-by-domain matrix: {label: {domain: {"pass_rate", "half_width", "answers"}}}."""

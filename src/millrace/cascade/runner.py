@@ -57,6 +57,7 @@ def run(recipe: Recipe, run_dir: Path, fleet: Fleet | None) -> bool:
             export_hf(ctx.policy, recipe.model.path, run_dir / "export", overwrite=True)
             _record(ctx, ledger, "exported", path="export", step=ctx.policy.step)
             ctx.say(f"exported to {run_dir / 'export'}")
+        _record(ctx, ledger, "finished", stages=[stage.name for stage in recipe.stages])
         if ctx.console:
             ctx.console.matrix("held-out pass rates", _matrix_texts(ledger))
             ctx.say(f"report: {write_report(run_dir)}")

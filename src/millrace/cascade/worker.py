@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import errno
+import os
 import sys
 from pathlib import Path
 
 from millrace.cascade.engines import start_fleet
+from millrace.cascade.ledger import Ledger
 from millrace.config.loading import load_recipe
+from millrace.config.schema import Recipe
 from millrace.errors import MillraceError
 
 FINISHED, FAILED, STOPPED = 0, 1, 130
@@ -15,6 +18,10 @@ FINISHED, FAILED, STOPPED = 0, 1, 130
 
 def main(run_dir: Path) -> int:
     recipe = load_recipe(run_dir / "recipe.yaml")
+    if is_finished(recipe, run_dir):
+        if os.environ.get("RANK", "0") == "0":
+            sys.stdout.write(f"{recipe.name} is finished, see {run_dir}/report.html; another run_dir starts afresh\n")
+        return FINISHED
     # Engines take longest to come up, and starting them needs no torch: they start while this rank is still importing.
     fleet = start_fleet(recipe, run_dir)
     try:
@@ -36,6 +43,12 @@ def main(run_dir: Path) -> int:
     finally:
         if fleet is not None:
             fleet.close()
+
+
+def is_finished(recipe: Recipe, run_dir: Path) -> bool:
+    """Whether nothing is left to do: all stages are through, and what they end in is there."""
+    exported = not recipe.export or (run_dir / "export").exists()
+    return exported and Ledger(run_dir).is_finished([stage.name for stage in recipe.stages])
 
 
 if __name__ == "__main__":

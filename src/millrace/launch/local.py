@@ -35,6 +35,8 @@ EXPECTED_WARNINGS = (
     "ignore:full scope is deprecated",
     "ignore:The .grad attribute of a Tensor that is not a leaf",
     "ignore:`load_state_dict` is deprecated",
+    "ignore:Please use DTensor instead",
+    "ignore:`sequence_parallel` is set to `True`",
     "ignore::FutureWarning:torch.distributed.c10d_logger",
 )
 """What Megatron-Core says at every start on CPU ranks and means nothing there."""

@@ -17,3 +17,11 @@ def test_half_a_line_left_by_a_kill_costs_only_itself(tmp_path):
         file.write('{"event": "evalua')
     ledger.append("stage_finished", stage="sft")
     assert [entry["event"] for entry in ledger.events()] == ["stage_started", "stage_finished"]
+
+
+def test_a_run_is_finished_when_it_came_to_the_end_of_these_very_stages(tmp_path):
+    ledger = Ledger(tmp_path)
+    assert not ledger.is_finished(["sft"])
+    ledger.append("finished", stages=["sft"])
+    assert ledger.is_finished(["sft"])
+    assert not ledger.is_finished(["sft", "rl"])
