@@ -7,6 +7,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -331,3 +332,23 @@ def test_an_engine_that_cannot_start_shows_the_end_of_its_log(tmp_path: Path) ->
             fleet.wait_ready()
     finally:
         fleet.close()
+
+
+def test_an_engine_whose_port_another_process_holds_takes_another_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint = write_checkpoint("qwen3", tmp_path / "checkpoint")
+    with socket.create_server(("127.0.0.1", 0)) as holder:
+        taken = holder.getsockname()[1]
+        ports = iter([taken])
+        # The race itself cannot be staged: the port is chosen here as if it had been free a moment before.
+        monkeypatch.setattr("millrace.rollout.engine.free_port", lambda host: next(ports, None) or free_port(host))
+        fleet = Fleet(dataclasses.replace(CONFIG, engines=1), str(checkpoint), tmp_path)
+        try:
+            fleet.start()
+            assert fleet.members[0].engine.url.endswith(f":{taken}")
+            fleet.wait_ready()
+            assert not fleet.members[0].engine.url.endswith(f":{taken}")
+            assert fleet.members[0].health.restarts == 0
+        finally:
+            fleet.close()
