@@ -9,7 +9,7 @@ from pathlib import Path
 from millrace.cascade.ledger import Ledger
 from millrace.config.errors import ConfigError
 from millrace.config.model_shape import ModelShape
-from millrace.config.schema import OptimizerConfig, Recipe, RlStage, SftStage, StageConfig
+from millrace.config.schema import OptimizerConfig, Recipe, RlStage, SamplingStage, SftStage, StageConfig
 from millrace.data.datasets import ConversationDataset
 from millrace.data.tokenizer import ChatTokenizer
 from millrace.environments.registry import make_environment
@@ -145,7 +145,7 @@ def _domains(recipe: Recipe, tokenizer: ChatTokenizer) -> dict[str, Domain]:
 def _open_domain(name: str, recipe: Recipe, tokenizer: ChatTokenizer) -> Domain:
     config, context = recipe.domains[name], recipe.fleet.max_model_len
     domain = Domain(name, config, make_environment(config), tokenizer)
-    stages = [stage for stage in recipe.stages if isinstance(stage, RlStage) and name in stage.domains]
+    stages = [stage for stage in recipe.stages if isinstance(stage, SamplingStage) and name in stage.domains]
     if stages:
         domain.require_room(domain.train, context, max(stage.sampling.max_response_tokens for stage in stages))
     domain.require_room(domain.held_out, context, recipe.evaluation.sampling.max_response_tokens)
@@ -175,7 +175,7 @@ def _run_stage(stage: StageConfig, ctx: StageContext, progress: Progress, ledger
         _record(ctx, ledger, "stage_started", stage=stage.name, step=ctx.policy.step)
     if isinstance(stage, SftStage):
         run_sft(stage, ctx, progress)
-    else:
+    elif isinstance(stage, RlStage):
         run_rl(stage, ctx, progress, lambda label: _measure(ctx, ledger, label))
 
 

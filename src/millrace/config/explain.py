@@ -12,7 +12,7 @@ from typing import Any, Literal, Union
 
 from millrace.config import schema
 from millrace.config.errors import ConfigError
-from millrace.config.fields import STAGE_TYPES, field_docs, field_types, is_section
+from millrace.config.fields import STAGE_TYPES, field_docs, field_types, fields_by_key, is_optional, is_section
 
 
 @dataclass(frozen=True)
@@ -69,18 +69,21 @@ def _matches(pattern: str, key: str) -> bool:
 
 def _keys(cls: type, prefix: str) -> list[KeyDoc]:
     docs: list[KeyDoc] = []
-    for field in dataclasses.fields(cls):
-        kind, key = field_types(cls)[field.name], f"{prefix}{field.name}"
-        doc = field_docs(cls).get(field.name, "")
+    for name, field in fields_by_key(cls).items():
+        kind, key = field_types(cls)[name], f"{prefix}{name}"
+        doc = field_docs(cls).get(name, "")
         if is_section(kind):
             docs += [KeyDoc(key, "section", "", doc), *_keys(kind, f"{key}.")]
             continue
         docs.append(KeyDoc(key, type_name(kind), _default(field), doc))
-        if typing.get_origin(kind) is dict:
-            docs += _keys(typing.get_args(kind)[1], f"{key}.<name>.")
-        elif field.name == "stages":
-            for name, stage in STAGE_TYPES.items():
-                docs += _keys(stage, f"{key}.<{name}>.")
+        inner = typing.get_args(kind)
+        if typing.get_origin(kind) is dict and is_section(inner[1]):
+            docs += _keys(inner[1], f"{key}.<name>.")
+        elif is_optional(kind) and is_section(inner[0]):
+            docs += _keys(inner[0], f"{key}.")
+        elif name == "stages":
+            for type_, stage in STAGE_TYPES.items():
+                docs += _keys(stage, f"{key}.<{type_}>.")
     return docs
 
 
@@ -96,7 +99,9 @@ def type_name(kind: Any) -> str:
     if origin is tuple:
         return f"list of {type_name(arguments[0])}" if arguments[-1] is Ellipsis else f"{len(arguments)} numbers"
     if origin is dict:
-        return "sections by name"
+        return "sections by name" if is_section(arguments[1]) else f"{type_name(arguments[1])} by name"
+    if is_section(kind):
+        return "section"
     return {str: "text", int: "whole number", float: "number", bool: "true or false"}[kind]
 
 

@@ -15,11 +15,22 @@ from millrace.config import schema
 STAGE_TYPES: dict[str, type] = {cls.type: cls for cls in typing.get_args(schema.StageConfig)}
 
 
+def key_of(field_name: str) -> str:
+    """The recipe's key of a field: `from_` stands for `from`, which Python keeps for itself."""
+    return field_name.rstrip("_")
+
+
+@cache
+def fields_by_key(cls: type) -> dict[str, dataclasses.Field[Any]]:
+    """The fields of a schema class by the keys that recipes write."""
+    return {key_of(field.name): field for field in dataclasses.fields(cls)}
+
+
 @cache
 def field_types(cls: type) -> dict[str, Any]:
-    """The evaluated annotations of a schema class, in the order of its fields."""
+    """The evaluated annotations of a schema class by key, in the order of its fields."""
     hints = typing.get_type_hints(cls)
-    return {field.name: hints[field.name] for field in dataclasses.fields(cls)}
+    return {key: hints[field.name] for key, field in fields_by_key(cls).items()}
 
 
 def is_optional(kind: Any) -> bool:
@@ -36,12 +47,14 @@ def is_required(field: dataclasses.Field[Any]) -> bool:
 
 @cache
 def field_docs(cls: type) -> dict[str, str]:
-    """The string below each field of a schema class, as one line."""
-    body = _class_bodies()[cls.__name__]
+    """The string below each field of a schema class, its bases included, as one line by key."""
     docs: dict[str, str] = {}
-    for statement, after in zip(body, [*body[1:], None], strict=True):
-        if isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name) and _is_text(after):
-            docs[statement.target.id] = " ".join(ast.literal_eval(typing.cast(ast.Expr, after).value).split())
+    for base in reversed([base for base in cls.__mro__ if dataclasses.is_dataclass(base)]):
+        body = _class_bodies()[base.__name__]
+        for statement, after in zip(body, [*body[1:], None], strict=True):
+            if isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name) and _is_text(after):
+                text = ast.literal_eval(typing.cast(ast.Expr, after).value)
+                docs[key_of(statement.target.id)] = " ".join(text.split())
     return docs
 
 

@@ -20,11 +20,25 @@ import yaml
 
 from millrace.config import schema
 from millrace.config.errors import ConfigError
-from millrace.config.fields import STAGE_TYPES, field_docs, field_types, is_optional, is_required, is_section
+from millrace.config.fields import (
+    STAGE_TYPES,
+    field_docs,
+    field_types,
+    fields_by_key,
+    is_optional,
+    is_required,
+    is_section,
+)
 from millrace.config.schema import Recipe
 from millrace.config.sources import InterpolatedText, KeyPath, Source, apply_overrides, read_source, resolve
 
-_PATHS_OF_THE_RECIPE = (("model", "path"), ("domains", "*", "train"), ("domains", "*", "held_out"))
+_PATHS_OF_THE_RECIPE = (
+    ("model", "path"),
+    ("domains", "*", "train"),
+    ("domains", "*", "held_out"),
+    ("domains", "*", "pass_rates"),
+    ("judges", "*", "model"),
+)
 _PATHS_OF_A_STAGE = ("data",)
 
 
@@ -51,12 +65,21 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 
 def dump_recipe(recipe: Recipe) -> str:
     """YAML with every key written out; `load_recipe` of it gives an equal recipe from any folder."""
-    return yaml.safe_dump(_plain(dataclasses.asdict(recipe)), sort_keys=False, width=120, allow_unicode=True)
+    return yaml.safe_dump(_plain(written(recipe)), sort_keys=False, width=120, allow_unicode=True)
+
+
+def written(section: Any) -> Any:
+    """A section of a recipe as plain values under the keys that recipes write."""
+    if dataclasses.is_dataclass(section) and not isinstance(section, type):
+        return {key: written(getattr(section, field.name)) for key, field in fields_by_key(type(section)).items()}
+    if isinstance(section, Mapping):
+        return {key: written(value) for key, value in section.items()}
+    return [written(item) for item in section] if isinstance(section, tuple) else section
 
 
 def changed_keys(before: Recipe, after: Recipe) -> list[str]:
     """Dotted keys in which two recipes differ, stages by their position."""
-    left, right = _leaves(_plain(dataclasses.asdict(before))), _leaves(_plain(dataclasses.asdict(after)))
+    left, right = _leaves(written(before)), _leaves(written(after))
     return sorted(key for key in left.keys() | right.keys() if left.get(key, _ABSENT) != right.get(key, _ABSENT))
 
 
@@ -84,15 +107,15 @@ class _Converter:
         """A dataclass from a mapping."""
         if not isinstance(value, Mapping):
             return self._refuse(place, f"must be a section with keys, not {_said(value)}")
-        hints, fields = field_types(cls), {field.name: field for field in dataclasses.fields(cls)}
+        hints, fields = field_types(cls), fields_by_key(cls)
         for key in [key for key in value if key not in hints]:
             self._refuse(place.child(key), f"is not a known key; {_nearest(cls, key)}")
         arguments: dict[str, Any] = {}
-        for name, kind in hints.items():
-            if name in value:
-                arguments[name] = self.value(kind, value[name], place.child(name))
-            elif is_required(fields[name]):
-                arguments[name] = self._missing(place, name, cls)
+        for key, kind in hints.items():
+            if key in value:
+                arguments[fields[key].name] = self.value(kind, value[key], place.child(key))
+            elif is_required(fields[key]):
+                arguments[fields[key].name] = self._missing(place, key, cls)
         return _ABSENT if _ABSENT in arguments.values() else cls(**arguments)
 
     def value(self, kind: Any, value: Any, place: _Place) -> Any:
@@ -113,7 +136,8 @@ class _Converter:
         return self._scalar(kind, value, place)
 
     def _stage(self, value: Any, place: _Place) -> Any:
-        kinds = " or ".join(STAGE_TYPES)
+        *first, last = STAGE_TYPES
+        kinds = f"{', '.join(first)} or {last}"
         if not isinstance(value, Mapping):
             return self._refuse(place, f"must be a section with `type` ({kinds}), not {_said(value)}")
         if isinstance(value.get("name"), str):

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from millrace.config.model_shape import ModelShape
-from millrace.config.schema import ParallelConfig, Recipe, RlStage, SftStage
+from millrace.config.schema import ParallelConfig, Recipe, RlStage, SamplingStage, SftStage, StageConfig
 
 BYTES = {"float32": 4, "bfloat16": 2}
 GRADIENT_BYTES = 4
@@ -146,12 +146,14 @@ def _parameters(shape: ModelShape, p: ParallelConfig, pp_rank: int) -> tuple[int
     return shared, experts
 
 
-def _stage(stage: SftStage | RlStage, recipe: Recipe) -> StagePlan:
+def _stage(stage: StageConfig, recipe: Recipe) -> StagePlan:
+    steps: int | None = 0
+    epochs, samples, longest = None, 0, recipe.fleet.max_model_len
     if isinstance(stage, SftStage):
         steps, epochs, samples, longest = stage.steps, stage.epochs, stage.global_batch, stage.max_length
-    else:
-        steps, epochs, longest = stage.steps * stage.updates_per_batch, None, recipe.fleet.max_model_len
-        samples = stage.prompts_per_step * stage.samples_per_prompt // stage.updates_per_batch
+    elif isinstance(stage, SamplingStage):
+        updates = stage.updates_per_batch if isinstance(stage, RlStage) else 1
+        steps, samples = stage.steps * updates, stage.prompts_per_step * stage.samples_per_prompt // updates
     fitting = max(1, recipe.trainer.max_tokens_per_micro_batch // longest)
     per_replica = -(-samples // recipe.parallel.dp)
     return StagePlan(

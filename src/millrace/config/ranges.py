@@ -9,18 +9,24 @@ from typing import Any
 
 from millrace.config.schema import (
     CheckpointConfig,
+    CurriculumConfig,
     DomainConfig,
     EvaluationConfig,
     FleetConfig,
+    GateConfig,
+    JudgeConfig,
     KlConfig,
     MismatchConfig,
+    MopdStage,
     OffPolicyConfig,
     OptimizerConfig,
     ParallelConfig,
     PolicyLossConfig,
     Recipe,
+    RlhfStage,
     RlStage,
     SamplingConfig,
+    SamplingStage,
     SftStage,
     TrainerConfig,
 )
@@ -76,9 +82,23 @@ RANGES: dict[type, dict[str, Range]] = {
     KlConfig: {"coefficient": _FROM_ZERO},
     MismatchConfig: {"stop_above": _POSITIVE, "mask_above": _POSITIVE},
     SftStage: {**dict.fromkeys(("steps", "global_batch"), _COUNT), "epochs": _POSITIVE, "max_length": Range(2)},
-    RlStage: dict.fromkeys(
-        ("steps", "prompts_per_step", "samples_per_prompt", "updates_per_batch", "dynamic_sampling_max_rounds"), _COUNT
+    SamplingStage: dict.fromkeys(
+        ("steps", "prompts_per_step", "samples_per_prompt", "dynamic_sampling_max_rounds"), _COUNT
     ),
+    RlStage: {"updates_per_batch": _COUNT},
+    RlhfStage: {
+        **dict.fromkeys(("think_length_weight", "answer_length_weight", "think_bonus", "answer_bonus"), _FROM_ZERO),
+        "bonus_share": _SHARE,
+    },
+    MopdStage: {"top_k": _COUNT, "ratio_low": _FROM_ZERO, "ratio_high": _POSITIVE, "advantage_clip": _POSITIVE},
+    CurriculumConfig: dict.fromkeys(("above", "below"), Range(0, 1)),
+    GateConfig: {"max_drop": _FROM_ZERO},
+    JudgeConfig: {
+        **dict.fromkeys(("max_tokens", "concurrency"), _COUNT),
+        **dict.fromkeys(("temperature", "retries"), _FROM_ZERO),
+        "top_p": _SHARE,
+        "timeout_s": _POSITIVE,
+    },
     Recipe: {"seed": _FROM_ZERO},
 }
 
@@ -87,7 +107,7 @@ def range_problems(recipe: Recipe) -> list[str]:
     """Every number of the recipe that is out of its range, one sentence each."""
     problems = list(_outside(recipe, ""))
     for stage in recipe.stages:
-        if isinstance(stage, RlStage) and stage.sampling.temperature == 0:
+        if isinstance(stage, SamplingStage) and stage.sampling.temperature == 0:
             problems.append(
                 f"stages.{stage.name}.sampling.temperature is 0, which draws the same answer for a whole group; "
                 "use 1.0 or so"
@@ -96,7 +116,7 @@ def range_problems(recipe: Recipe) -> list[str]:
 
 
 def _outside(section: Any, path: str) -> Iterator[str]:
-    ranges = RANGES.get(type(section), {})
+    ranges = {name: range_ for base in type(section).__mro__ for name, range_ in RANGES.get(base, {}).items()}
     for field in dataclasses.fields(section):
         value, key = getattr(section, field.name), f"{path}{field.name}"
         if field.name in ranges:

@@ -16,11 +16,16 @@ from urllib.parse import urlsplit
 
 from millrace.config.checkpoint_files import checkpoint_problems
 from millrace.config.errors import ConfigError
+from millrace.config.graph import graph_problems
 from millrace.config.model_shape import ModelShape
 from millrace.config.ranges import range_problems
-from millrace.config.schema import OptimizerConfig, Recipe, RlStage, SftStage
+from millrace.config.schema import Recipe, SamplingStage, SftStage
+from millrace.config.stage_rules import domain_problems, stage_problems
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
+
+PROMPT_FIELDS = ("prompt", "responses_create_params")
+"""Where a row holds its prompt: Millrace's own field, or NeMo-Gym's."""
 
 Problems = Iterator[str]
 
@@ -36,9 +41,10 @@ def check_recipe(recipe: Recipe, *, world_size: int | None = None) -> list[str]:
     problems += _lengths(recipe, shape)
     problems += _fleet(recipe)
     problems += _names(recipe)
+    problems += graph_problems(recipe)
+    problems += domain_problems(recipe)
     for stage in recipe.stages:
-        key = f"stages.{stage.name}"
-        problems += _sft(stage, key, recipe) if isinstance(stage, SftStage) else _rl(stage, key, recipe)
+        problems += stage_problems(stage, recipe)
     problems += _files(recipe)
     return problems
 
@@ -121,7 +127,7 @@ def _must_divide(key: str, ranks: int, count: int, what: str) -> Problems:
 def _lengths(recipe: Recipe, shape: ModelShape | None) -> Problems:
     capacity, positions = recipe.trainer.max_tokens_per_micro_batch, shape.max_position_embeddings if shape else None
     longest = {f"stages.{s.name}.max_length": s.max_length for s in recipe.stages if isinstance(s, SftStage)}
-    if any(isinstance(stage, RlStage) for stage in recipe.stages):
+    if any(isinstance(stage, SamplingStage) for stage in recipe.stages):
         longest["fleet.max_model_len"] = recipe.fleet.max_model_len
     for key, length in longest.items():
         if length > capacity:
@@ -133,7 +139,7 @@ def _lengths(recipe: Recipe, shape: ModelShape | None) -> Problems:
             yield f"{key} is {length}, but the model has {positions} positions (max_position_embeddings); lower {key}"
     if not recipe.samples:
         return
-    answers = {f"stages.{s.name}": s.sampling for s in recipe.stages if isinstance(s, RlStage)}
+    answers = {f"stages.{s.name}": s.sampling for s in recipe.stages if isinstance(s, SamplingStage)}
     for key, sampling in {**answers, "evaluation": recipe.evaluation.sampling}.items():
         if sampling.max_response_tokens >= recipe.fleet.max_model_len:
             yield (
@@ -201,76 +207,6 @@ def _names(recipe: Recipe) -> Problems:
                 yield f"{section}: the name {name!r} becomes part of file names; use letters, digits, - and _"
 
 
-def _sft(stage: SftStage, key: str, recipe: Recipe) -> Problems:
-    if (stage.steps is None) == (stage.epochs is None):
-        given = "neither is given" if stage.steps is None else "both are given"
-        yield f"{key} needs exactly one of steps and epochs, but {given}"
-    if not stage.data:
-        yield f"{key}.data is empty; name at least one JSONL file of conversations"
-    if stage.global_batch < recipe.parallel.dp:
-        yield (
-            f"{key}.global_batch is {stage.global_batch}, fewer than the {recipe.parallel.dp} data-parallel replicas; "
-            f"raise it or lower parallel.dp"
-        )
-    yield from _optimizer(stage.optimizer, f"{key}.optimizer", stage.steps)
-
-
-def _rl(stage: RlStage, key: str, recipe: Recipe) -> Problems:
-    yield from _rl_batch(stage, key, recipe)
-    yield from _rl_loss(stage, key)
-    if not stage.domains:
-        yield f"{key}.domains is empty; name at least one of the recipe's domains"
-    for domain in stage.domains:
-        if domain not in recipe.domains:
-            known = ", ".join(recipe.domains) or "none"
-            yield f"{key}.domains names {domain}, which is not a domain of this recipe (there are: {known})"
-    for domain, count in Counter(stage.domains).items():
-        if count > 1:
-            yield f"{key}.domains names {domain} {count} times; domains are mixed by size, so name it once"
-    yield from _optimizer(stage.optimizer, f"{key}.optimizer", stage.steps * stage.updates_per_batch)
-
-
-def _rl_batch(stage: RlStage, key: str, recipe: Recipe) -> Problems:
-    if stage.samples_per_prompt < 2:
-        yield (
-            f"{key}.samples_per_prompt is {stage.samples_per_prompt}, but an advantage compares the answers of a "
-            "group; use at least 2"
-        )
-    if stage.updates_per_batch > stage.prompts_per_step:
-        yield (
-            f"{key}.updates_per_batch is {stage.updates_per_batch}, more than the {stage.prompts_per_step} groups of a "
-            "step; each update needs a group of its own"
-        )
-        return
-    smallest = stage.prompts_per_step // max(stage.updates_per_batch, 1) * stage.samples_per_prompt
-    if smallest < recipe.parallel.dp:
-        yield (
-            f"{key}: an update has {smallest} answers, fewer than the {recipe.parallel.dp} data-parallel replicas; "
-            "raise prompts_per_step or samples_per_prompt"
-        )
-
-
-def _rl_loss(stage: RlStage, key: str) -> Problems:
-    if stage.loss.kind == "reinforce" and stage.updates_per_batch > 1:
-        yield (
-            f"{key}.loss.kind is reinforce, which is right for on-policy samples only, but updates_per_batch is "
-            f"{stage.updates_per_batch}; use ppo, cispo or gspo, or updates_per_batch=1"
-        )
-    if stage.off_policy.low >= stage.off_policy.high:
-        yield f"{key}.off_policy: low {stage.off_policy.low} must be below high {stage.off_policy.high}"
-
-
-def _optimizer(optimizer: OptimizerConfig, key: str, steps: int | None) -> Problems:
-    if optimizer.min_lr > optimizer.lr:
-        yield f"{key}.min_lr {optimizer.min_lr} is above lr {optimizer.lr}; lower it"
-    if optimizer.warmup_from > optimizer.lr:
-        yield f"{key}.warmup_from {optimizer.warmup_from} is above lr {optimizer.lr}; lower it"
-    length = optimizer.decay_steps or steps
-    if length is not None and optimizer.warmup_steps > length:
-        what = "decay_steps" if optimizer.decay_steps else "the stage's updates"
-        yield f"{key}.warmup_steps {optimizer.warmup_steps} is more than {what} ({length}); lower it"
-
-
 def _files(recipe: Recipe) -> Problems:
     run_dir = Path(recipe.run_dir)
     if run_dir.exists() and not run_dir.is_dir():
@@ -280,16 +216,16 @@ def _files(recipe: Recipe) -> Problems:
             for file in stage.data:
                 yield from _data_file(f"stages.{stage.name}.data", Path(file), "messages")
     for name, domain in recipe.domains.items():
-        yield from _data_file(f"domains.{name}.train", Path(domain.train), "prompt")
-        yield from _data_file(f"domains.{name}.held_out", Path(domain.held_out), "prompt")
+        yield from _data_file(f"domains.{name}.train", Path(domain.train), *PROMPT_FIELDS)
+        yield from _data_file(f"domains.{name}.held_out", Path(domain.held_out), *PROMPT_FIELDS)
+        if domain.pass_rates is not None:
+            yield from _data_file(f"domains.{name}.pass_rates", Path(domain.pass_rates), "pass_rate")
         if domain.train == domain.held_out:
             yield f"domains.{name}: train and held_out are the same file, so what is measured would be trained on"
-        if domain.grading == "fraction" and domain.environment == "math":
-            yield f"domains.{name}.grading is fraction, but an answer in math is right or wrong; use binary"
 
 
-def _data_file(key: str, file: Path, needed: str) -> Problems:
-    """The file exists and its first row is JSON with the needed field; every row is read when the run starts."""
+def _data_file(key: str, file: Path, *needed: str) -> Problems:
+    """The file exists and its first row is JSON with one of the fields; every row is read when the run starts."""
     if not file.is_file():
         yield f"{key}: the file {file} does not exist"
         return
@@ -302,5 +238,5 @@ def _data_file(key: str, file: Path, needed: str) -> Problems:
         return
     if first is None:
         yield f"{key}: {file} is empty; it must hold one JSON object a line"
-    elif not isinstance(row, dict) or needed not in row:
-        yield f"{key}: {file}:{first[0]} has no field {needed!r}"
+    elif not isinstance(row, dict) or not any(name in row for name in needed):
+        yield f"{key}: {file}:{first[0]} has no field {' or '.join(map(repr, needed))}"

@@ -2,7 +2,8 @@
 
 Every class is frozen and every field's comment-docstring (the string below it) is its documentation: `millrace check
 --explain KEY` and the README's tables are read from here. Paths are resolved against the folder of the recipe that
-wrote them unless they are absolute. Nothing here imports torch.
+wrote them unless they are absolute. A field whose name ends in an underscore is written without it (`from_`: `from`).
+Nothing here imports torch.
 """
 
 from __future__ import annotations
@@ -134,8 +135,48 @@ class FleetConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class JudgeConfig:
+    model: str | None = None
+    """Folder of a Hugging Face checkpoint that Millrace serves with vLLM as the judge; or `url`."""
+    url: str | None = None
+    """OpenAI-compatible endpoint of a judge that already runs, such as http://node7:8000/v1; or `model`."""
+    served_name: str = "judge"
+    """Name of the model at that endpoint."""
+    api_key_variable: str | None = None
+    """Environment variable that holds the endpoint's API key; none is sent when absent."""
+    form: Literal["roles", "prompt"] = "roles"
+    """How two answers are shown: as messages of the roles response_1 and response_2 behind the conversation, which
+    NVIDIA's GenRM is trained on, or written out in one user message, which any instruction-following model reads."""
+    temperature: float = 0.6
+    """Sampling temperature of a verdict."""
+    top_p: float = 0.95
+    """Nucleus sampling threshold of a verdict."""
+    max_tokens: int = 16384
+    """Longest verdict in tokens, its reasoning included."""
+    timeout_s: float = 600.0
+    """How long one verdict may take."""
+    retries: int = 2
+    """Further tries of a verdict that failed or could not be parsed; after the last one default scores are taken."""
+    concurrency: int = 64
+    """Most verdicts that are asked for at one time."""
+    engine: FleetConfig = field(default_factory=FleetConfig)
+    """How the judge's own vLLM server is started, with `model`."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class DomainConfig:
-    environment: Literal["math", "instruction_following"]
+    environment: Literal[
+        "math",
+        "instruction_following",
+        "mcqa",
+        "structured_outputs",
+        "genrm",
+        "code",
+        "workplace_assistant",
+        "long_context",
+        "swe_agentless",
+        "swe_agentic",
+    ]
     """Which environment scores the answers."""
     train: str
     """JSONL file of training prompts."""
@@ -145,6 +186,11 @@ class DomainConfig:
     """instruction_following: 1 only when every constraint holds, or the share that holds."""
     system_prompt: str | None = None
     """System message put before each prompt."""
+    judge: str | None = None
+    """genrm: the entry of `judges` that compares answers."""
+    pass_rates: str | None = None
+    """JSONL file of the training prompts' pass rates, as `millrace data passrate` writes it; a stage's `curriculum`
+    reads it."""
     verify_timeout_s: float = 10.0
     """Longest time one verification may take; then it is killed and scores 0."""
 
@@ -164,6 +210,9 @@ class EvaluationConfig:
     every: int = 0
     """Steps between evaluations inside an RL stage, 0 for none; the start and the end of each stage are measured in any
     case."""
+    keep: bool = False
+    """Keep a checkpoint at each evaluation inside a stage, so that a teacher rule `best(DOMAIN)` and a gate's way back
+    may choose it."""
     samples: int = 1
     """Answers a prompt (avg@k)."""
     max_prompts: int | None = None
@@ -219,10 +268,49 @@ class MismatchConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SftStage:
-    type: Literal["sft"] = "sft"
+class CurriculumConfig:
+    order: Literal["shuffled", "easy_to_hard"] = "shuffled"
+    """Draw the prompts in shuffled epochs, or from the highest pass rate to the lowest. The latter, and the two bounds,
+    need the domains' `pass_rates`."""
+    above: float | None = None
+    """Only prompts whose pass rate is above this; 0 drops what is never solved."""
+    below: float | None = None
+    """Only prompts whose pass rate is below this; 1 drops what is always solved."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class GateConfig:
+    min_gain: float | None = None
+    """Least gain on the stage's own domains, in points of the held-out pass rate (percent)."""
+    max_drop: float | None = None
+    """Largest drop on every other domain, in points."""
+    own: tuple[str, ...] | None = None
+    """Domains that min_gain speaks about; those of the stage when absent."""
+    others: tuple[str, ...] | None = None
+    """Domains that max_drop speaks about; all but `own` when absent."""
+    against: Literal["parent", "best"] = "parent"
+    """What the stage is compared with: the checkpoint it started from, or the best one so far on each domain."""
+    certain: bool = False
+    """Fail only when the whole 95% interval of the change lies beyond the limit; else its estimate decides."""
+    on_failure: Literal["stop", "warn", "back"] = "stop"
+    """Stop the run, go on with a warning, or go back: later stages start from the best checkpoint instead."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """What every stage has."""
+
     name: str
     """Name of the stage, unique in the recipe."""
+    from_: str | None = None
+    """The earlier stage whose result it starts from; the previous one when absent, `start` for the model itself."""
+    gate: GateConfig = field(default_factory=GateConfig)
+    """What its held-out pass rates must fulfil."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SftStage(Stage):
+    type: Literal["sft"] = "sft"
     data: tuple[str, ...]
     """JSONL files of conversations: {"messages": [{"role", "content"}, ...]}."""
     steps: int | None = None
@@ -239,36 +327,130 @@ class SftStage:
 
 
 @dataclass(frozen=True, kw_only=True)
-class RlStage:
-    type: Literal["rl"] = "rl"
-    name: str
-    """Name of the stage, unique in the recipe."""
-    domains: tuple[str, ...]
-    """Domains whose training prompts are mixed evenly by size."""
+class SamplingStage(Stage):
+    """What every stage has that trains on the policy's own answers."""
+
     steps: int
-    """Policy updates."""
+    """Batches of rollouts; each is one policy update, or `updates_per_batch` in an RL stage."""
     prompts_per_step: int = 128
     """Groups a step."""
     samples_per_prompt: int = 16
     """Answers a group."""
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
-    advantage: AdvantageConfig = field(default_factory=AdvantageConfig)
-    loss: PolicyLossConfig = field(default_factory=PolicyLossConfig)
-    off_policy: OffPolicyConfig = field(default_factory=OffPolicyConfig)
-    kl: KlConfig = field(default_factory=KlConfig)
+    curriculum: CurriculumConfig = field(default_factory=CurriculumConfig)
     mismatch: MismatchConfig = field(default_factory=MismatchConfig)
-    updates_per_batch: int = 1
-    """Optimizer steps on one batch of rollouts; 1 is strictly on-policy."""
     dynamic_sampling: bool = False
     """Drop groups whose rewards are all equal and sample others until the batch is full."""
     dynamic_sampling_max_rounds: int = 10
     """Rounds of refilling before the stage goes on with a smaller batch."""
     overlong: Literal["keep", "filter", "zero_reward"] = "keep"
     """Answers that reach the length limit: scored as they are, left out of the loss, or given reward 0."""
+    advantage: AdvantageConfig = field(default_factory=AdvantageConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
 
 
-StageConfig = SftStage | RlStage
+@dataclass(frozen=True, kw_only=True)
+class RlStage(SamplingStage):
+    type: Literal["rl"] = "rl"
+    domains: tuple[str, ...]
+    """Domains whose training prompts are mixed evenly by size."""
+    loss: PolicyLossConfig = field(default_factory=PolicyLossConfig)
+    off_policy: OffPolicyConfig = field(default_factory=OffPolicyConfig)
+    kl: KlConfig = field(default_factory=KlConfig)
+    updates_per_batch: int = 1
+    """Optimizer steps on one batch of rollouts; 1 is strictly on-policy."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RlhfStage(RlStage):
+    type: Literal["rlhf"] = "rlhf"  # type: ignore[assignment]
+    kl: KlConfig = field(default_factory=lambda: KlConfig(coefficient=0.03))
+    pairing: Literal["all_pairs", "circular"] = "all_pairs"
+    """Which answers of a group are compared: each with every other, or each with the next one around a circle."""
+    both_orders: bool = True
+    """Judge each pair in both orders, so that a judge that likes the first answer better favours none."""
+    think_length_weight: float = 0.5
+    """Weight of the length-controlled reward of the reasoning: the shortest of the group gains most; 0 switches off."""
+    answer_length_weight: float = 0.5
+    """The same for the answer behind the reasoning."""
+    think_bonus: float = 0.5
+    """Bonus of the answer with the shortest reasoning, if its quality is among the best `bonus_share` of the group."""
+    answer_bonus: float = 0.5
+    """Bonus of the shortest answer, under the same condition."""
+    bonus_share: float = 0.2
+    """The best so-large share of a group, by reward of the comparisons alone, may get a bonus."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MopdStage(SamplingStage):
+    type: Literal["mopd"] = "mopd"
+    teachers: dict[str, str]
+    """The teacher of each domain: `best(DOMAIN)`, the checkpoint so far with the highest held-out pass rate there, or
+    `stage(NAME)`, the result of that stage (`stage(start)`: the model itself)."""
+    rewarded: tuple[str, ...] = ()
+    """Further domains, which are trained by their rewards in the same batch, as in an RL stage."""
+    samples_per_prompt: int = 4
+    """Answers a prompt."""
+    placement: Literal["time_shared", "resident", "served"] = "time_shared"
+    """Where teachers live: swapped into the trainer's ranks from host memory, as models of their own beside the policy,
+    or as vLLM servers."""
+    signal: Literal["sampled", "top_k", "full"] = "sampled"
+    """What a teacher says of each token: its log-prob alone (the paper), or the reverse KL over the `top_k` likeliest
+    tokens, or over the whole vocabulary."""
+    top_k: int = 64
+    """Tokens of the top_k signal."""
+    support: Literal["student", "teacher"] = "student"
+    """Whose likeliest tokens the top_k signal compares."""
+    ratio_low: float = 0.5
+    """Tokens whose train/rollout probability ratio is below this get weight 0 (still counted in the denominator)."""
+    ratio_high: float = 2.0
+    """The same for ratios above this."""
+    advantage_clip: float | None = None
+    """Bound of |log pi_teacher - log pi_train|; none when absent, as in the paper."""
+    aggregation: Literal["token", "sequence"] = "sequence"
+    """Mean over sequences of their token means, as the paper's equation 4, or mean over all tokens of the batch."""
+    teacher_engine: FleetConfig = field(default_factory=FleetConfig)
+    """How the vLLM servers of `placement: served` are started, one for each distinct teacher."""
+
+    @property
+    def domains(self) -> tuple[str, ...]:
+        return (*self.teachers, *self.rewarded)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateStage(Stage):
+    type: Literal["evaluate"] = "evaluate"
+
+
+StageConfig = SftStage | RlStage | RlhfStage | MopdStage | EvaluateStage
+
+
+@dataclass(frozen=True, kw_only=True)
+class WandbConfig:
+    project: str
+    """Project of the run."""
+    entity: str | None = None
+    """Team or user; the login's own when absent."""
+    mode: Literal["online", "offline"] = "online"
+    """Send the metrics while the run goes, or keep them in RUN_DIR/wandb for `wandb sync`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MlflowConfig:
+    tracking_uri: str
+    """Where MLflow keeps runs, such as http://host:5000 or sqlite:///mlflow.db."""
+    experiment: str
+    """Name of the experiment."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ObserveConfig:
+    tensorboard: bool = True
+    """Write TensorBoard event files to RUN_DIR/tensorboard."""
+    wandb: WandbConfig | None = None
+    """Also log to Weights & Biases (extra `wandb`)."""
+    mlflow: MlflowConfig | None = None
+    """Also log to MLflow (extra `mlflow`)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -286,13 +468,16 @@ class Recipe:
     fleet: FleetConfig = field(default_factory=FleetConfig)
     domains: dict[str, DomainConfig] = field(default_factory=dict)
     """The domains by name."""
+    judges: dict[str, JudgeConfig] = field(default_factory=dict)
+    """Judges by name; the genrm domains name theirs."""
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    observe: ObserveConfig = field(default_factory=ObserveConfig)
     stages: tuple[StageConfig, ...]
-    """What is done, in order."""
+    """What is done, in order. Each stage starts from the one before it unless its `from` names another."""
     export: bool = True
     """Write the final policy as a Hugging Face checkpoint to RUN_DIR/export."""
 
     @property
     def samples(self) -> bool:
         """Whether the run draws answers and so needs engines: in an RL stage, or to measure its domains."""
-        return bool(self.domains) or any(isinstance(stage, RlStage) for stage in self.stages)
+        return bool(self.domains) or any(isinstance(stage, SamplingStage) for stage in self.stages)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 
+from millrace.config.errors import ConfigError
 from millrace.config.schema import DomainConfig
 from millrace.environments.base import Environment
 from millrace.environments.instruction_following import InstructionFollowingEnvironment
@@ -21,3 +22,4 @@ def make_environment(config: DomainConfig) -> Environment:
             return MathEnvironment(verify_timeout_s=config.verify_timeout_s, workers=workers)
         case "instruction_following":
             return InstructionFollowingEnvironment(grading=config.grading)
+    raise ConfigError(f"the environment {config.environment} is not built yet; `millrace check` names what is")

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from millrace.config.schema import Recipe, StageConfig
+from millrace.config.schema import MopdStage, Recipe, RlStage, SftStage
 from millrace.data.datasets import ConversationDataset
 from millrace.megatron.checkpoint import Checkpointer
 from millrace.megatron.policy import Policy
@@ -18,6 +18,8 @@ from millrace.observe.writer import MetricsWriter
 from millrace.rollout.weight_sync import WeightSync
 from millrace.stages.control import ControlGroup, Stopped
 from millrace.stages.episodes import EpisodePlayer
+
+TrainingStage = SftStage | RlStage | MopdStage
 
 
 @dataclass(frozen=True)
@@ -68,7 +70,7 @@ class StageContext:
         yield
         self.seconds[f"time/{phase}"] = self.seconds.get(f"time/{phase}", 0.0) + time.perf_counter() - start
 
-    def begin_stage(self, stage: StageConfig, progress: Progress, steps: int, updates_per_step: int = 1) -> None:
+    def begin_stage(self, stage: TrainingStage, progress: Progress, steps: int, updates_per_step: int = 1) -> None:
         """A stage begins with fresh optimizer state; one that goes on keeps it, and its place in the schedule."""
         self.reached = progress
         updates = steps * updates_per_step
@@ -77,7 +79,7 @@ class StageContext:
         else:
             self.policy.set_schedule(stage.optimizer, updates, done=progress.step * updates_per_step)
 
-    def end_step(self, stage: StageConfig, progress: Progress, steps: int, values: Mapping[str, float]) -> None:
+    def end_step(self, stage: TrainingStage, progress: Progress, steps: int, values: Mapping[str, float]) -> None:
         """Record a step, save when it is time, stop when asked to (raises Stopped; what is reached is saved then)."""
         self.reached = progress
         times = {**self.seconds, "time/step": sum(self.seconds.values())}

@@ -1,0 +1,213 @@
+"""What each type of stage must fulfil, one sentence for each broken rule."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from millrace.config.graph import nearest
+from millrace.config.schema import (
+    EvaluateStage,
+    MopdStage,
+    OptimizerConfig,
+    Recipe,
+    RlhfStage,
+    RlStage,
+    SamplingStage,
+    SftStage,
+    StageConfig,
+)
+
+Problems = Iterator[str]
+
+
+def stage_problems(stage: StageConfig, recipe: Recipe) -> Problems:
+    """Every broken rule of one stage."""
+    key = f"stages.{stage.name}"
+    match stage:
+        case SftStage():
+            yield from _sft(stage, key, recipe)
+        case MopdStage():
+            yield from _mopd(stage, key, recipe)
+        case RlStage():  # an RLHF stage is one
+            yield from _rl(stage, key, recipe)
+        case EvaluateStage():
+            if not recipe.domains:
+                yield f"{key} evaluates, but the recipe has no domains; name some with their held-out sets"
+
+
+def _sft(stage: SftStage, key: str, recipe: Recipe) -> Problems:
+    if (stage.steps is None) == (stage.epochs is None):
+        given = "neither is given" if stage.steps is None else "both are given"
+        yield f"{key} needs exactly one of steps and epochs, but {given}"
+    if not stage.data:
+        yield f"{key}.data is empty; name at least one JSONL file of conversations"
+    if stage.global_batch < recipe.parallel.dp:
+        yield (
+            f"{key}.global_batch is {stage.global_batch}, fewer than the {recipe.parallel.dp} data-parallel replicas; "
+            f"raise it or lower parallel.dp"
+        )
+    yield from _optimizer(stage.optimizer, f"{key}.optimizer", stage.steps)
+
+
+def _rl(stage: RlStage, key: str, recipe: Recipe) -> Problems:
+    yield from _domains(stage.domains, f"{key}.domains", recipe)
+    yield from _group_size(stage, key)
+    if stage.updates_per_batch > stage.prompts_per_step:
+        yield (
+            f"{key}.updates_per_batch is {stage.updates_per_batch}, more than the {stage.prompts_per_step} groups of a "
+            "step; each update needs a group of its own"
+        )
+    else:
+        yield from _enough_answers(stage, key, recipe, stage.updates_per_batch)
+    yield from _rl_loss(stage, key)
+    yield from _judged(stage, key, recipe)
+    yield from _curriculum(stage, key, recipe)
+    yield from _optimizer(stage.optimizer, f"{key}.optimizer", stage.steps * stage.updates_per_batch)
+
+
+def _rl_loss(stage: RlStage, key: str) -> Problems:
+    if stage.loss.kind == "reinforce" and stage.updates_per_batch > 1:
+        yield (
+            f"{key}.loss.kind is reinforce, which is right for on-policy samples only, but updates_per_batch is "
+            f"{stage.updates_per_batch}; use ppo, cispo or gspo, or updates_per_batch=1"
+        )
+    if stage.off_policy.low >= stage.off_policy.high:
+        yield f"{key}.off_policy: low {stage.off_policy.low} must be below high {stage.off_policy.high}"
+
+
+def _judged(stage: RlStage, key: str, recipe: Recipe) -> Problems:
+    """A judge compares the answers of a group, which only an rlhf stage turns into rewards."""
+    for domain in stage.domains:
+        if domain not in recipe.domains:
+            continue
+        judged = recipe.domains[domain].environment == "genrm"
+        if judged and not isinstance(stage, RlhfStage):
+            yield f"{key}.domains names {domain}, whose answers a judge compares in pairs; make the stage type: rlhf"
+        if isinstance(stage, RlhfStage) and not judged:
+            yield (
+                f"{key}.domains names {domain}, whose environment {recipe.domains[domain].environment} scores each "
+                "answer alone; train it in a stage of type: rl"
+            )
+
+
+def _mopd(stage: MopdStage, key: str, recipe: Recipe) -> Problems:
+    yield from _domains(stage.domains, f"{key}.teachers and rewarded", recipe)
+    if stage.rewarded:
+        yield from _group_size(stage, key)
+    yield from _enough_answers(stage, key, recipe, 1)
+    for domain in stage.rewarded:
+        if domain in recipe.domains and recipe.domains[domain].environment == "genrm":
+            yield f"{key}.rewarded names {domain}, whose answers a judge compares in pairs; give it a teacher"
+    if stage.ratio_low >= stage.ratio_high:
+        yield f"{key}: ratio_low {stage.ratio_low:g} must be below ratio_high {stage.ratio_high:g}"
+    if stage.placement == "served" and stage.signal != "sampled":
+        yield (
+            f"{key}.signal is {stage.signal}, which needs the teacher's whole distribution, but a served teacher tells "
+            "the log-probs of given tokens alone; set placement to time_shared or resident, or signal to sampled"
+        )
+    if stage.placement == "served" and stage.sampling.temperature != 1.0:
+        yield (
+            f"{key}.sampling.temperature is {stage.sampling.temperature:g}, but a served teacher scores at temperature "
+            "1; set it to 1, or placement to time_shared or resident"
+        )
+    if stage.dynamic_sampling and not stage.rewarded:
+        yield f"{key}.dynamic_sampling drops groups by their rewards, which teachers do not look at; leave it out"
+    yield from _curriculum(stage, key, recipe)
+    yield from _optimizer(stage.optimizer, f"{key}.optimizer", stage.steps)
+
+
+def _domains(domains: Iterable[str], key: str, recipe: Recipe) -> Problems:
+    if not domains:
+        yield f"{key} is empty; name at least one of the recipe's domains"
+    for domain, count in Counter(domains).items():
+        if domain not in recipe.domains:
+            yield f"{key} names {domain}, which is not a domain of this recipe{nearest(domain, recipe.domains)}"
+        if count > 1:
+            yield f"{key} names {domain} {count} times; domains are mixed by size, so name it once"
+
+
+def _group_size(stage: SamplingStage, key: str) -> Problems:
+    if stage.samples_per_prompt < 2:
+        yield (
+            f"{key}.samples_per_prompt is {stage.samples_per_prompt}, but an advantage compares the answers of a "
+            "group; use at least 2"
+        )
+
+
+def _enough_answers(stage: SamplingStage, key: str, recipe: Recipe, updates: int) -> Problems:
+    smallest = stage.prompts_per_step // max(updates, 1) * stage.samples_per_prompt
+    if smallest < recipe.parallel.dp:
+        yield (
+            f"{key}: an update has {smallest} answers, fewer than the {recipe.parallel.dp} data-parallel replicas; "
+            "raise prompts_per_step or samples_per_prompt"
+        )
+
+
+def _curriculum(stage: RlStage | MopdStage, key: str, recipe: Recipe) -> Problems:
+    curriculum = stage.curriculum
+    if curriculum.order == "shuffled" and curriculum.above is None and curriculum.below is None:
+        return
+    for domain in stage.domains:
+        if domain in recipe.domains and recipe.domains[domain].pass_rates is None:
+            yield (
+                f"{key}.curriculum needs domains.{domain}.pass_rates; measure them with "
+                f"`millrace data passrate RECIPE --domain {domain}`"
+            )
+    if curriculum.above is not None and curriculum.below is not None and curriculum.above >= curriculum.below:
+        yield f"{key}.curriculum: above {curriculum.above:g} must be below `below` {curriculum.below:g}"
+
+
+def _optimizer(optimizer: OptimizerConfig, key: str, steps: int | None) -> Problems:
+    if optimizer.min_lr > optimizer.lr:
+        yield f"{key}.min_lr {optimizer.min_lr} is above lr {optimizer.lr}; lower it"
+    if optimizer.warmup_from > optimizer.lr:
+        yield f"{key}.warmup_from {optimizer.warmup_from} is above lr {optimizer.lr}; lower it"
+    length = optimizer.decay_steps or steps
+    if length is not None and optimizer.warmup_steps > length:
+        what = "decay_steps" if optimizer.decay_steps else "the stage's updates"
+        yield f"{key}.warmup_steps {optimizer.warmup_steps} is more than {what} ({length}); lower it"
+
+
+UNBUILT = {
+    "code": "runs model-written programs against tests, which needs the sandbox",
+    "workplace_assistant": "is an environment of many turns with tools",
+    "long_context": "needs an equivalence judge",
+    "swe_agentless": "needs a patch judge",
+    "swe_agentic": "is an environment of many turns in containers",
+}
+"""Environments of the paper that are not built yet, and what each one is."""
+
+
+def domain_problems(recipe: Recipe) -> Problems:
+    """Every broken rule of domains and judges."""
+    for name, domain in recipe.domains.items():
+        key = f"domains.{name}"
+        if domain.environment in UNBUILT:
+            yield (
+                f"{key}.environment is {domain.environment}, which {UNBUILT[domain.environment]} and is not built yet; "
+                "leave its stages out by --until, or take them out of the recipe"
+            )
+        if domain.grading == "fraction" and domain.environment != "instruction_following":
+            yield f"{key}.grading is fraction, but an answer in {domain.environment} is right or wrong; use binary"
+        if domain.environment == "genrm" and domain.judge is None:
+            yield f"{key}.judge is required: the entry of `judges` that compares the answers"
+        if domain.environment != "genrm" and domain.judge is not None:
+            yield f"{key}.judge is {domain.judge}, but only the environment genrm asks a judge; leave it out"
+        if domain.judge is not None and domain.judge not in recipe.judges:
+            yield f"{key}.judge is {domain.judge}, which is not among the judges{nearest(domain.judge, recipe.judges)}"
+    for name, judge in recipe.judges.items():
+        key = f"judges.{name}"
+        if (judge.model is None) == (judge.url is None):
+            given = "neither is given" if judge.model is None else "both are given"
+            yield f"{key} needs exactly one of model and url, but {given}"
+        if judge.url is not None and not judge.url.startswith(("http://", "https://")):
+            yield f"{key}.url is {judge.url!r}, which is not a URL such as http://node7:8000/v1"
+        if judge.model is not None and not Path(judge.model).is_dir():
+            yield f"{key}.model: the folder {judge.model} does not exist; name a Hugging Face checkpoint"
+        if judge.model is not None and judge.max_tokens >= judge.engine.max_model_len:
+            yield (
+                f"{key}.max_tokens is {judge.max_tokens}, which leaves no room for two answers within "
+                f"{key}.engine.max_model_len {judge.engine.max_model_len}; lower the one or raise the other"
+            )
