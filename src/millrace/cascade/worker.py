@@ -17,9 +17,11 @@ FINISHED, FAILED, STOPPED = 0, 1, 130
 
 
 def main(run_dir: Path) -> int:
-    recipe = load_recipe(run_dir / "recipe.yaml")
+    recipe, is_main = load_recipe(run_dir / "recipe.yaml"), os.environ.get("RANK", "0") == "0"
+    if is_main and (found := Ledger(run_dir).recover()):
+        sys.stderr.write(f"{found}\n")
     if is_finished(recipe, run_dir):
-        if os.environ.get("RANK", "0") == "0":
+        if is_main:
             sys.stdout.write(f"{recipe.name} is finished, see {run_dir}/report.html; another run_dir starts afresh\n")
         return FINISHED
     # Engines take longest to come up, and starting them needs no torch: they start while this rank is still importing.
