@@ -133,7 +133,7 @@ def run(
     recipe: RecipeFile,
     overrides: Overrides = None,
     accept_changes: Annotated[
-        bool, typer.Option("--accept-changes", help="Resume although the recipe is not the one the run began with.")
+        bool, typer.Option("--accept-changes", help="Go on although changes of the recipe touch what the run has done.")
     ] = False,
 ) -> None:
     """Run a recipe on this machine, or resume it where it stopped. Ctrl-C saves and stops; twice ends it at once.
@@ -143,16 +143,23 @@ def run(
     * `millrace run recipes/laptop/dense.yaml`
     * `millrace run recipes/laptop/dense.yaml run_dir=runs/hot stages.math.sampling.temperature=1.2`
     """
+    from millrace.cascade.ledger import Ledger, standing
+    from millrace.config.changes import change_lines
     from millrace.config.loading import load_recipe
     from millrace.config.rules import require_runnable
     from millrace.launch.local import launch
-    from millrace.launch.run_dir import locked, prepare
+    from millrace.launch.run_dir import locked, prepare, recorded_recipe
 
     loaded = load_recipe(recipe, overrides or ())
     require_runnable(loaded)
     run_dir = Path(loaded.run_dir)
     with locked(run_dir):
-        prepare(loaded, run_dir, accept_changes)
+        order = [stage.name for stage in (recorded_recipe(run_dir) or loaded).stages]
+        done = standing(Ledger(run_dir).events(), order)
+        changes = prepare(loaded, run_dir, accept_changes, begun=done.begun, finished=done.finished)
+        if changes:
+            lines = ["the recipe has changed since the run last started:", *change_lines(changes)]
+            Console(highlight=False, markup=False, soft_wrap=True).print("\n".join(lines))
         code = launch(loaded, run_dir)
     raise typer.Exit(code)
 

@@ -77,12 +77,6 @@ def written(section: Any) -> Any:
     return [written(item) for item in section] if isinstance(section, tuple) else section
 
 
-def changed_keys(before: Recipe, after: Recipe) -> list[str]:
-    """Dotted keys in which two recipes differ, stages by their position."""
-    left, right = _leaves(written(before)), _leaves(written(after))
-    return sorted(key for key in left.keys() | right.keys() if left.get(key, _ABSENT) != right.get(key, _ABSENT))
-
-
 @dataclass(frozen=True)
 class _Place:
     """Where a value stands: its path in the tree, and its name for people (stages by name)."""
@@ -277,13 +271,3 @@ def _plain(value: Any) -> Any:
         # A literal ${ must not be read as an interpolation; backslashes before it are halved when it is read.
         return re.sub(r"(\\*)\$\{", lambda match: match[1] * 2 + r"\${", value)
     return value
-
-
-def _leaves(value: Any, path: str = "") -> dict[str, Any]:
-    if isinstance(value, Mapping) and value:
-        items = {f"{path}.{key}" if path else key: item for key, item in value.items()}
-    elif isinstance(value, list) and value:
-        items = {f"{path}.{index}": item for index, item in enumerate(value)}
-    else:
-        return {path: value}
-    return {leaf: item for key, child in items.items() for leaf, item in _leaves(child, key).items()}

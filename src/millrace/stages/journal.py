@@ -7,7 +7,6 @@ and a person can read what the model wrote.
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 import os
@@ -15,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from millrace.config.changes import computing_keys
 from millrace.config.schema import Recipe
 from millrace.environments.base import Reward
 from millrace.rollout.types import Rollout
@@ -23,7 +23,7 @@ from millrace.stages.episodes import Episode, Group, Scored
 
 class RolloutJournal:
     def __init__(self, run_dir: Path, stage: str, recipe: Recipe) -> None:
-        self._recipe = recipe_mark(recipe)
+        self._recipe = recipe_mark(recipe, stage)
         self.folder = run_dir / "rollouts" / stage
         self.folder.mkdir(parents=True, exist_ok=True)
 
@@ -61,11 +61,10 @@ class RolloutJournal:
         return header, [Group(episodes[key], tuple(answers)) for key, answers in groups.items()]
 
 
-def recipe_mark(recipe: Recipe) -> str:
-    """Tells recipes apart by what they compute: its name, folder and threads do not count."""
-    trainer = dataclasses.replace(recipe.trainer, threads_per_rank=None, collective_timeout_s=1.0)
-    same = dataclasses.replace(recipe, name="", run_dir="", trainer=trainer)
-    return hashlib.sha256(repr(same).encode()).hexdigest()[:16]
+def recipe_mark(recipe: Recipe, stage: str) -> str:
+    """Tells recipes apart by what they compute in a stage: keys that are free to change and other stages do not
+    count."""
+    return hashlib.sha256(json.dumps(computing_keys(recipe, stage), sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _to_json(episode: Episode, answer: Scored) -> dict[str, Any]:

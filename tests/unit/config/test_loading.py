@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 
 from millrace.config.errors import ConfigError
-from millrace.config.loading import changed_keys, dump_recipe, load_recipe
+from millrace.config.loading import dump_recipe, load_recipe
 from millrace.config.schema import RlStage, SftStage
 
 BASE = """\
@@ -162,9 +162,3 @@ def test_a_missing_file_is_named_with_who_wants_it(tmp_path: Path) -> None:
     assert "a.yaml:2: extends: the recipe" in problems(tmp_path / "a.yaml")[0]
     write(tmp_path / "b.yaml", "- 1\n")
     assert "b.yaml:1: a recipe is a mapping" in problems(tmp_path / "a.yaml")[0]
-
-
-def test_changed_keys_are_found_by_their_dotted_names(base: Path) -> None:
-    before, after = load_recipe(base), load_recipe(base, ["parallel.tp=2", "stages.climb.kl.coefficient=0.1"])
-    assert changed_keys(before, after) == ["parallel.tp", "stages.1.kl.coefficient"]
-    assert changed_keys(before, before) == []
