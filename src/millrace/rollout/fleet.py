@@ -15,6 +15,7 @@ import threading
 import time
 from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -22,7 +23,7 @@ import httpx
 
 from millrace.config.schema import FleetConfig
 from millrace.rollout.auth import TOKEN_VARIABLE
-from millrace.rollout.client import Answer, EngineClient
+from millrace.rollout.client import Answer, EngineClient, EngineFailed, RequestRefused, RequestTimeout
 from millrace.rollout.dispatch import Dispatcher, Job
 from millrace.rollout.engine import Engine, EngineProcess, EngineStartError, ExternalEngine
 from millrace.rollout.fleet_health import (
@@ -39,7 +40,7 @@ from millrace.rollout.fleet_health import (
     step,
 )
 from millrace.rollout.member import FleetError, FleetLost, FleetNeedsSync, Member
-from millrace.rollout.server import Device, engine_device
+from millrace.rollout.server import MODEL_NAME, Device, engine_device
 from millrace.rollout.types import Request, Rollout
 
 T = TypeVar("T")
@@ -72,6 +73,7 @@ class Fleet:
     """`config.engines` vLLM servers on this machine, or those at `config.addresses`.
 
     device: where the engines run; found out when absent. gpus: device numbers, `tensor_parallel` for each engine.
+    kind: what the engines are called in messages and log files. served_name: what chat requests call the model.
     """
 
     def __init__(
@@ -83,6 +85,8 @@ class Fleet:
         *,
         device: Device | None = None,
         gpus: Sequence[int] = (),
+        kind: str = "engine",
+        served_name: str = MODEL_NAME,
     ) -> None:
         self.config = config
         self.run_dir = Path(run_dir)
@@ -91,7 +95,17 @@ class Fleet:
         """Weights that serving engines hold."""
         self._log = log or logging.getLogger("millrace.rollout")
         self._token = _token(config)
-        self._engines = _engines(config, model_path, self.run_dir, self._token, device or engine_device(), gpus)
+        start = partial(
+            EngineProcess,
+            config=config,
+            model_path=model_path,
+            run_dir=self.run_dir,
+            token=self._token,
+            device=device or engine_device(),
+            kind=kind,
+            served_name=served_name,
+        )
+        self._engines = _engines(config, gpus, start)
         self._serves_checkpoint = False
         self._kept: dict[_Part, _Answered] = {}
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -413,6 +427,25 @@ class Fleet:
         await self._dispatch([job(sequence, index) for index, sequence in enumerate(tokens)], take)
         return [scores[index] for index in range(len(tokens))]
 
+    async def chat(self, body: dict[str, Any], limit: float) -> Any:
+        """One engine's reply to a chat completion request; another engine is asked when one dies meanwhile.
+
+        In the fleet's thread only (`begin`). Raises RequestTimeout, EngineFailed or RequestRefused for what the engine
+        says, FleetError when none can be asked.
+        """
+
+        async def ask(client: EngineClient) -> Any:
+            try:
+                return await client.chat(body, limit)
+            except (RequestTimeout, EngineFailed, RequestRefused) as error:
+                return error  # an outcome like another: whether to ask again is for the caller to say
+
+        replies: list[Any] = []
+        await self._dispatch([Job("a chat request", 1, ask)], lambda _index, reply, _url: replies.append(reply))
+        if isinstance(replies[0], Exception):
+            raise replies[0]
+        return replies[0]
+
     async def _dispatch(self, jobs: Sequence[Job[T]], take: Callable[[int, T, str], None]) -> None:
         # Twice what an engine decodes at one time keeps its queue filled and leaves the rest to others.
         capacity, limit = 2 * self.config.max_num_seqs, self.config.request_timeout_s
@@ -431,9 +464,7 @@ def _token(config: FleetConfig) -> str:
     return token
 
 
-def _engines(
-    config: FleetConfig, model_path: str, run_dir: Path, token: str, device: Device, gpus: Sequence[int]
-) -> list[Engine]:
+def _engines(config: FleetConfig, gpus: Sequence[int], start: Callable[..., EngineProcess]) -> list[Engine]:
     if config.addresses:
         return [ExternalEngine(index, url) for index, url in enumerate(config.addresses)]
     width = config.tensor_parallel
@@ -441,10 +472,7 @@ def _engines(
         raise FleetError(
             f"{config.engines} engines of {width} ranks need {config.engines * width} GPUs, but {len(gpus)} are given"
         )
-    return [
-        EngineProcess(i, config, model_path, run_dir, token, device, gpus[i * width : (i + 1) * width])
-        for i in range(config.engines)
-    ]
+    return [start(i, gpus=gpus[i * width : (i + 1) * width]) for i in range(config.engines)]
 
 
 def _count(counts: list[int], part: _Part, answered: _Answered) -> None:
