@@ -28,6 +28,9 @@ from millrace.stages.control import ControlGroup
 WAIT_LOG_SECONDS = 10.0
 
 
+NOT_SCORED = Reward(0.0, "not scored")
+
+
 @dataclass(frozen=True)
 class Episode:
     """One prompt of one domain, to be answered n times."""
@@ -38,6 +41,8 @@ class Episode:
     messages: Sequence[Message]
     prompt: tuple[int, ...]
     seed: int
+    scored: bool = True
+    """Whether its answers are given rewards; where a teacher alone speaks of them, they may do without."""
 
 
 @dataclass(frozen=True)
@@ -73,13 +78,18 @@ class Domain:
         )
         self.held_out = PromptDataset(config.held_out, alone, environment.validate)
 
-    def episode(self, dataset: PromptDataset, index: int, seed: int) -> Episode:
+    @property
+    def compares(self) -> bool:
+        """Whether rewards in training come from comparing the answers of a group."""
+        return isinstance(self.environment, GroupEnvironment)
+
+    def episode(self, dataset: PromptDataset, index: int, seed: int, *, scored: bool = True) -> Episode:
         row = dataset[index]
         messages = list(self.environment.reset(row))
         if self._system is not None:
             messages = [{"role": "system", "content": self._system}, *messages]
         prompt = tuple(self._tokenizer.render_prompt(messages))
-        return Episode(dataset.row_id(index), self.name, row, messages, prompt, seed)
+        return Episode(dataset.row_id(index), self.name, row, messages, prompt, seed, scored)
 
     def require_room(self, dataset: PromptDataset, context: int, answer: int) -> None:
         """Raises DataError, naming the row, for a prompt that leaves less than `answer` of `context` tokens."""
@@ -227,6 +237,8 @@ class EpisodePlayer:
 
     async def _score_one(self, episode: Episode, rollout: Rollout) -> Scored:
         text = self._tokenizer.decode(rollout.answer)
+        if not episode.scored:
+            return Scored(rollout, text, NOT_SCORED)
         outcome = await self.domains[episode.domain].environment.step(episode.row, episode.messages, text)
         if isinstance(outcome, Observation):
             raise ValueError(

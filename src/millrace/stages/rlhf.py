@@ -9,12 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from millrace.config.schema import RlhfStage, RlStage
+from millrace.config.schema import RlhfStage, SamplingStage
 from millrace.environments.base import Comparison
 from millrace.stages.episodes import Group
 
 
-def comparison(stage: RlStage) -> Comparison | None:
+def comparison(stage: SamplingStage) -> Comparison | None:
     """How the answers of a group are compared; None in a stage that scores each alone."""
     if not isinstance(stage, RlhfStage):
         return None
