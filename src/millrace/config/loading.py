@@ -30,7 +30,7 @@ from millrace.config.fields import (
     is_section,
 )
 from millrace.config.schema import Recipe
-from millrace.config.sources import InterpolatedText, KeyPath, Source, apply_overrides, read_source, resolve
+from millrace.config.sources import SHARED, InterpolatedText, KeyPath, Source, apply_overrides, read_source, resolve
 
 _PATHS_OF_THE_RECIPE = (
     ("model", "path"),
@@ -55,6 +55,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     problems = apply_overrides(source, overrides)
     tree, unresolved = resolve(source)
     problems += unresolved
+    tree = {key: value for key, value in tree.items() if not key.startswith(SHARED)}
     converter = _Converter(source, silent=bool(unresolved))
     recipe = converter.section(Recipe, tree, _Place((), ""))
     problems += converter.problems

@@ -1,4 +1,4 @@
-"""The YAML side of a recipe: files with `extends`, command-line overrides and interpolation, with every key's origin.
+"""The YAML side of a recipe: files with `extends`, anchors, overrides and interpolation, with every key's origin.
 
 A recipe is first a plain tree of dicts, lists and scalars beside a table that says which file and line wrote each key,
 so that a complaint about any key can point at its line and a relative path starts at the folder of its own file.
@@ -7,7 +7,7 @@ so that a complaint about any key can point at its line and a relative path star
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,12 @@ from omegaconf.errors import OmegaConfBaseException
 from millrace.config.errors import ConfigError
 
 KeyPath = tuple[str, ...]
+
+SHARED = "x-"
+"""Top-level keys that begin so are no part of the recipe: they hold what `${...}` and YAML anchors share."""
+
+_MERGE = "tag:yaml.org,2002:merge"
+_Pair = tuple[yaml.Node, yaml.Node]
 
 
 class InterpolatedText(str):
@@ -149,13 +155,35 @@ class _NodeReader:
 
     def _mapping(self, node: yaml.MappingNode, path: KeyPath) -> dict[str, Any]:
         values: dict[str, Any] = {}
-        for key_node, value_node in node.value:
+        for key_node, value_node in self._pairs(node):
             key, line = str(key_node.value), key_node.start_mark.line + 1
             if key in values:
                 self.problems.append(f"{shown(self.file)}:{line}: {'.'.join((*path, key))} is written twice")
             self.origins[(*path, key)] = Origin(self.file, line)
             values[key] = self.read(value_node, (*path, key))
         return values
+
+    def _pairs(self, node: yaml.MappingNode) -> list[_Pair]:
+        """The keys a mapping writes, then those that `<<` merges into it and that it does not write itself."""
+        pairs = [pair for pair in node.value if pair[0].tag != _MERGE]
+        taken = {str(key.value) for key, _ in pairs}
+        for base in self._bases(node):
+            for key, value in self._pairs(base):
+                if str(key.value) not in taken:
+                    taken.add(str(key.value))
+                    pairs.append((key, value))
+        return pairs
+
+    def _bases(self, node: yaml.MappingNode) -> Iterator[yaml.MappingNode]:
+        for key, value in node.value:
+            if key.tag != _MERGE:
+                continue
+            for base in value.value if isinstance(value, yaml.SequenceNode) else [value]:
+                if isinstance(base, yaml.MappingNode):
+                    yield base
+                else:
+                    line = key.start_mark.line + 1
+                    self.problems.append(f"{shown(self.file)}:{line}: << merges sections only; write <<: *anchor")
 
 
 def _merge(base: Source, over: Source) -> Source:

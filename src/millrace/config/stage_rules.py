@@ -112,6 +112,11 @@ def _mopd(stage: MopdStage, key: str, recipe: Recipe) -> Problems:
             f"{key}.sampling.temperature is {stage.sampling.temperature:g}, but a served teacher scores at temperature "
             "1; set it to 1, or placement to time_shared or resident"
         )
+    if stage.placement == "served" and stage.teacher_engine.max_model_len < recipe.fleet.max_model_len:
+        yield (
+            f"{key}.teacher_engine.max_model_len is {stage.teacher_engine.max_model_len}, but a teacher scores whole "
+            f"sequences of up to fleet.max_model_len {recipe.fleet.max_model_len} tokens; raise it"
+        )
     if stage.dynamic_sampling and not stage.rewarded:
         yield f"{key}.dynamic_sampling drops groups by their rewards, which teachers do not look at; leave it out"
     yield from _curriculum(stage, key, recipe)
@@ -156,7 +161,10 @@ def _curriculum(stage: RlStage | MopdStage, key: str, recipe: Recipe) -> Problem
                 f"`millrace data passrate RECIPE --domain {domain}`"
             )
     if curriculum.above is not None and curriculum.below is not None and curriculum.above >= curriculum.below:
-        yield f"{key}.curriculum: above {curriculum.above:g} must be below `below` {curriculum.below:g}"
+        yield (
+            f"{key}.curriculum leaves no prompt: `above` {curriculum.above:g} must be less than `below` "
+            f"{curriculum.below:g}"
+        )
 
 
 def _optimizer(optimizer: OptimizerConfig, key: str, steps: int | None) -> Problems:
@@ -171,11 +179,11 @@ def _optimizer(optimizer: OptimizerConfig, key: str, steps: int | None) -> Probl
 
 
 UNBUILT = {
-    "code": "runs model-written programs against tests, which needs the sandbox",
-    "workplace_assistant": "is an environment of many turns with tools",
-    "long_context": "needs an equivalence judge",
-    "swe_agentless": "needs a patch judge",
-    "swe_agentic": "is an environment of many turns in containers",
+    "code": "it runs model-written programs in a sandbox",
+    "workplace_assistant": "its episodes have many turns with tools",
+    "long_context": "a judge compares the answer with a reference",
+    "swe_agentless": "a judge compares the patch with a reference",
+    "swe_agentic": "its episodes have many turns in containers",
 }
 """Environments of the paper that are not built yet, and what each one is."""
 
@@ -185,9 +193,11 @@ def domain_problems(recipe: Recipe) -> Problems:
     for name, domain in recipe.domains.items():
         key = f"domains.{name}"
         if domain.environment in UNBUILT:
+            wanting = [s.name for s in recipe.stages if isinstance(s, SamplingStage) and name in s.domains]
+            where = f" and out of {', '.join(wanting)}" if wanting else ""
             yield (
-                f"{key}.environment is {domain.environment}, which {UNBUILT[domain.environment]} and is not built yet; "
-                "leave its stages out by --until, or take them out of the recipe"
+                f"{key}.environment is {domain.environment}, which is not built yet ({UNBUILT[domain.environment]}); "
+                f"take the domain out of the recipe{where}"
             )
         if domain.grading == "fraction" and domain.environment != "instruction_following":
             yield f"{key}.grading is fraction, but an answer in {domain.environment} is right or wrong; use binary"
