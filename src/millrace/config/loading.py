@@ -1,7 +1,7 @@
 """From a recipe file to the frozen dataclasses of `schema`, and back to YAML.
 
 Strict: an unknown key, a value of the wrong type, a word that is not among the choices and a missing key are errors
-that name file, line and key. All of them are reported at once.
+that name file, line and key. All of them are reported at once. A domain or judge that is null is taken out.
 """
 
 from __future__ import annotations
@@ -172,6 +172,8 @@ class _Converter:
     def _dict(self, kind: Any, value: Any, place: _Place) -> Any:
         if not isinstance(value, Mapping):
             return self._refuse(place, f"must be a section with names, not {_said(value)}")
+        if is_section(kind):  # null takes an entry out that a base file wrote
+            value = {key: item for key, item in value.items() if item is not None}
         entries = {key: self.value(kind, item, place.child(key)) for key, item in value.items()}
         return _ABSENT if _ABSENT in entries.values() else entries
 
