@@ -119,8 +119,8 @@ def _parse(path: Path, wanted_by: Origin) -> Source:
         reason = "does not exist" if isinstance(error, FileNotFoundError) else f"cannot be read ({error})"
         prefix = "" if wanted_by.file is None else f"{wanted_by}: extends: "
         raise ConfigError(f"{prefix}the recipe {shown(path)} {reason}") from None
-    loader = _Loader(text)
     try:
+        loader = _Loader(text)
         node = loader.get_single_node()
         if not isinstance(node, yaml.MappingNode):
             raise ConfigError(f"{shown(path)}:1: a recipe is a mapping of keys to values, this file holds none")
@@ -144,21 +144,32 @@ class _NodeReader:
         self.file = file
         self.origins: dict[KeyPath, Origin] = {}
         self.problems: list[str] = []
+        self._around: list[yaml.Node] = []
 
     def read(self, node: yaml.Node, path: KeyPath) -> Any:
         self.origins.setdefault(path, Origin(self.file, node.start_mark.line + 1))
-        if isinstance(node, yaml.MappingNode):
-            return self._mapping(node, path)
-        if isinstance(node, yaml.SequenceNode):
-            return [self.read(item, (*path, str(index))) for index, item in enumerate(node.value)]
-        return self.loader.construct_object(node)
+        if not isinstance(node, yaml.CollectionNode):
+            return self.loader.construct_object(node)
+        if node in self._around:
+            self._refuse(node, f"{'.'.join(path)} is an anchor that holds itself; write it out")
+            return None
+        self._around.append(node)
+        value = self._mapping(node, path) if isinstance(node, yaml.MappingNode) else self._sequence(node, path)
+        self._around.pop()
+        return value
+
+    def _sequence(self, node: yaml.CollectionNode, path: KeyPath) -> list[Any]:
+        return [self.read(item, (*path, str(index))) for index, item in enumerate(node.value)]
+
+    def _refuse(self, node: yaml.Node, text: str) -> None:
+        self.problems.append(f"{shown(self.file)}:{node.start_mark.line + 1}: {text}")
 
     def _mapping(self, node: yaml.MappingNode, path: KeyPath) -> dict[str, Any]:
         values: dict[str, Any] = {}
         for key_node, value_node in self._pairs(node):
             key, line = str(key_node.value), key_node.start_mark.line + 1
             if key in values:
-                self.problems.append(f"{shown(self.file)}:{line}: {'.'.join((*path, key))} is written twice")
+                self._refuse(key_node, f"{'.'.join((*path, key))} is written twice")
             self.origins[(*path, key)] = Origin(self.file, line)
             values[key] = self.read(value_node, (*path, key))
         return values
@@ -179,11 +190,12 @@ class _NodeReader:
             if key.tag != _MERGE:
                 continue
             for base in value.value if isinstance(value, yaml.SequenceNode) else [value]:
-                if isinstance(base, yaml.MappingNode):
-                    yield base
+                if not isinstance(base, yaml.MappingNode):
+                    self._refuse(key, "<< merges sections only; write <<: *anchor")
+                elif base in self._around:
+                    self._refuse(key, "<< merges a section into itself; leave it out")
                 else:
-                    line = key.start_mark.line + 1
-                    self.problems.append(f"{shown(self.file)}:{line}: << merges sections only; write <<: *anchor")
+                    yield base
 
 
 def _merge(base: Source, over: Source) -> Source:

@@ -280,6 +280,10 @@ stages:
         ("x-a: &a {tp: 2}\nparallel: {<<: *a, tp: x}", "child.yaml:3: parallel.tp must be a whole number"),
         ("x-a: &a {tp: 2}\nparallel: {<<: *a, tp: 1, tp: 2}", "child.yaml:3: parallel.tp is written twice"),
         ("x-a: &a [1]\nparallel: {<<: *a}", "child.yaml:3: << merges sections only; write <<: *anchor"),
+        ("x-a: &a {b: [*a]}", "child.yaml:2: x-a.b.0 is an anchor that holds itself; write it out"),
+        ("x-a: &a {b: {<<: *a}}", "child.yaml:2: << merges a section into itself; leave it out"),
+        ("x-a: &a {<<: *a}", "child.yaml:2: << merges a section into itself; leave it out"),
+        ("x-a: &a {<<: [{<<: *a}]}", "child.yaml:2: << merges a section into itself; leave it out"),
         ("parallel: {x-tp: 2}", "child.yaml:2: parallel.x-tp is not a known key"),
         ("seed: ${x-nowhere}", "child.yaml:2: seed: Interpolation key 'x-nowhere' not found"),
     ],
@@ -302,3 +306,36 @@ def test_shared_values_reach_the_files_that_extend_theirs_and_are_no_part_of_the
     assert (recipe.stages[0].optimizer.lr, recipe.stages[0].optimizer.eps) == (1e-5, 1e-7)
     assert load_recipe(child, ["x-data=/elsewhere"]).stages[0].data == ("/elsewhere/b.jsonl",)
     assert "x-" not in dump_recipe(recipe)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("seed=[1", "command line: the value of 'seed=[1' is not valid YAML"),
+        ("name.first=x", "command line: name.first: name holds a value, not keys"),
+        ("stages.climb.optimizer=3", "stages.climb.optimizer must be a section with keys, not 3"),
+        ("stages.climb=3", "stages.1 must be a section with `type` (sft, rl, rlhf, mopd or evaluate), not 3"),
+        ("stages.warm.optimizer.betas=[0.9]", "stages.warm.optimizer.betas must hold 2 values, not 1"),
+        ("domains=[math]", "domains must be a section with names, not a list"),
+        ("parallel.tp=${oc.env:RANKS,two}", "parallel.tp must be a whole number, not the text 'two'"),
+        ("trainer.collective_timeout_s=true", "trainer.collective_timeout_s must be a number, not true"),
+        ("trainer.collective_timeout_s=soon", "trainer.collective_timeout_s must be a number, not the text 'soon'"),
+    ],
+)
+def test_a_value_that_cannot_be_is_named_on_the_command_line(base: Path, override: str, message: str) -> None:
+    assert any(message in problem for problem in problems(base, override)), problems(base, override)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"extends: {a: b}\n", "a.yaml:1: extends must be a path or a list of paths, not {'a': 'b'}"),
+        (b"extends: [1]\n", "a.yaml:1: extends must be a path or a list of paths, not [1]"),
+        (b"name: \x00\n", "a.yaml: not valid YAML: special characters are not allowed at character 6"),
+        (b"name: \xff\n", "cannot be read ('utf-8' codec"),
+        (b"name: [\n", "a.yaml:2: not valid YAML"),
+    ],
+)
+def test_a_file_that_is_no_recipe_is_named(tmp_path: Path, content: bytes, message: str) -> None:
+    (tmp_path / "a.yaml").write_bytes(content)
+    assert message in problems(tmp_path / "a.yaml")[0]
