@@ -19,7 +19,7 @@ from millrace.config.errors import ConfigError
 from millrace.config.graph import graph_problems
 from millrace.config.model_shape import ModelShape
 from millrace.config.ranges import range_problems
-from millrace.config.schema import Recipe, SamplingStage, SftStage
+from millrace.config.schema import MopdStage, Recipe, SamplingStage, SftStage
 from millrace.config.stage_rules import domain_problems, stage_problems
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
@@ -40,6 +40,7 @@ def check_recipe(recipe: Recipe, *, world_size: int | None = None) -> list[str]:
         problems += _layout_of_model(recipe, shape)
     problems += _lengths(recipe, shape)
     problems += _fleet(recipe)
+    problems += _servers(recipe)
     problems += _names(recipe)
     problems += graph_problems(recipe)
     problems += domain_problems(recipe)
@@ -160,16 +161,9 @@ def _fleet(recipe: Recipe) -> Problems:
         yield "fleet: the run samples answers, but there are no engines; set fleet.engines or fleet.addresses"
     if fleet.engines and fleet.addresses:
         yield "fleet: engines and addresses are both given; set fleet.engines=0 to use the servers that already run"
-    for taken in sorted(OWN_SERVER_ARGUMENTS & {argument.split("=")[0] for argument in fleet.extra_args}):
-        yield f"fleet.extra_args: {taken} is set by Millrace and guards the engines; leave it out"
     for address in fleet.addresses:
         if urlsplit(address).scheme not in ("http", "https") or not urlsplit(address).hostname:
             yield f"fleet.addresses: {address!r} is not a URL such as http://node7:8000"
-    if fleet.interface in ("0.0.0.0", "::", "", "*"):
-        yield (
-            f"fleet.interface is {fleet.interface!r}, which listens on every network of this machine; "
-            "name the one interface address that the trainer reaches"
-        )
     if fleet.transport in ("nccl", "ipc") and recipe.trainer.device == "cpu":
         yield f"fleet.transport is {fleet.transport}, which needs CUDA; use shared_memory or disk on CPU"
     waited = max(fleet.start_timeout_s, fleet.request_timeout_s)
@@ -185,6 +179,28 @@ def _fleet(recipe: Recipe) -> Problems:
             f"fleet.transport is {fleet.transport}, which works on one host only, but {remote[0]} is another; "
             "use nccl or disk"
         )
+
+
+def _servers(recipe: Recipe) -> Problems:
+    """Every vLLM server that the run starts stays on one interface and behind its token."""
+    servers = {"fleet": recipe.fleet} if recipe.samples else {}
+    own = {f"judges.{name}.engine": judge.engine for name, judge in recipe.judges.items() if judge.model is not None}
+    own |= {
+        f"stages.{stage.name}.teacher_engine": stage.teacher_engine
+        for stage in recipe.stages
+        if isinstance(stage, MopdStage) and stage.placement == "served"
+    }
+    for key, server in (servers | own).items():
+        for taken in sorted(OWN_SERVER_ARGUMENTS & {argument.split("=")[0] for argument in server.extra_args}):
+            yield f"{key}.extra_args: {taken} is set by Millrace and guards the engines; leave it out"
+        if server.interface in ("0.0.0.0", "::", "", "*"):
+            yield (
+                f"{key}.interface is {server.interface!r}, which listens on every network of this machine; "
+                "name the one interface address that the trainer reaches"
+            )
+    for key, server in own.items():
+        if server.addresses:
+            yield f"{key}.addresses are not used, for this server is started by Millrace; leave them out"
 
 
 def _is_this_host(address: str) -> bool:

@@ -6,9 +6,11 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from millrace.config.checkpoint_files import checkpoint_problems
 from millrace.config.graph import nearest
 from millrace.config.schema import (
     EvaluateStage,
+    JudgeConfig,
     MopdStage,
     OptimizerConfig,
     Recipe,
@@ -112,6 +114,11 @@ def _mopd(stage: MopdStage, key: str, recipe: Recipe) -> Problems:
             f"{key}.sampling.temperature is {stage.sampling.temperature:g}, but a served teacher scores at temperature "
             "1; set it to 1, or placement to time_shared or resident"
         )
+    if stage.placement == "served" and stage.teacher_engine.max_model_len < recipe.fleet.max_model_len:
+        yield (
+            f"{key}.teacher_engine.max_model_len is {stage.teacher_engine.max_model_len}, but a teacher scores whole "
+            f"sequences of up to fleet.max_model_len {recipe.fleet.max_model_len} tokens; raise it"
+        )
     if stage.dynamic_sampling and not stage.rewarded:
         yield f"{key}.dynamic_sampling drops groups by their rewards, which teachers do not look at; leave it out"
     yield from _curriculum(stage, key, recipe)
@@ -156,7 +163,10 @@ def _curriculum(stage: RlStage | MopdStage, key: str, recipe: Recipe) -> Problem
                 f"`millrace data passrate RECIPE --domain {domain}`"
             )
     if curriculum.above is not None and curriculum.below is not None and curriculum.above >= curriculum.below:
-        yield f"{key}.curriculum: above {curriculum.above:g} must be below `below` {curriculum.below:g}"
+        yield (
+            f"{key}.curriculum leaves no prompt: `above` {curriculum.above:g} must be less than `below` "
+            f"{curriculum.below:g}"
+        )
 
 
 def _optimizer(optimizer: OptimizerConfig, key: str, steps: int | None) -> Problems:
@@ -171,23 +181,25 @@ def _optimizer(optimizer: OptimizerConfig, key: str, steps: int | None) -> Probl
 
 
 UNBUILT = {
-    "code": "runs model-written programs against tests, which needs the sandbox",
-    "workplace_assistant": "is an environment of many turns with tools",
-    "long_context": "needs an equivalence judge",
-    "swe_agentless": "needs a patch judge",
-    "swe_agentic": "is an environment of many turns in containers",
+    "code": "it runs model-written programs in a sandbox",
+    "workplace_assistant": "its episodes have many turns with tools",
+    "long_context": "a judge compares the answer with a reference",
+    "swe_agentless": "a judge compares the patch with a reference",
+    "swe_agentic": "its episodes have many turns in containers",
 }
 """Environments of the paper that are not built yet, and what each one is."""
 
 
 def domain_problems(recipe: Recipe) -> Problems:
-    """Every broken rule of domains and judges."""
+    """Every broken rule of domains, judges and the evaluation."""
     for name, domain in recipe.domains.items():
         key = f"domains.{name}"
         if domain.environment in UNBUILT:
+            wanting = [s.name for s in recipe.stages if isinstance(s, SamplingStage) and name in s.domains]
+            where = f" and the domain out of {', '.join(wanting)}" if wanting else ""
             yield (
-                f"{key}.environment is {domain.environment}, which {UNBUILT[domain.environment]} and is not built yet; "
-                "leave its stages out by --until, or take them out of the recipe"
+                f"{key}.environment is {domain.environment}, which is not built yet ({UNBUILT[domain.environment]}); "
+                f"take it out with {key}=null{where}"
             )
         if domain.grading == "fraction" and domain.environment != "instruction_following":
             yield f"{key}.grading is fraction, but an answer in {domain.environment} is right or wrong; use binary"
@@ -198,16 +210,23 @@ def domain_problems(recipe: Recipe) -> Problems:
         if domain.judge is not None and domain.judge not in recipe.judges:
             yield f"{key}.judge is {domain.judge}, which is not among the judges{nearest(domain.judge, recipe.judges)}"
     for name, judge in recipe.judges.items():
-        key = f"judges.{name}"
-        if (judge.model is None) == (judge.url is None):
-            given = "neither is given" if judge.model is None else "both are given"
-            yield f"{key} needs exactly one of model and url, but {given}"
-        if judge.url is not None and not judge.url.startswith(("http://", "https://")):
-            yield f"{key}.url is {judge.url!r}, which is not a URL such as http://node7:8000/v1"
-        if judge.model is not None and not Path(judge.model).is_dir():
-            yield f"{key}.model: the folder {judge.model} does not exist; name a Hugging Face checkpoint"
-        if judge.model is not None and judge.max_tokens >= judge.engine.max_model_len:
-            yield (
-                f"{key}.max_tokens is {judge.max_tokens}, which leaves no room for two answers within "
-                f"{key}.engine.max_model_len {judge.engine.max_model_len}; lower the one or raise the other"
-            )
+        yield from _judge(judge, f"judges.{name}")
+    if recipe.evaluation.keep and not recipe.evaluation.every:
+        yield "evaluation.keep keeps what evaluation.every measures, which is 0; set evaluation.every or leave keep out"
+
+
+def _judge(judge: JudgeConfig, key: str) -> Problems:
+    if (judge.model is None) == (judge.url is None):
+        given = "neither is given" if judge.model is None else "both are given"
+        yield f"{key} needs exactly one of model and url, but {given}"
+    if judge.url is not None and not judge.url.startswith(("http://", "https://")):
+        yield f"{key}.url is {judge.url!r}, which is not a URL such as http://node7:8000/v1"
+    if judge.model is not None and Path(judge.model).is_dir():
+        yield from (f"{key}.model: {problem}" for problem in checkpoint_problems(Path(judge.model)))
+    elif judge.model is not None:
+        yield f"{key}.model: the folder {judge.model} does not exist; name a Hugging Face checkpoint"
+    if judge.model is not None and judge.max_tokens >= judge.engine.max_model_len:
+        yield (
+            f"{key}.max_tokens is {judge.max_tokens}, which leaves no room for two answers within "
+            f"{key}.engine.max_model_len {judge.engine.max_model_len}; lower the one or raise the other"
+        )
