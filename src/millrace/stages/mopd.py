@@ -17,9 +17,9 @@ from torch import Tensor
 from millrace.algorithms.distillation import mopd_loss_fn
 from millrace.config.schema import MopdStage
 from millrace.data.batch import TokenBatch
-from millrace.megatron.distillation import Divergence
+from millrace.megatron.divergence import Divergence, TeacherStates
 from millrace.stages.batches import answer_advantages, answers_batch
-from millrace.stages.collect import Collected, GroupCollector
+from millrace.stages.collect import GroupCollector
 from millrace.stages.context import Progress, StageContext
 from millrace.stages.episodes import Group
 from millrace.stages.rl import mismatch_guard
@@ -61,7 +61,7 @@ def run_mopd(
                     mopd_batch(collected.groups, stage) if ctx.control.is_main else None
                 )
             with ctx.timed("teacher"):
-                batch, divergence = lesson.teach(step, batch, collected)
+                batch, divergence = lesson.teach(step, batch)
             with ctx.timed("train"):
                 values = ctx.policy.train_step(
                     batch,
@@ -94,14 +94,13 @@ class Lesson:
         sources = {source.label: source for source in chosen.values()}
         self._teachers = open_teachers(stage, ctx, list(sources.values()), stack)
 
-    def teach(self, step: int, batch: TokenBatch, collected: Collected) -> tuple[TokenBatch, Divergence | None]:
+    def teach(self, step: int, batch: TokenBatch) -> tuple[TokenBatch, Divergence | None]:
         """The batch with the stream `teacher_logp`, or the teachers' states where a whole distribution is compared."""
-        members = self._members(batch)
         if self._stage.signal == "sampled":
-            return batch.with_streams(teacher_logp=self._logprobs(step, batch, members)), None
+            return batch.with_streams(teacher_logp=self._logprobs(step, batch)), None
         assert not isinstance(self._teachers, ServedTeachers), "the recipe's rules refuse it"
         self._record(step, batch, None)
-        return batch, self._divergence(self._teachers, batch, members)
+        return batch, self._divergence(self._teachers, batch)
 
     def _members(self, batch: TokenBatch) -> Members:
         members: dict[str, list[int]] = {}
@@ -110,12 +109,12 @@ class Lesson:
                 members.setdefault(self._labels[number - 1], []).append(sequence)
         return members
 
-    def _logprobs(self, step: int, batch: TokenBatch, members: Members) -> Tensor:
+    def _logprobs(self, step: int, batch: TokenBatch) -> Tensor:
         """The teachers' log-probs, those on record for these answers where there are any."""
         recorded = self._ctx.control.on_main(lambda: self._collector.recorded_streams(step))
         if recorded is not None:
             return _joined(batch, recorded)
-        values = self._teachers.logprobs(batch, members, self._stage.sampling.temperature)
+        values = self._teachers.logprobs(batch, self._members(batch), self._stage.sampling.temperature)
         self._record(step, batch, values)
         return values
 
@@ -123,14 +122,18 @@ class Lesson:
         if self._ctx.control.is_main:
             self._collector.record_streams(step, _by_answer(batch, teacher_logp))
 
-    def _divergence(
-        self, teachers: ResidentTeachers | TimeSharedTeachers, batch: TokenBatch, members: Members
-    ) -> Divergence:
-        labels, number_of = list(members), teacher_of_sequence(batch)
-        index = torch.tensor([labels.index(self._labels[k - 1]) if k else -1 for k in number_of])
-        states = [policy.teacher_states(batch, index == labels.index(label)) for label, policy in teachers.each(labels)]
+    def _divergence(self, teachers: ResidentTeachers | TimeSharedTeachers, batch: TokenBatch) -> Divergence:
+        """What each teacher knows of its tokens; one that teaches several domains is looked at once for all."""
+        states: dict[int, TeacherStates] = {}
+        for label, policy in teachers.each(list(dict.fromkeys(self._labels))):
+            for number in self._numbers(label):
+                states[number] = policy.teacher_states(batch, number)
         top_k = self._stage.top_k if self._stage.signal == "top_k" else None
-        return Divergence(states=states, teacher=index, top_k=top_k, support=self._stage.support)
+        return Divergence([states[number] for number in sorted(states)], top_k, self._stage.support)
+
+    def _numbers(self, label: str) -> list[int]:
+        """The numbers, from 1, of the stage's teachers that these weights are."""
+        return [number for number, own in enumerate(self._labels, 1) if own == label]
 
 
 def mopd_batch(groups: Sequence[Group], stage: MopdStage) -> TokenBatch:
