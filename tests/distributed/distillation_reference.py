@@ -61,7 +61,7 @@ def make_batch(student: Any) -> TokenBatch:
 def loss(
     student: Any, teachers: list[Any], batch: TokenBatch, signal: str, support: str, top_k: int
 ) -> tuple[Tensor, dict[str, float]]:
-    """The loss in float64 with its graph, and the mean reverse KL to each teacher over its tokens."""
+    """The loss in float64 with its graph, and the mean reverse KL to each teacher that has tokens."""
     streams = {name: values.double() for name, values in batch.streams.items()}
     ours = log_softmaxes(student, batch)
     with torch.no_grad():
@@ -82,7 +82,8 @@ def loss(
     means = {}
     for number, name in enumerate(TEACHERS, start=1):
         share = streams["weight"] * (streams["taught"] == number)
-        means[name] = float((share * reverse_kl.detach()).sum() / share.sum())
+        if share.any():
+            means[name] = float((share * reverse_kl.detach()).sum() / share.sum())
     return (streams["weight"] * per_token).sum(), means
 
 

@@ -55,11 +55,13 @@ def main(cases: list[dict[str, Any]], folder: Path) -> None:
 
 
 def results(policy: Policy, batch: TokenBatch, checkpoints: dict[str, str]) -> dict[str, Any]:
-    resident, states, logps = policy.frozen_twin(), [], []
+    alone = batch.select([1])  # of the second teacher; other data-parallel ranks have nothing
+    resident, states, states_alone, logps = policy.frozen_twin(), [], [], []
     for number, name in enumerate(TEACHERS, start=1):
         resident.load_hf(checkpoints[name])
         logps.append(resident.logprobs(batch, temperature=TEMPERATURE)[0])
         states.append(resident.teacher_states(batch, number))
+        states_alone.append(resident.teacher_states(alone, number))
     swapped = []
     for number, name in enumerate(TEACHERS, start=1):
         policy.load_hf(checkpoints[name])
@@ -67,7 +69,10 @@ def results(policy: Policy, batch: TokenBatch, checkpoints: dict[str, str]) -> d
     policy.load_hf(checkpoints["student"])
     taught = batch.streams["taught"]
     sampled = batch.with_streams(teacher_logp=torch.where(taught == 1, logps[0], logps[1]))
-    found = {"sampled": loss_and_gradient(policy, sampled, "sampled", None)}
+    found = {
+        "sampled": loss_and_gradient(policy, sampled, "sampled", None),
+        "full, one sequence": loss_and_gradient(policy, alone, "full", Divergence(states_alone)),
+    }
     for name, options in DIVERGENCES.items():
         found[name] = loss_and_gradient(policy, batch, "full", Divergence(states, **options))
     return {"signals": found, "apart": max(map(apart, states, swapped)), "states": [s.hidden for s in states]}

@@ -167,7 +167,7 @@ class VocabParallelReverseKL(torch.autograd.Function):
         entropy: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
         heads = _Heads(weight, teachers, VocabularyShard.of_weight(weight, vocab_size, group), temperature, chunk)
-        part = _ShardSums(hidden)
+        part = _ShardSums(hidden, whole_vocabulary=top_k is None)
         candidates = None if top_k is None else _Candidates(top_k, hidden, heads.shard)
         for at, student, teacher in heads.chunks(hidden):
             if candidates is not None:
@@ -247,8 +247,9 @@ class _WholeSums(NamedTuple):
 class _ShardSums:
     """What this rank's rows of the vocabulary add to the sums of T tokens."""
 
-    def __init__(self, hidden: Tensor) -> None:
+    def __init__(self, hidden: Tensor, whole_vocabulary: bool) -> None:
         tokens, dtype = hidden.shape[0], logit_dtype(hidden)
+        self._whole = whole_vocabulary  # and not a support that is known in the end only, see keep_to
         # Log-sum-exps of the student's logits and of the teacher's; with a support also of those outside of it.
         self._logs = torch.full((2, tokens), torch.finfo(dtype).min, dtype=dtype, device=hidden.device)
         # Of student's less teacher's logit in the support, and of the student's logit: sums weighted by the student's
@@ -262,10 +263,14 @@ class _ShardSums:
             return
         found, columns = held(columns, student.shape[1])
         self._target[at] = student.gather(1, columns[:, None])[:, 0] * found
-        self._logs[:, at] = torch.stack([student.logsumexp(dim=1), teacher.logsumexp(dim=1)])
-        p = (student - self._logs[0, at, None]).exp_()
-        self._means[0, at] = teacher.neg_().add_(student).mul_(p).sum(dim=1)
-        self._means[1, at] = p.mul_(student).sum(dim=1)
+        largest = student.amax(dim=1)
+        exponentials = (student - largest[:, None]).exp_()
+        total = exponentials.sum(dim=1)
+        self._logs[0, at] = largest + total.log()
+        self._logs[1, at] = teacher.logsumexp(dim=1)
+        if self._whole:
+            self._means[0, at] = teacher.neg_().add_(student).mul_(exponentials).sum(dim=1) / total
+        self._means[1, at] = exponentials.mul_(student).sum(dim=1) / total
 
     def keep_to(self, support: _Support, candidates: _Candidates) -> None:
         """Restrict the log ratio to the support, and tell what lies outside."""
