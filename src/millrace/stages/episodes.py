@@ -237,11 +237,16 @@ class EpisodePlayer:
 
     def close(self) -> None:
         """Cancel what is under way and close the environments."""
-        for task in asyncio.all_tasks(self._loop):
-            task.cancel()
-        for domain in self.domains.values():
-            self._loop.run_until_complete(domain.environment.close())
+        self._loop.run_until_complete(self._close())
         self._loop.close()
+
+    async def _close(self) -> None:
+        under_way = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in under_way:
+            task.cancel()
+        await asyncio.gather(*under_way, return_exceptions=True)
+        for domain in self.domains.values():
+            await domain.environment.close()
 
 
 def undecided(groups: Sequence[Group]) -> str | None:
