@@ -23,6 +23,7 @@ from millrace.data.tokenizer import ChatTokenizer
 from millrace.environments.base import Reward
 from millrace.environments.registry import make_environment
 from millrace.observe.writer import read_metrics
+from millrace.rollout.chat import chat
 from millrace.rollout.fleet_health import State
 from millrace.stages.rlhf import comparison
 
@@ -95,7 +96,7 @@ def test_the_judge_reads_the_very_tokens_of_its_chat_template(stand: Stand, fold
     fleet = stand.judges.fleets["learnt"]
     messages = [*CHAT, {"role": "response_1", "content": "abc"}, {"role": "response_2", "content": "d"}]
     body = {"model": "genrm", "messages": messages, "temperature": 0.0, "max_tokens": 64}
-    reply = fleet.call(fleet.chat(body, 60.0))
+    reply = asyncio.run(chat(fleet, body, 60.0))
     assert reply["usage"]["prompt_tokens"] == len(ChatTokenizer(folder / "learnt", VOCABULARY).render_prompt(messages))
     assert reply["choices"][0]["finish_reason"] == "stop"
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import logging
 import os
@@ -18,6 +17,7 @@ from millrace.cascade.engines import visible_gpus
 from millrace.config.errors import ConfigError
 from millrace.config.schema import JudgeConfig, Recipe
 from millrace.environments.judge import Endpoint, HttpEndpoint, Judge, JudgeError, NoReply, Rejected
+from millrace.rollout.chat import chat
 from millrace.rollout.client import EngineFailed, RequestRefused, RequestTimeout
 from millrace.rollout.fleet import Fleet
 from millrace.rollout.member import FleetError, FleetLost
@@ -39,7 +39,7 @@ class ServedEndpoint:
         # The engines read no generation_config.json, so what it says of stop tokens goes with the request.
         asked = {**body, "stop_token_ids": self._stop_token_ids}
         try:
-            return await asyncio.wrap_future(self._fleet.begin(self._fleet.chat(asked, limit_s)))
+            return await chat(self._fleet, asked, limit_s)
         except RequestRefused as error:
             raise Rejected(str(error)) from error
         except FleetLost:
