@@ -226,8 +226,9 @@ class EpisodePlayer:
         return Group(episode, tuple(map(Scored, rollouts, texts, rewards)))
 
     async def _score_one(self, episode: Episode, rollout: Rollout) -> Scored:
-        text = self._tokenizer.decode(rollout.answer)
-        outcome = await self.domains[episode.domain].environment.step(episode.row, episode.messages, text)
+        text, environment = self._tokenizer.decode(rollout.answer), self.domains[episode.domain].environment
+        hidden = rollout.finish_reason == "length" and isinstance(environment, GroupEnvironment)  # as in its group
+        outcome = await environment.step(episode.row, episode.messages, "" if hidden else text)
         if isinstance(outcome, Observation):
             raise ValueError(
                 f"domain {episode.domain}: its environment asks for another turn, and this stage plays single-turn "
