@@ -74,7 +74,10 @@ def judge_server(answer: Callable[[dict[str, Any]], Said]) -> Iterator[JudgeServ
         def log_message(self, format: str, *args: object) -> None:
             """Silent."""
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    class Server(ThreadingHTTPServer):
+        request_queue_size = 256  # all requests of a group come at one time
+
+    server = Server(("127.0.0.1", 0), Handler)
     server.daemon_threads = True
     state = JudgeServer(f"http://127.0.0.1:{server.server_address[1]}/v1")
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import logging
 import os
@@ -18,6 +17,7 @@ from millrace.cascade.engines import visible_gpus
 from millrace.config.errors import ConfigError
 from millrace.config.schema import JudgeConfig, Recipe
 from millrace.environments.judge import Endpoint, HttpEndpoint, Judge, JudgeError, NoReply, Rejected
+from millrace.rollout.chat import chat
 from millrace.rollout.client import EngineFailed, RequestRefused, RequestTimeout
 from millrace.rollout.fleet import Fleet
 from millrace.rollout.member import FleetError, FleetLost
@@ -39,7 +39,7 @@ class ServedEndpoint:
         # The engines read no generation_config.json, so what it says of stop tokens goes with the request.
         asked = {**body, "stop_token_ids": self._stop_token_ids}
         try:
-            return await asyncio.wrap_future(self._fleet.begin(self._fleet.chat(asked, limit_s)))
+            return await chat(self._fleet, asked, limit_s)
         except RequestRefused as error:
             raise Rejected(str(error)) from error
         except FleetLost:
@@ -81,7 +81,7 @@ def start_judges(recipe: Recipe, run_dir: Path) -> Judges:
     judges: dict[str, Judge] = {}
     fleets: dict[str, Fleet] = {}
     remote: dict[str, JudgeConfig] = {}
-    for name, config in used_judges(recipe).items():
+    for name, config in recipe.judges_used.items():
         endpoint: Endpoint
         if config.model is None:
             remote[name] = config
@@ -99,18 +99,12 @@ def start_judges(recipe: Recipe, run_dir: Path) -> Judges:
     return Judges(judges, fleets, remote)
 
 
-def used_judges(recipe: Recipe) -> dict[str, JudgeConfig]:
-    """The judges that a genrm domain names."""
-    named = {domain.judge for domain in recipe.domains.values() if domain.environment == "genrm"}
-    return {name: config for name, config in recipe.judges.items() if name in named}
-
-
 def judge_gpus(recipe: Recipe, name: str) -> list[int]:
     """GPU numbers of a judge's engines: behind the trainer's, the fleet's, and those of the judges named before it."""
     fleet = recipe.fleet
     own = 0 if fleet.transport == "ipc" else recipe.parallel.world_size
     first = max(recipe.parallel.world_size, own + fleet.engines * fleet.tensor_parallel)
-    for other, config in used_judges(recipe).items():
+    for other, config in recipe.judges_used.items():
         count = config.engine.engines * config.engine.tensor_parallel if config.model else 0
         if other == name:
             return visible_gpus(range(first, first + count))

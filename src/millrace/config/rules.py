@@ -43,6 +43,7 @@ def check_recipe(recipe: Recipe, *, world_size: int | None = None) -> list[str]:
     problems += _servers(recipe)
     problems += _names(recipe)
     problems += graph_problems(recipe)
+    problems += _judges(recipe)
     problems += domain_problems(recipe)
     for stage in recipe.stages:
         problems += stage_problems(stage, recipe)
@@ -217,10 +218,17 @@ def _names(recipe: Recipe) -> Problems:
     for name, count in Counter(stage.name for stage in recipe.stages).items():
         if count > 1:
             yield f"stages: {count} stages are named {name}; give each a name of its own"
-    for section, names in (("stages", [stage.name for stage in recipe.stages]), ("domains", list(recipe.domains))):
+    sections = {"stages": [stage.name for stage in recipe.stages], "domains": recipe.domains, "judges": recipe.judges}
+    for section, names in sections.items():
         for name in dict.fromkeys(names):
             if not NAME.fullmatch(name):
                 yield f"{section}: the name {name!r} becomes part of file names; use letters, digits, - and _"
+
+
+def _judges(recipe: Recipe) -> Problems:
+    for name, judge in recipe.judges.items():
+        if judge.model is not None and not judge.engine.engines:
+            yield f"judges.{name}.engine.engines is 0, which starts no judge; set it to 1 or more, or name a url"
 
 
 def _files(recipe: Recipe) -> Problems:
@@ -234,6 +242,8 @@ def _files(recipe: Recipe) -> Problems:
     for name, domain in recipe.domains.items():
         yield from _data_file(f"domains.{name}.train", Path(domain.train), *PROMPT_FIELDS)
         yield from _data_file(f"domains.{name}.held_out", Path(domain.held_out), *PROMPT_FIELDS)
+        if domain.environment == "genrm" and Path(domain.held_out).is_file():
+            yield from _data_file(f"domains.{name}.held_out", Path(domain.held_out), "reference")
         if domain.pass_rates is not None:
             yield from _data_file(f"domains.{name}.pass_rates", Path(domain.pass_rates), "pass_rate")
         if domain.train == domain.held_out:

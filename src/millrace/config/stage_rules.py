@@ -81,6 +81,11 @@ def _rl_loss(stage: RlStage, key: str) -> Problems:
 
 def _judged(stage: RlStage, key: str, recipe: Recipe) -> Problems:
     """A judge compares the answers of a group, which only an rlhf stage turns into rewards."""
+    if isinstance(stage, RlhfStage) and stage.overlong == "zero_reward":
+        yield (
+            f"{key}.overlong is zero_reward, but an answer that was cut loses its comparisons already, and 0 would be "
+            "more than that; use keep or filter"
+        )
     for domain in stage.domains:
         if domain not in recipe.domains:
             continue

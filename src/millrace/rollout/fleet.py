@@ -23,7 +23,7 @@ import httpx
 
 from millrace.config.schema import FleetConfig
 from millrace.rollout.auth import TOKEN_VARIABLE
-from millrace.rollout.client import Answer, EngineClient, EngineFailed, RequestRefused, RequestTimeout
+from millrace.rollout.client import Answer, EngineClient
 from millrace.rollout.dispatch import Dispatcher, Job
 from millrace.rollout.engine import Engine, EngineProcess, EngineStartError, ExternalEngine
 from millrace.rollout.fleet_health import (
@@ -358,7 +358,10 @@ class Fleet:
         def decided() -> bool:
             self._raise_if_lost()
             silent = any(m.health.state is State.SILENT for m in self.members)
-            return any(m.serving for m in self.members) or (self.needs_sync and not silent)
+            unsynced = (
+                self.needs_sync and not self._serves_checkpoint
+            )  # those of a fixed checkpoint serve by themselves
+            return any(m.serving for m in self.members) or (unsynced and not silent)
 
         await self._wait("an engine that serves", decided, self.config.start_timeout_s)
         if not any(member.serving for member in self.members):
@@ -426,25 +429,6 @@ class Fleet:
 
         await self._dispatch([job(sequence, index) for index, sequence in enumerate(tokens)], take)
         return [scores[index] for index in range(len(tokens))]
-
-    async def chat(self, body: dict[str, Any], limit: float) -> Any:
-        """One engine's reply to a chat completion request; another engine is asked when one dies meanwhile.
-
-        In the fleet's thread only (`begin`). Raises RequestTimeout, EngineFailed or RequestRefused for what the engine
-        says, FleetError when none can be asked.
-        """
-
-        async def ask(client: EngineClient) -> Any:
-            try:
-                return await client.chat(body, limit)
-            except (RequestTimeout, EngineFailed, RequestRefused) as error:
-                return error  # an outcome like another: whether to ask again is for the caller to say
-
-        replies: list[Any] = []
-        await self._dispatch([Job("a chat request", 1, ask)], lambda _index, reply, _url: replies.append(reply))
-        if isinstance(replies[0], Exception):
-            raise replies[0]
-        return replies[0]
 
     async def _dispatch(self, jobs: Sequence[Job[T]], take: Callable[[int, T, str], None]) -> None:
         # Twice what an engine decodes at one time keeps its queue filled and leaves the rest to others.

@@ -236,10 +236,11 @@ class EpisodePlayer:
         return Group(episode, tuple(map(Scored, rollouts, texts, rewards)))
 
     async def _score_one(self, episode: Episode, rollout: Rollout) -> Scored:
-        text = self._tokenizer.decode(rollout.answer)
+        text, environment = self._tokenizer.decode(rollout.answer), self.domains[episode.domain].environment
         if not episode.scored:
             return Scored(rollout, text, NOT_SCORED)
-        outcome = await self.domains[episode.domain].environment.step(episode.row, episode.messages, text)
+        hidden = rollout.finish_reason == "length" and isinstance(environment, GroupEnvironment)  # as in its group
+        outcome = await environment.step(episode.row, episode.messages, "" if hidden else text)
         if isinstance(outcome, Observation):
             raise ValueError(
                 f"domain {episode.domain}: its environment asks for another turn, and this stage plays single-turn "
@@ -249,11 +250,16 @@ class EpisodePlayer:
 
     def close(self) -> None:
         """Cancel what is under way and close the environments."""
-        for task in asyncio.all_tasks(self._loop):
-            task.cancel()
-        for domain in self.domains.values():
-            self._loop.run_until_complete(domain.environment.close())
+        self._loop.run_until_complete(self._close())
         self._loop.close()
+
+    async def _close(self) -> None:
+        under_way = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in under_way:
+            task.cancel()
+        await asyncio.gather(*under_way, return_exceptions=True)
+        for domain in self.domains.values():
+            await domain.environment.close()
 
 
 def undecided(groups: Sequence[Group]) -> str | None:

@@ -96,7 +96,7 @@ def test_the_prompt_form_writes_everything_into_one_message_of_the_user():
     messages = [{"role": "system", "content": "Be {brief}."}, *CHAT]
     with judge_server(lambda request: Said(verdict(4, 2, 2))) as server:
         env = environment(server.url, form="prompt")
-        score_group(env, ["<think>secret</think>one {x}", "two"], messages=messages, both_orders=False)
+        score_group(env, ["<think>secret</think>one {x}", "2nd"], messages=messages, both_orders=False)
     (message,) = server.requests[0]["messages"]
     assert message["role"] == "user" and "secret" not in message["content"]
     places = [message["content"].index(part) for part in ("Be {brief}.", "Name a river.", "one {x}", "2nd")]
