@@ -15,19 +15,20 @@ from millrace.cascade.ledger import Ledger
 from millrace.observe.writer import read_metrics
 
 KILLS = 10
-SAMPLED = {"prompts_per_step": 4, "samples_per_prompt": 4, "sampling": {"max_response_tokens": 24}}
-BRANCH = {**RL, **SAMPLED, "name": "branch", "from": "sft", "steps": 3, "updates_per_batch": 1, "loss": {}, "kl": {}}
+BRANCH = {**RL, "name": "branch", "from": "sft", "steps": 3, "updates_per_batch": 1, "loss": {}, "kl": {}}
 MOPD = {
-    **SAMPLED,
     "type": "mopd",
     "name": "mopd",
     "from": "rl",
     "steps": 4,
+    "prompts_per_step": 4,
+    "samples_per_prompt": 4,
+    "sampling": {"max_response_tokens": 24},
     "teachers": {"if": "stage(branch)"},
     "rewarded": ["colours"],
     "optimizer": {"lr": 1.0e-3, "warmup_steps": 2},
 }
-STAGES = [SFT, {**RL, **SAMPLED}, BRANCH, MOPD]
+STAGES = [SFT, RL, BRANCH, MOPD]
 
 
 @pytest.fixture(scope="module")
