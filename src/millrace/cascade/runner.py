@@ -20,6 +20,7 @@ from millrace.megatron.policy import Policy
 from millrace.megatron.topology import Topology, init_distributed
 from millrace.observe.console import RunConsole
 from millrace.observe.report import write_report
+from millrace.observe.trackers import open_trackers
 from millrace.observe.writer import MetricsWriter
 from millrace.rollout.fleet import Fleet
 from millrace.rollout.weight_sync import WeightSync
@@ -87,7 +88,7 @@ def _open(
         sync = WeightSync(policy, fleet, recipe.fleet, topology, group=control.group)
         player = EpisodePlayer(control, sync, tokenizer, fleet, domains, console)
         stack.callback(player.close)
-    metrics = MetricsWriter(run_dir, first_step=policy.step + 1) if control.is_main else None
+    metrics = _metrics_writer(recipe, run_dir, first_step=policy.step + 1) if control.is_main else None
     if console and metrics:
         stack.callback(console.close)
         stack.callback(metrics.close)
@@ -106,6 +107,10 @@ def _open(
         saved=progress,
     )
     return ctx, progress
+
+
+def _metrics_writer(recipe: Recipe, run_dir: Path, first_step: int) -> MetricsWriter:
+    return MetricsWriter(run_dir, first_step, open_trackers(recipe, run_dir, first_step))
 
 
 def _meet_engines(ctx: StageContext, fleet: Fleet | None) -> None:

@@ -137,6 +137,18 @@ class Checkpointer:
         log.info("loaded %s (step %d)", folder, facts["step"])
         return facts["state"]
 
+    def load_weights(self, policy: Policy, path: Path | str) -> None:
+        """Take the weights of a checkpoint and nothing else; collective.
+
+        Step, random states and the optimizer with its master weights stay as they are, so a policy that trains on from
+        here needs `reset_optimizer` first. Raises CheckpointError like `load`.
+        """
+        folder = Path(path)
+        _, manifest = _on_rank_zero(lambda: self._inspect(folder, policy))
+        self._verify(folder, manifest)
+        _on_rank_zero(lambda: check_metadata(folder / SHARDS))
+        _together(lambda: _load_module(policy, folder / SHARDS))
+
     def _prepare(self, policy: Policy, name: str, facts: dict[str, Any], needed: int) -> Path:
         self._clean_up()
         self.store.directory.mkdir(parents=True, exist_ok=True)
@@ -247,6 +259,10 @@ def _take_weights(policy: Policy, shards: Path, updates: int) -> None:
         moments.load_state_dict(loaded["optimizer"])
     elif policy.optimizer is not None:
         policy.optimizer.reload_model_params()
+
+
+def _load_module(policy: Policy, shards: Path) -> None:
+    load_module(policy.module, read_sharded(sharded_state(policy.module, None), shards)["model"])
 
 
 def _layout(policy: Policy) -> dict[str, Any]:

@@ -120,6 +120,7 @@ def rollout_metrics(groups: Sequence[Group]) -> dict[str, float]:
     metrics = {
         "reward/mean": sum(a.reward.value for a in answers) / n,
         "reward/length": sum(len(a.rollout.answer) for a in answers) / n,
+        "reward/solved": sum(a.reward.value >= 1 for a in answers) / n,
         "reward/overlong": sum(a.rollout.finish_reason == "length" for a in answers) / n,
         "groups/without_variance": sum(not has_variance(group) for group in groups) / len(groups),
         "groups/played": float(len(groups)),
