@@ -212,6 +212,7 @@ def _metrics(told: Told, step: int, steps: int, draw: random.Random) -> dict[str
         values |= _sampled(told, done, draw)
         times |= {"rollout": 6.5 + 2 * draw.random(), "sync": 0.4 + 0.1 * draw.random()}
     if told.type == "rlhf":
+        values |= {"judge/verdicts": 192.0, "judge/failed": 0.0, "judge/unparsable": 0.01, "judge/first_wins": 0.5}
         values["kl"] = 0.04 * done + abs(draw.gauss(0, 0.004))
     if told.type == "mopd":
         times["teacher"] = 1.6 + draw.random()

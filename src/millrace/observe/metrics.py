@@ -105,6 +105,36 @@ METRICS: dict[str, Metric] = {
         "share of the answers' tokens whose ratio is clipped", "below 0.2", "fewer updates_per_batch, or a lower lr"
     ),
     "kl": Metric("mean KL estimate to the reference, nats", "below 0.1", "raise kl.coefficient"),
+    "judge/verdicts": Metric(
+        "comparisons of two answers in this step",
+        "RLHF, all pairs in both orders: G (G - 1) for a group of G finished answers",
+        "fewer: answers were cut or empty, which nobody compares; see reward/overlong",
+    ),
+    "judge/failed": Metric(
+        "share of the verdicts that no try brought a reply to, so that they stand undecided: scores 3, ranking 3.5",
+        "0",
+        "the judge's log; a longer timeout_s or lower concurrency; answers longer than its max_model_len",
+    ),
+    "judge/unparsable": Metric(
+        "share of the verdicts whose last try held no valid JSON object or was cut at max_tokens; they stand undecided",
+        "below 0.01",
+        "raise max_tokens of the judge; another form (roles, prompt) or judge",
+    ),
+    "judge/first_wins": Metric(
+        "share of the verdicts that prefer the answer that was shown first",
+        "0.4 to 0.6",
+        "the judge looks at the place, not the answer: keep both_orders, or take another judge",
+    ),
+    "judge/score": Metric(
+        "mean reward of the comparisons alone, without lengths and bonus; the judge's scale is 1 to 5",
+        "rises slowly",
+        "falling while reward/mean rises: the length rewards rule; lower their weights",
+    ),
+    "judge/seconds": Metric(
+        "mean seconds that a verdict takes, the wait for a free place not included",
+        "steady",
+        "more engines for the judge, or a shorter max_tokens",
+    ),
     "reverse_kl/DOMAIN": Metric(
         "mean of log p_train - log p_teacher over the domain's answer tokens, or of the divergence over the vocabulary "
         "with the signals top_k and full, nats",
@@ -115,11 +145,6 @@ METRICS: dict[str, Metric] = {
         "share of the batch's weight that learns from the domain's teacher",
         "near the domain's share of the prompts",
         "far below it: its answers are filtered, or short under aggregation: token",
-    ),
-    "judge/NAME": Metric(
-        "what the judge of a genrm domain reports of its verdicts: how many, failed, unparsable, tied, how long",
-        "failed and unparsable below 0.01 of all verdicts",
-        "read a verdict in the judge's log; raise max_tokens, timeout_s or retries",
     ),
     "time/rollout": Metric("seconds spent sampling and scoring", "the larger part of a step", "more engines"),
     "time/teacher": Metric(
@@ -137,15 +162,13 @@ METRICS: dict[str, Metric] = {
         "a drop beyond its interval: a gate with max_drop, a lower lr, or MOPD from the last checkpoint that had it",
     ),
 }
-"""Metrics by name; DOMAIN and NAME stand for any name. `held_out/` is drawn from the ledger, all others stand in
+"""Metrics by name; DOMAIN stands for any domain. `held_out/` is drawn from the ledger, all others stand in
 metrics.jsonl."""
 
 
 def find_metric(name: str) -> Metric | None:
     """What is known of a metric as it stands in metrics.jsonl, such as `reward/math`."""
-    family = name.split("/")[0]
-    patterns = (f"{family}/DOMAIN", f"{family}/NAME") if "/" in name else ()
-    return next((METRICS[key] for key in (name, *patterns) if key in METRICS), None)
+    return METRICS.get(name) or METRICS.get(f"{name.split('/')[0]}/DOMAIN")
 
 
 def metrics_page() -> str:
@@ -161,7 +184,7 @@ Written by `millrace report --metrics > docs/metrics.md`; edit `src/millrace/obs
 
 Every step writes one line to `RUN_DIR/metrics.jsonl`: `step` (updates of the policy since the run began), `stage`, and
 the metrics below as far as the stage has them. The same numbers go to TensorBoard, and to W&B and MLflow where the
-recipe asks for them, as `STAGE/METRIC`. DOMAIN stands for each domain of the stage, NAME for any name.
+recipe asks for them, as `STAGE/METRIC`. DOMAIN stands for each domain of the stage.
 
 | metric | what it is | healthy | otherwise |
 |---|---|---|---|

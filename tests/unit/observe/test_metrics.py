@@ -27,7 +27,7 @@ def test_every_metric_of_a_run_is_explained(tmp_path):
 def test_a_metric_is_found_by_its_own_name_before_its_family_s():
     assert find_metric("reward/length") is METRICS["reward/length"]
     assert find_metric("reward/code") is METRICS["reward/DOMAIN"]
-    assert find_metric("judge/failed") is METRICS["judge/NAME"]
+    assert find_metric("judge/failed") is METRICS["judge/failed"]
     assert find_metric("groups/unknown") is None and find_metric("unknown") is None
 
 

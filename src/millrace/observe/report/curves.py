@@ -39,6 +39,9 @@ CHARTS = (
     ChartKind("Gradient norm", ("grad_norm",)),
     ChartKind("Loss", ("loss",)),
     ChartKind("KL to the reference", ("kl",)),
+    ChartKind(
+        "Judge: first answer preferred, failed, unparsable", ("judge/first_wins", "judge/failed", "judge/unparsable")
+    ),
     ChartKind("Groups without variance", ("groups/without_variance",)),
 )
 

@@ -20,8 +20,8 @@ const look = (index) => ({ style: `--c:var(--c${index % 8})`, dash: DASHES[index
 const showNumber = (value) => {
   if (value === undefined || value === null) return "–";
   const size = Math.abs(value);
-  if (size !== 0 && (size < 1e-3 || size >= 1e5)) return value.toExponential(1);
-  return Number(value.toPrecision(3)).toString();
+  const text = size !== 0 && (size < 1e-3 || size >= 1e5) ? value.toExponential(1) : Number(value.toPrecision(3)).toString();
+  return text.replaceAll("-", "−").replace("+", "");
 };
 
 const ticksOf = (low, high, count) => {
