@@ -185,6 +185,33 @@ def run(
     raise typer.Exit(code)
 
 
+@app.command()
+def report(
+    run_dir: Annotated[Path | None, typer.Argument(metavar="RUN", help="Folder of a run.")] = None,
+    metrics: Annotated[
+        bool, typer.Option("--metrics", help="Print what each metric means, where it should lie and what to do else.")
+    ] = False,
+) -> None:
+    """Write RUN/report.html: graph, matrix, curves, efficiency and rollouts of a run in any state, on one page.
+
+    Examples:
+
+    * `millrace report runs/laptop-dense`
+    * `millrace report --metrics`
+    """
+    out = Console(highlight=False, markup=False, soft_wrap=True)
+    if metrics:
+        from millrace.observe.metrics import metrics_page
+
+        out.print(metrics_page(), end="")
+        return
+    if run_dir is None:
+        raise ConfigError("report needs the folder of a run: millrace report RUN (or --metrics)")
+    from millrace.observe.report import write_report
+
+    out.print(str(write_report(run_dir)))
+
+
 @convert.command("hf-to-megatron")
 def hf_to_megatron(
     hf: HfFolder,

@@ -165,6 +165,7 @@ def _reward_metrics(scored: Sequence[Group]) -> dict[str, float]:
     rewards = [reward for rewards in by_domain.values() for reward in rewards]
     return {
         "reward/mean": sum(rewards) / len(rewards),
+        "reward/solved": sum(reward >= 1 for reward in rewards) / len(rewards),
         "groups/without_variance": sum(not has_variance(group) for group in scored) / len(scored),
         **{f"reward/{domain}": sum(each) / len(each) for domain, each in sorted(by_domain.items())},
     }
