@@ -9,9 +9,11 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from millrace.config.schema import DomainConfig, SamplingConfig
+from millrace.config.schema import CurriculumConfig, DomainConfig, SamplingConfig
+from millrace.data.curriculum import ChosenRows, choose_rows, rates_of_rows, read_pass_rates
 from millrace.data.datasets import PromptDataset
 from millrace.data.errors import DataError
 from millrace.data.tokenizer import ChatTokenizer
@@ -62,7 +64,7 @@ class Domain:
 
     def __init__(self, name: str, config: DomainConfig, environment: Environment, tokenizer: ChatTokenizer) -> None:
         self.name, self.environment = name, environment
-        self._system, self._tokenizer = config.system_prompt, tokenizer
+        self._system, self._tokenizer, self._pass_rates = config.system_prompt, tokenizer, config.pass_rates
         self.train = PromptDataset(config.train, environment.required_fields, environment.validate)
         self.held_out = PromptDataset(config.held_out, environment.required_fields, environment.validate)
 
@@ -73,6 +75,32 @@ class Domain:
             messages = [{"role": "system", "content": self._system}, *messages]
         prompt = tuple(self._tokenizer.render_prompt(messages))
         return Episode(dataset.row_id(index), self.name, row, messages, prompt, seed)
+
+    def training_rows(self, curriculum: CurriculumConfig) -> int | ChosenRows:
+        """The training rows that a stage draws: how many there are, or those its curriculum chooses.
+
+        Raises DataError for a row without a pass rate, and when none is left.
+        """
+        if curriculum == CurriculumConfig():
+            return len(self.train)
+        assert self._pass_rates is not None, "the recipe's rules ask for pass rates"
+        path = Path(self._pass_rates)
+        chosen = choose_rows(
+            rates_of_rows(self.train, read_pass_rates(path), path),
+            above=curriculum.above,
+            below=curriculum.below,
+            easy_to_hard=curriculum.order == "easy_to_hard",
+        )
+        if not len(chosen):
+            bounds = ((chosen.too_hard, "above", curriculum.above), (chosen.too_easy, "below", curriculum.below))
+            why = " and ".join(
+                f"{count} are not {word} {bound:g}" for count, word, bound in bounds if bound is not None
+            )
+            raise DataError(
+                f"domain {self.name}: the curriculum leaves none of {len(self.train)} training prompts, for by {path} "
+                f"{why}; widen its bounds, or take other prompts"
+            )
+        return chosen
 
     def require_room(self, dataset: PromptDataset, context: int, answer: int) -> None:
         """Raises DataError, naming the row, for a prompt that leaves less than `answer` of `context` tokens."""
