@@ -18,12 +18,13 @@ def start_fleet(recipe: Recipe, run_dir: Path) -> Fleet | None:
     return fleet
 
 
-def engine_gpus(recipe: Recipe) -> list[int]:
+def engine_gpus(recipe: Recipe, *, beside_trainer: bool = True) -> list[int]:
     """GPU numbers for the engines of this machine: those behind the trainer's, or the trainer's own with CUDA IPC.
+    Without a trainer, the first ones.
 
     Counted among the devices that CUDA_VISIBLE_DEVICES names, as the trainer's ranks count. On CPU nothing reads them.
     """
-    first = 0 if recipe.fleet.transport == "ipc" else recipe.parallel.world_size
+    first = recipe.parallel.world_size if beside_trainer and recipe.fleet.transport != "ipc" else 0
     wanted = range(first, first + recipe.fleet.engines * recipe.fleet.tensor_parallel)
     visible = [entry.strip() for entry in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")]
     if len(visible) > max(wanted, default=0) and all(entry.isdigit() for entry in visible):

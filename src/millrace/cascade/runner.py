@@ -85,7 +85,7 @@ def _open(
     sync = player = None
     if recipe.samples:
         sync = WeightSync(policy, fleet, recipe.fleet, topology, group=control.group)
-        player = EpisodePlayer(control, sync, tokenizer, fleet, domains, console)
+        player = EpisodePlayer(control, sync.resync_if_needed, tokenizer, fleet, domains, console)
         stack.callback(player.close)
     metrics = MetricsWriter(run_dir, first_step=policy.step + 1) if control.is_main else None
     if console and metrics:

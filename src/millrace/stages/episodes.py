@@ -7,7 +7,7 @@ them.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,8 +22,7 @@ from millrace.observe.console import RunConsole
 from millrace.rollout.fleet import Fleet
 from millrace.rollout.member import FleetNeedsSync
 from millrace.rollout.types import Request, Rollout, SamplingParams
-from millrace.rollout.weight_sync import WeightSync
-from millrace.stages.control import ControlGroup
+from millrace.stages.control import Control
 
 
 @dataclass(frozen=True)
@@ -117,16 +116,17 @@ class Domain:
 class EpisodePlayer:
     def __init__(
         self,
-        control: ControlGroup,
-        sync: WeightSync,
+        control: Control,
+        resync: Callable[[], object],
         tokenizer: ChatTokenizer,
         fleet: Fleet | None,
         domains: Mapping[str, Domain],
         console: RunConsole | None,
     ) -> None:
-        """`fleet`, `domains` and `console` are rank 0's; elsewhere None, empty and None."""
+        """`fleet`, `domains` and `console` are rank 0's; elsewhere None, empty and None. `resync` gives engines that
+        were restarted the weights of the others; every rank calls it."""
         self.domains = domains
-        self._control, self._sync, self._tokenizer = control, sync, tokenizer
+        self._control, self._resync, self._tokenizer = control, resync, tokenizer
         self._fleet, self._console = fleet, console
         self._loop = asyncio.new_event_loop()
 
@@ -158,7 +158,7 @@ class EpisodePlayer:
             complete = self._control.on_main_until_stopped(lambda: self._try_generate(requests, what, rollouts))
             if complete:
                 return rollouts
-            self._sync.resync_if_needed()
+            self._resync()
 
     def _try_generate(self, requests: Sequence[Request], what: str, rollouts: list[list[Rollout]]) -> bool:
         assert self._fleet is not None and self._console is not None
