@@ -19,12 +19,13 @@ def start_fleet(recipe: Recipe, run_dir: Path) -> Fleet | None:
     return fleet
 
 
-def engine_gpus(recipe: Recipe) -> list[int]:
+def engine_gpus(recipe: Recipe, *, beside_trainer: bool = True) -> list[int]:
     """GPU numbers for the engines of this machine: those behind the trainer's, or the trainer's own with CUDA IPC.
+    Without a trainer, the first ones.
 
     On CPU nothing reads them.
     """
-    first = 0 if recipe.fleet.transport == "ipc" else recipe.parallel.world_size
+    first = recipe.parallel.world_size if beside_trainer and recipe.fleet.transport != "ipc" else 0
     return visible_gpus(range(first, first + recipe.fleet.engines * recipe.fleet.tensor_parallel))
 
 

@@ -52,7 +52,7 @@ def open_run(
     sync = player = None
     if recipe.samples:
         sync = WeightSync(policy, fleet, recipe.fleet, topology, group=control.group)
-        player = EpisodePlayer(control, sync, tokenizer, fleet, domains, console)
+        player = EpisodePlayer(control, sync.resync_if_needed, tokenizer, fleet, domains, console)
         stack.callback(player.close)
     metrics = _metrics_writer(recipe, run_dir, policy.step + 1) if control.is_main else None
     if console and metrics:

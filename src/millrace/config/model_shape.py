@@ -106,11 +106,6 @@ class ModelShape:
             + moe_layers * per_moe_layer
         )
 
-    def active_parameter_count(self) -> int:
-        """Parameters that one token meets: of each mixture of experts only `experts_per_token` experts count."""
-        idle = self.num_experts - self.experts_per_token if self.num_experts else 0
-        return self.parameter_count() - sum(self.moe_layer_mask) * idle * self.expert_parameters()
-
 
 def _read_config(path: Path) -> tuple[Path, dict[str, Any]]:
     file = path if path.suffix == ".json" else path / "config.json"
