@@ -16,6 +16,7 @@ from millrace.data.datasets import PromptDataset
 from millrace.data.errors import DataError
 from millrace.data.tokenizer import ChatTokenizer
 from millrace.environments.base import Environment, Message, Observation, Reward
+from millrace.environments.gym_rows import plain_row
 from millrace.observe.console import RunConsole
 from millrace.rollout.fleet import Fleet
 from millrace.rollout.member import FleetNeedsSync
@@ -63,8 +64,10 @@ class Domain:
     def __init__(self, name: str, config: DomainConfig, environment: Environment, tokenizer: ChatTokenizer) -> None:
         self.name, self.environment = name, environment
         self._system, self._tokenizer = config.system_prompt, tokenizer
-        self.train = PromptDataset(config.train, environment.required_fields, environment.validate)
-        self.held_out = PromptDataset(config.held_out, environment.required_fields, environment.validate)
+        self.train, self.held_out = (
+            PromptDataset(path, environment.required_fields, environment.validate, plain_row)
+            for path in (config.train, config.held_out)
+        )
 
     def episode(self, dataset: PromptDataset, index: int, seed: int) -> Episode:
         row = dataset[index]
