@@ -16,7 +16,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from millrace.cascade.engines import engine_gpus
 from millrace.config.errors import ConfigError
 from millrace.config.graph import nearest
 from millrace.config.model_shape import ModelShape
@@ -28,6 +27,7 @@ from millrace.evaluation.pass_rate import pass_rate
 from millrace.evaluation.pass_rates import PassRateFile, PromptPassRate, prompt_pass_rate
 from millrace.observe.console import RunConsole
 from millrace.rollout.fleet import Fleet
+from millrace.rollout.placement import fleet_gpus
 from millrace.stages.control import NoTrainer
 from millrace.stages.episodes import Domain, EpisodePlayer, Group
 
@@ -95,7 +95,7 @@ def _engines(recipe: Recipe, domain: Domain, tokenizer: ChatTokenizer) -> Iterat
     with ExitStack() as stack:
         console = RunConsole(folder)
         stack.callback(console.close)
-        gpus = engine_gpus(recipe, beside_trainer=False)
+        gpus = fleet_gpus(recipe, beside_trainer=False)
         fleet = stack.enter_context(Fleet(recipe.fleet, recipe.model.path, folder, gpus=gpus))
         player = EpisodePlayer(NoTrainer(), fleet.serve_checkpoint, tokenizer, fleet, {domain.name: domain}, console)
         stack.callback(player.close)
