@@ -110,6 +110,8 @@ def _open_domain(name: str, recipe: Recipe, tokenizer: ChatTokenizer, judges: Ju
     stages = [stage for stage in recipe.stages if isinstance(stage, SamplingStage) and name in stage.domains]
     if stages:
         domain.require_room(domain.train, context, max(stage.sampling.max_response_tokens for stage in stages))
+    for stage in stages:
+        domain.training_rows(stage.curriculum)
     domain.require_room(domain.held_out, context, recipe.evaluation.sampling.max_response_tokens)
     return domain
 
