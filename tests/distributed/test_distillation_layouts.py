@@ -140,9 +140,14 @@ def test_the_signals_differ_and_a_gate_is_at_work(expected: dict[str, Any], resu
 
 
 @pytest.mark.parametrize("layout", ["one", "tp2", "tp2-sp"])
-def test_a_support_of_the_whole_vocabulary_is_the_full_signal(layout: str, results: dict[str, Any]) -> None:
+def test_a_support_of_the_whole_vocabulary_is_the_full_signal(
+    layout: str, results: dict[str, Any], record_property: Any
+) -> None:
+    """Up to float32's rounding, since the two add up in another order; the unit tests have 1e-12 in float64."""
     ranks = results[layout]
-    assert difference(merged(ranks, "top_k all"), merged(ranks, "full")) <= 1e-6
+    gradients = difference(merged(ranks, "top_k all"), merged(ranks, "full"))
+    record_property("gradients", gradients)
+    assert gradients <= BOUND
     losses = [ranks[0]["signals"][signal]["metrics"]["loss"] for signal in ("top_k all", "full")]
     assert losses[0] == pytest.approx(losses[1], rel=1e-6)
 
