@@ -37,10 +37,15 @@
     const names = [...new Set(step().groups.map((group) => group.domain))];
     fill(field("domain"), [["", "all"], ...names.map((name) => [name, name])]);
   };
-  const fillGroups = () => fill(field("group"), groups().map(([i, group]) => {
-    const asked = group.messages.at(-1)?.text.replace(/\s+/g, " ").slice(0, 80) ?? group.row;
-    return [i, `${group.domain} · ${group.answers.filter(isRight).length} of ${group.answers.length} right · ${asked}`];
-  }));
+  // First comes a prompt whose answers differ in reward, where it has one: from all others nothing is learned in RL.
+  const fillGroups = () => {
+    fill(field("group"), groups().map(([i, group]) => {
+      const asked = group.messages.at(-1)?.text.replace(/\s+/g, " ").slice(0, 80) ?? group.row;
+      return [i, `${group.domain} · ${group.answers.filter(isRight).length} of ${group.answers.length} right · ${asked}`];
+    }));
+    const telling = groups().find(([, group]) => new Set(group.answers.map((answer) => answer.reward)).size > 1);
+    if (telling) field("group").value = String(telling[0]);
+  };
   const fillColours = () => {
     const answers = step().groups.flatMap((group) => group.answers);
     const names = Object.keys(COLOURS).filter((name) => answers.some((answer) => (name === "difference" ? answer.teacher && answer.sampled : answer.tokens && answer[name] !== undefined)));
