@@ -154,35 +154,22 @@ def run(
     * `millrace run recipes/laptop/cascade.yaml --until mopd --dry-run`
     * `millrace run recipes/laptop/cascade.yaml --from mopd stages.mopd.optimizer.lr=1e-4`
     """
-    from millrace.cascade.ledger import Ledger, standing
-    from millrace.cascade.rewind import require_stage, rewind, would_do
-    from millrace.config.changes import change_lines
     from millrace.config.loading import load_recipe
     from millrace.config.rules import require_runnable
     from millrace.launch.local import launch
-    from millrace.launch.run_dir import locked, prepare, recorded_recipe
+    from millrace.launch.run_dir import locked
+    from millrace.launch.starting import Options, foresee, start
 
-    out = Console(highlight=False, markup=False, soft_wrap=True)
+    say = Console(highlight=False, markup=False, soft_wrap=True).print
     loaded = load_recipe(recipe, overrides or ())
     require_runnable(loaded)
-    for option, stage in (("--from", from_), ("--until", until)):
-        if stage is not None:
-            require_stage(loaded, stage, option)
-    run_dir = Path(loaded.run_dir)
+    run_dir, options = Path(loaded.run_dir), Options(from_, until, accept_changes)
     if dry_run:
-        out.print("\n".join(would_do(loaded, run_dir, from_, until)))
+        say("\n".join(foresee(loaded, run_dir, options)))
         return
     with locked(run_dir):
-        if damage := Ledger(run_dir).recover():
-            out.print(damage)
-        order = [stage.name for stage in (recorded_recipe(run_dir) or loaded).stages]
-        events = Ledger(run_dir).events() + ([{"event": "rewound", "to": from_}] if from_ else [])
-        done = standing(events, order)
-        changes = prepare(loaded, run_dir, accept_changes, begun=done.begun, finished=done.finished)
-        if changes:
-            out.print("\n".join(["the recipe has changed since the run last started:", *change_lines(changes)]))
-        if from_ is not None:
-            out.print(rewind(loaded, run_dir, from_))
+        for line in start(loaded, run_dir, options):
+            say(line)
         code = launch(loaded, run_dir, until)
     raise typer.Exit(code)
 

@@ -73,6 +73,7 @@ def context(folder: Path, topology: Topology) -> StageContext:
         player=None,
         active_parameters=shape.active_parameter_count(),
         origin=WeightSource("start", folder / "base", checkpoint=False),
+        built_on="",
         console=None,
         metrics=None,
         reached=Progress(),

@@ -49,6 +49,8 @@ class GateVerdict:
     """Label of the weights that later stages take when they start from this stage."""
     compared_with: str
     """Label that the changes are against; `best` where each domain has its own."""
+    unmeasured: tuple[str, ...] = ()
+    """Domains that the gate speaks about and the baseline was not measured on: the recipe was given them later."""
 
     @property
     def passed(self) -> bool:
@@ -59,14 +61,15 @@ class GateVerdict:
         """One sentence: what was found and what follows."""
         against = "the best so far" if self.compared_with == "best" else self.compared_with
         if self.passed:
-            return f"gate of {self.stage} passed against {against}: {_listed(self.checks)}"
+            found = [*map(str, self.checks), *(f"{domain} was not measured there" for domain in self.unmeasured)]
+            return f"gate of {self.stage} passed against {against}: {'; '.join(found) or 'it has no limits any more'}"
         failed = [check for check in self.checks if not check.passed]
         follows = {
             "stop": "the run stops here, as its recipe says",
             "warn": "the run goes on, as its recipe says",
             "back": f"later stages start from {self.result} instead, as its recipe says",
         }[self.action]
-        return f"gate of {self.stage} failed against {against}: {_listed(failed)}; {follows}"
+        return f"gate of {self.stage} failed against {against}: {'; '.join(map(str, failed))}; {follows}"
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -77,6 +80,7 @@ class GateVerdict:
             "result": self.result,
             "compared_with": self.compared_with,
             "checks": [asdict(check) for check in self.checks],
+            "unmeasured": list(self.unmeasured),
         }
 
 
@@ -93,23 +97,27 @@ def judge(
         parent: row of the weights that the stage started from.
         earlier: every row measured before the stage's end, of which a gate `against: best` takes the best of each
             domain.
-        fallbacks: rows with weights that are still there, of which a gate that goes back takes the strongest.
+        fallbacks: rows with weights that are still there. A gate that goes back takes the strongest of those that pass
+            it, else the parent.
     """
     baseline = parent.scores if stage.gate.against == "parent" else _best_scores([parent, *earlier])
-    checks = tuple(_checks(stage, recipe, row.scores, baseline))
+    checks = _checks(stage, recipe, row.scores, baseline)
     action = "none" if all(check.passed for check in checks) else stage.gate.on_failure
+    passing = [one for one in fallbacks if all(c.passed for c in _checks(stage, recipe, one.scores, baseline))]
     return GateVerdict(
         stage=stage.name,
         checks=checks,
         action=action,
-        result=strongest([parent, *fallbacks]).label if action == "back" else stage.name,
+        result=strongest([parent, *passing]).label if action == "back" else stage.name,
         compared_with=parent.label if stage.gate.against == "parent" else "best",
+        unmeasured=tuple(domain for domain, _ in _limits(stage, recipe) if domain not in baseline),
     )
 
 
 def strongest(rows: Sequence[Row]) -> Row:
-    """The row with the highest mean pass rate over its domains; the earliest among equals."""
-    return max(rows, key=lambda row: sum(score.pass_rate for score in row.scores.values()) / len(row.scores))
+    """The row with the highest mean pass rate over the domains that all of them have; the earliest among equals."""
+    common = set.intersection(*(set(row.scores) for row in rows))
+    return max(rows, key=lambda row: sum(row.scores[domain].pass_rate for domain in common))
 
 
 def _best_scores(rows: Sequence[Row]) -> Scores:
@@ -120,15 +128,21 @@ def _best_scores(rows: Sequence[Row]) -> Scores:
     return best
 
 
-def _checks(stage: StageConfig, recipe: Recipe, after: Scores, before: Scores) -> Iterator[Check]:
-    """A domain that the recipe was given after the baseline was measured has no change to speak of."""
-    measured = after.keys() & before.keys()
+def _limits(stage: StageConfig, recipe: Recipe) -> Iterator[tuple[str, Literal["gain", "drop"]]]:
+    """The domains that a gate speaks about, and which of its limits holds for each."""
     if stage.gate.min_gain is not None:
-        for domain in [domain for domain in own_domains(stage) if domain in measured]:
-            yield _check(domain, "gain", stage.gate, after[domain], before[domain])
+        yield from ((domain, "gain") for domain in own_domains(stage))
     if stage.gate.max_drop is not None:
-        for domain in [domain for domain in other_domains(stage, recipe) if domain in measured]:
-            yield _check(domain, "drop", stage.gate, after[domain], before[domain])
+        yield from ((domain, "drop") for domain in other_domains(stage, recipe))
+
+
+def _checks(stage: StageConfig, recipe: Recipe, after: Scores, before: Scores) -> tuple[Check, ...]:
+    """A domain that one of the rows was not measured on has no change to speak of."""
+    return tuple(
+        _check(domain, kind, stage.gate, after[domain], before[domain])
+        for domain, kind in _limits(stage, recipe)
+        if domain in after and domain in before
+    )
 
 
 def _check(domain: str, kind: Literal["gain", "drop"], gate: GateConfig, after: PassRate, before: PassRate) -> Check:
@@ -139,7 +153,3 @@ def _check(domain: str, kind: Literal["gain", "drop"], gate: GateConfig, after: 
     least = limit if kind == "gain" else -limit
     slack = half_width if gate.certain else 0.0
     return Check(domain, kind, limit, change, half_width, change + slack >= least - ROUNDING)
-
-
-def _listed(checks: Sequence[Check]) -> str:
-    return "; ".join(map(str, checks))

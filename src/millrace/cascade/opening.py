@@ -6,7 +6,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from millrace.cascade.judges import Judges
-from millrace.config.errors import ConfigError
+from millrace.cascade.rewind import require_same_stages
 from millrace.config.graph import START
 from millrace.config.model_shape import ModelShape
 from millrace.config.schema import OptimizerConfig, Recipe, SamplingStage, SftStage
@@ -69,6 +69,7 @@ def open_run(
         player=player,
         active_parameters=shape.active_parameter_count(),
         origin=WeightSource(START, Path(recipe.model.path), checkpoint=False),
+        built_on="",
         console=console,
         metrics=metrics,
         reached=progress,
@@ -86,18 +87,8 @@ def load_progress(policy: Policy, recipe: Recipe, checkpointer: Checkpointer) ->
     if state is None:
         policy.load_hf(recipe.model.path)
         return Progress()
-    _require_same_stages(recipe, state.pop("stages"), state["stage"])
-    return Progress(**state)
-
-
-def _require_same_stages(recipe: Recipe, names: list[str], reached: int) -> None:
-    """A run may change what it has not begun; what it has done must stand in the recipe as it was."""
-    begun, now = names[: reached + 1], [stage.name for stage in recipe.stages]
-    if now[: len(begun)] != begun:
-        raise ConfigError(
-            f"stages: the run's checkpoint has been through {', '.join(begun)}, but the recipe begins with "
-            f"{', '.join(now[: len(begun)])}; name the same stages, or start afresh in another run_dir"
-        )
+    require_same_stages(recipe, state)
+    return Progress(state["stage"], state["step"], state["sampler"])
 
 
 def _domains(recipe: Recipe, tokenizer: ChatTokenizer, judges: Judges) -> dict[str, Domain]:

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from millrace.config.loading import written
 from millrace.config.schema import Recipe, SamplingStage, SftStage, StageConfig
 from millrace.megatron.checkpoint_store import MANIFEST
 from millrace.observe.writer import read_metrics
 from millrace.stages.sources import WeightSource
 
 _READ_BYTES = 4 << 20
+_END_BYTES = 1 << 20
 
 
 def origin_facts(source: WeightSource) -> dict[str, str]:
@@ -24,12 +24,14 @@ def origin_facts(source: WeightSource) -> dict[str, str]:
 
 def checksum(source: WeightSource) -> str:
     """SHA-256 of what tells these weights apart: the manifest of a checkpoint, which holds the checksum of every file;
-    of a Hugging Face folder its config.json and the names and sizes of its weight files."""
+    of a Hugging Face folder its config.json and of each weight file name, size and both ends."""
     if source.checkpoint:
         return hashlib.sha256((source.folder / MANIFEST).read_bytes()).hexdigest()
-    sizes = sorted((file.name, file.stat().st_size) for file in source.folder.glob("*.safetensors"))
-    config = (source.folder / "config.json").read_bytes()
-    return hashlib.sha256(config + json.dumps(sizes).encode()).hexdigest()
+    digest = hashlib.sha256((source.folder / "config.json").read_bytes())
+    for file in sorted(source.folder.glob("*.safetensors")):
+        digest.update(f"{file.name} {file.stat().st_size}".encode())
+        digest.update(_both_ends(file))
+    return digest.hexdigest()
 
 
 def input_facts(stage: StageConfig, recipe: Recipe) -> dict[str, dict[str, Any]]:
@@ -40,9 +42,26 @@ def input_facts(stage: StageConfig, recipe: Recipe) -> dict[str, dict[str, Any]]
     return {file: {"bytes": Path(file).stat().st_size, "sha256": _sha256(Path(file))} for file in files}
 
 
-def settings(stage: StageConfig) -> dict[str, Any]:
-    """A stage's resolved settings as plain values."""
-    return written(stage)
+def changed_inputs(stage: StageConfig, recipe: Recipe, begun: Mapping[str, Any]) -> str | None:
+    """Which data file is not what it was when the stage began (its ledger entry), in a sentence; None when all are."""
+    for file, facts in input_facts(stage, recipe).items():
+        if file in begun["inputs"] and begun["inputs"][file] != facts:
+            return (
+                f"{file} was changed since stage {stage.name} began, so that going on would train on other rows; put "
+                f"the old file back, or run the stage again by --from {stage.name}"
+            )
+    return None
+
+
+def built_on(sources: Sequence[WeightSource]) -> str:
+    """Tells apart what a stage starts from and is taught by; recorded rollouts hold only for it."""
+    return hashlib.sha256("".join(checksum(source) for source in sources).encode()).hexdigest()[:16]
+
+
+def recorded_versions(run_dir: Path) -> dict[str, str]:
+    """The versions of what runs here, as the launcher wrote them into the run's folder."""
+    file = run_dir / "versions.json"
+    return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
 
 
 def cost_facts(run_dir: Path, stage: str) -> dict[str, float]:
@@ -58,6 +77,14 @@ def cost_facts(run_dir: Path, stage: str) -> dict[str, float]:
 
 def _total(rows: Sequence[dict[str, float]], metric: str) -> float:
     return sum(row.get(metric, 0.0) for row in rows)
+
+
+def _both_ends(path: Path) -> bytes:
+    """The first and last megabyte of a file: its header, and weights that any training moves."""
+    with path.open("rb") as file:
+        first = file.read(_END_BYTES)
+        file.seek(max(0, path.stat().st_size - _END_BYTES))
+        return first + file.read()
 
 
 def _sha256(path: Path) -> str:

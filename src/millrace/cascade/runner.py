@@ -5,6 +5,7 @@ Every rank runs these lines. Rank 0 alone reads and writes the ledger; what it s
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Literal
@@ -12,9 +13,18 @@ from typing import Any, Literal
 from millrace.cascade.gates import has_gate, judge
 from millrace.cascade.history import History, Row, read_history, stage_of
 from millrace.cascade.judges import Judges
+from millrace.cascade.labels import Labels
 from millrace.cascade.ledger import Ledger
 from millrace.cascade.opening import load_progress, open_run
-from millrace.cascade.provenance import checksum, cost_facts, input_facts, origin_facts
+from millrace.cascade.provenance import (
+    built_on,
+    changed_inputs,
+    checksum,
+    cost_facts,
+    input_facts,
+    origin_facts,
+    recorded_versions,
+)
 from millrace.cascade.selection import choose_teachers, loadable
 from millrace.config.graph import START, stage_graph
 from millrace.config.loading import written
@@ -55,7 +65,12 @@ def run(recipe: Recipe, run_dir: Path, fleet: Fleet | None, judges: Judges, *, u
         ending = cascade.run(fleet, judges, until or recipe.stages[-1].name)
         if ctx.console:
             ctx.say(f"report: {write_report(run_dir)}")
+        ctx.control.barrier()  # the ranks end together
     return ending
+
+
+class InputsChanged(MillraceError):
+    """A file that a stage trains on is not what it was when the stage began."""
 
 
 class Cascade:
@@ -99,6 +114,7 @@ class Cascade:
     # ---- beginning and end ----------------------------------------------------------------------------------------
 
     def _begin(self, progress: Progress) -> None:
+        self._record("run_started", versions=recorded_versions(self.ctx.run_dir), step=self.ctx.policy.step)
         if progress.step == 0:
             self.held = START if progress.stage == 0 else self.names[progress.stage - 1]
         if self.ctx.policy.step and progress.stage < len(self.names):
@@ -124,25 +140,26 @@ class Cascade:
 
     def _finish(self) -> None:
         """Export what the last stage led to."""
-        result = self._result(self.names[-1])
+        history = self._history()
+        result = Labels(self.recipe, history).result(self.names[-1])
         if self.recipe.export:
-            self._hold(result)
+            self._hold(result, history)
             export_hf(self.ctx.policy, self.recipe.model.path, self.ctx.run_dir / "export", overwrite=True)
             self._record("exported", path="export", of=result, step=self.ctx.policy.step)
             self.ctx.say(f"exported {result} to {self.ctx.run_dir / 'export'}")
         self._record("finished", stages=self.names)
-        history = self._history()
         if self.ctx.console:
             self.ctx.console.matrix("held-out pass rates", _matrix_texts(history))
 
     # ---- one stage ------------------------------------------------------------------------------------------------
 
     def _run_stage(self, index: int, progress: Progress) -> None:
-        stage, ctx = self.recipe.stages[index], self.ctx
-        ctx.origin = self._source(self._result(self.graph.parents[stage.name]))
-        teachers = self._teachers(stage, progress) if isinstance(stage, MopdStage) else {}
+        stage, ctx, history = self.recipe.stages[index], self.ctx, self._history()
+        if isinstance(stage, EvaluateStage) and stage.name in history.finished:
+            return
+        teachers = self._build_on(stage, progress, history)
         if progress.step == 0:
-            self._hold(ctx.origin.label)
+            self._hold(ctx.origin.label, history)
             self._record_start(stage, teachers)
         if isinstance(stage, EvaluateStage):
             return
@@ -155,47 +172,65 @@ class Cascade:
             case SftStage():
                 run_sft(stage, ctx, progress)
             case MopdStage():
-                run_mopd(stage, ctx, progress, measure, {d: self._source(label) for d, label in teachers.items()})
+                run_mopd(stage, ctx, progress, measure, teachers)
             case RlStage():
                 run_rl(stage, ctx, progress, measure)
         ctx.save(Progress(index + 1), name=checkpoint_name(index, stage.name))
         self.held = stage.name
 
-    def _teachers(self, stage: MopdStage, progress: Progress) -> dict[str, str]:
-        """The label of each domain's teacher: those that the stage began with, whatever was measured since."""
-        history = self._history()
-        begun = history.started.get(stage.name, {}) if progress.step else {}
-        return begun.get("teachers") or choose_teachers(stage, history, self.graph)
+    def _build_on(self, stage: StageConfig, progress: Progress, history: History) -> dict[str, WeightSource]:
+        """Say what a stage starts from and who teaches it: what it began with, whatever was measured or judged since.
 
-    def _record_start(self, stage: StageConfig, teachers: dict[str, str]) -> None:
+        Returns the teacher of each domain. Raises InputsChanged on every rank.
+        """
+        begun = history.started.get(stage.name) if progress.step else None
+        labels = {} if begun is None else begun.get("teachers", {})
+        if begun is None and isinstance(stage, MopdStage):
+            labels = choose_teachers(stage, history, self.graph)
+        origin = Labels(self.recipe, history).origin(stage.name) if begun is None else begun["parent"]
+        self.ctx.origin = self._source(origin, history)
+        teachers = {domain: self._source(label, history) for domain, label in labels.items()}
+        self.ctx.built_on, changed = self.ctx.control.on_main(
+            lambda: (
+                built_on([self.ctx.origin, *teachers.values()]),
+                changed_inputs(stage, self.recipe, begun) if begun else None,
+            )
+        )
+        if changed:
+            raise InputsChanged(changed)
+        return teachers
+
+    def _record_start(self, stage: StageConfig, teachers: Mapping[str, WeightSource]) -> None:
+        labels = {domain: source.label for domain, source in teachers.items()}
         if self.ctx.control.is_main:
             facts = {"type": stage.type, **origin_facts(self.ctx.origin), "inputs": input_facts(stage, self.recipe)}
-            if teachers:
-                facts["teachers"] = teachers
+            if labels:
+                facts["teachers"] = labels
             self._record("stage_started", stage=stage.name, step=self.ctx.policy.step, settings=written(stage), **facts)
-        taught = ", ".join(f"{domain} by {label}" for domain, label in teachers.items())
+        taught = ", ".join(f"{domain} by {label}" for domain, label in labels.items())
         self.ctx.say(f"{stage.name} starts from {self.ctx.origin.label}{f', taught {taught}' if taught else ''}")
 
     def _conclude(self, index: int) -> None:
         """Put on record what a stage led to, as far as the ledger does not have it. Raises GateFailed."""
-        stage = self.recipe.stages[index]
-        if stage.name not in self._history().finished and self.ctx.control.is_main:
-            source = self._source(stage.name)
+        stage, history = self.recipe.stages[index], self._history()
+        source = self._source(stage.name, history)
+        if stage.name not in history.finished and self.ctx.control.is_main:
             facts = {"checkpoint": source.folder.name, "checksum": checksum(source)}
             costs = cost_facts(self.ctx.run_dir, stage.name)
             self._record("stage_finished", stage=stage.name, step=self.ctx.policy.step, **facts, **costs)
         self._measure(stage.name)
-        if has_gate(stage):
+        if has_gate(stage) or stage.name in history.gates:  # one that was taken out of the recipe has no say any more
             self._judge(stage)
 
     # ---- pass rates and gates -------------------------------------------------------------------------------------
 
     def _measure(self, label: str) -> None:
         """One row of the stage-by-domain matrix, unless the ledger has it. Collective."""
-        if self.ctx.player is None or not self.recipe.domains or label in self._history().rows:
+        history = self._history()
+        if self.ctx.player is None or not self.recipe.domains or label in history.rows:
             return
-        self._hold(label)
-        self._evaluate(label, None if label == START else self._source(label).folder.name)
+        self._hold(label, history)
+        self._evaluate(label, Labels(self.recipe, history).checkpoint(label))
 
     def _measure_inside(self, index: int, step: int) -> None:
         """A row at a step inside a stage, of weights that are kept where the recipe says so."""
@@ -217,11 +252,7 @@ class Cascade:
         history, gate = self._history(), written(stage.gate)
         verdict = history.gates.get(stage.name)
         if verdict is None or verdict["gate"] != gate:
-            before = {stage.name, *self.graph.before(stage.name)}
-            earlier = [
-                row for row in history.rows.values() if stage_of(row.label) in before and row.label != stage.name
-            ]
-            parent = history.rows[self._result(self.graph.parents[stage.name])]
+            parent = history.rows[Labels(self.recipe, history).origin(stage.name)]
             earlier, fallbacks = self._earlier(stage, history), self._fallbacks(stage, history)
             verdict = judge(stage, self.recipe, history.rows[stage.name], parent, earlier, fallbacks).to_json()
             self._record("gate", gate=gate, **verdict)
@@ -244,28 +275,16 @@ class Cascade:
 
     # ---- weights --------------------------------------------------------------------------------------------------
 
-    def _result(self, stage: str) -> str:
-        """Label of the weights that later stages start from; a stage that only evaluates leads to what it was given."""
-        if stage == START:
-            return START
-        label = self._history().result(stage)
-        return self._result(self.graph.parents[label]) if self._only_evaluates(label) else label
-
-    def _only_evaluates(self, label: str) -> bool:
-        return label in self.names and isinstance(self.recipe.stages[self.names.index(label)], EvaluateStage)
-
-    def _source(self, label: str) -> WeightSource:
-        if label == START:
+    def _source(self, label: str, history: History) -> WeightSource:
+        labels = Labels(self.recipe, history)
+        checkpoint = labels.checkpoint(label)
+        if checkpoint is None:
             return WeightSource(START, Path(self.recipe.model.path), checkpoint=False)
-        if self._only_evaluates(label):
-            return self._source(self._result(label))
-        stage, _, step = label.partition("@")
-        name = checkpoint_name(self.names.index(stage), stage, int(step) if step else None)
-        return WeightSource(label, self.ctx.checkpointer.store.directory / name, checkpoint=True)
+        return WeightSource(labels.weights(label), self.ctx.checkpointer.store.directory / checkpoint, checkpoint=True)
 
-    def _hold(self, label: str) -> None:
+    def _hold(self, label: str, history: History) -> None:
         """Let the policy have the weights of a label. Collective."""
-        source = self._source(label)
+        source = self._source(label, history)
         if self.held != source.label:
             source.load_into(self.ctx.policy, self.ctx.checkpointer)
             self._changed_weights(source.label)
@@ -278,7 +297,7 @@ class Cascade:
     # ---- the ledger -----------------------------------------------------------------------------------------------
 
     def _history(self) -> History:
-        """The same on every rank."""
+        """The same on every rank; every rank asks."""
         return self.ctx.control.on_main(lambda: read_history(self.ledger.events(), self.names))
 
     def _record(self, event: str, **facts: Any) -> None:

@@ -5,12 +5,15 @@ from __future__ import annotations
 import errno
 import os
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 
 from millrace.cascade.engines import start_fleet
+from millrace.cascade.gates import has_gate
+from millrace.cascade.history import read_history
 from millrace.cascade.judges import start_judges
 from millrace.cascade.ledger import Ledger
-from millrace.config.loading import load_recipe
+from millrace.config.loading import load_recipe, written
 from millrace.config.schema import Recipe
 from millrace.errors import MillraceError
 
@@ -26,14 +29,8 @@ def main(run_dir: Path, until: str | None = None) -> int:
         if is_main:
             sys.stdout.write(f"{recipe.name} is finished, see {run_dir}/report.html; another run_dir starts afresh\n")
         return FINISHED
-    # Engines take longest to come up, and starting them needs no torch: they start while this rank is still importing.
-    fleet = start_fleet(recipe, run_dir)
-    judges = None
     try:
-        judges = start_judges(recipe, run_dir)
-        from millrace.cascade.runner import run
-
-        return EXIT_CODES[run(recipe, run_dir, fleet, judges, until=until)]
+        return _run(recipe, run_dir, until)
     except MillraceError as error:
         sys.stderr.write(f"{error}\n")
         return FAILED
@@ -46,16 +43,32 @@ def main(run_dir: Path, until: str | None = None) -> int:
         return FAILED
     except KeyboardInterrupt:  # before the run takes signals as requests: nothing is done yet that could be saved
         return STOPPED
-    finally:
-        for service in (fleet, judges):
-            if service is not None:
-                service.close()
+
+
+def _run(recipe: Recipe, run_dir: Path, until: str | None) -> int:
+    with ExitStack() as services:
+        # Engines take longest to come up, and starting them needs no torch: they do while this rank is still importing.
+        fleet = start_fleet(recipe, run_dir)
+        if fleet is not None:
+            services.callback(fleet.close)
+        judges = start_judges(recipe, run_dir)
+        services.callback(judges.close)
+        from millrace.cascade.runner import run
+
+        return EXIT_CODES[run(recipe, run_dir, fleet, judges, until=until)]
 
 
 def is_finished(recipe: Recipe, run_dir: Path) -> bool:
-    """Whether nothing is left to do: all stages are through, and what they end in is there."""
+    """Whether nothing is left to do: all stages are through and judged by the gates they have, and what they end in is
+    there."""
+    ledger, names = Ledger(run_dir), [stage.name for stage in recipe.stages]
+    verdicts = read_history(ledger.events(), names).gates
+    judged = all(
+        verdicts[stage.name]["gate"] == written(stage.gate) if stage.name in verdicts else not has_gate(stage)
+        for stage in recipe.stages
+    )
     exported = not recipe.export or (run_dir / "export").exists()
-    return exported and Ledger(run_dir).is_finished([stage.name for stage in recipe.stages])
+    return exported and judged and ledger.is_finished(names)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from millrace.config.graph import START, stage_graph
 from millrace.config.loading import written
-from millrace.config.schema import CurriculumConfig, Recipe, SamplingStage, StageConfig
+from millrace.config.schema import CurriculumConfig, MopdStage, Recipe, SamplingStage, StageConfig
 
 Effect = Literal["free", "future", "past"]
 
@@ -103,8 +103,9 @@ def _differences(before: Any, after: Any, key: str) -> Iterator[tuple[str, Any, 
 
 def computing_keys(recipe: Recipe, stage: str) -> dict[str, Any]:
     """The dotted keys, with their values, on which the results of one stage depend."""
-    keys = {key: value for key, value in _leaves(written(recipe), "") if not _is_free(key)}
-    return {**keys, "stages": [written(other) for other in recipe.stages if other.name == stage]}
+    keys = {key: value for key, value in _leaves(written(recipe), "") if not (_is_free(key) or key in _NEXT_TIME)}
+    settings = [{**written(other), "gate": None} for other in recipe.stages if other.name == stage]
+    return {**keys, "stages": settings}
 
 
 def _leaves(value: Any, key: str) -> Iterator[tuple[str, Any]]:
@@ -150,7 +151,8 @@ class _Past:
 
     def of_gate(self, name: str) -> tuple[Effect, str]:
         """A key of a stage's gate: its verdict is found anew, unless later stages started from the one before."""
-        started = [other for other in stage_graph(self.recipe.stages).after(name) if other in self.begun]
+        users = [*stage_graph(self.recipe.stages).after(name), *_taught_by_it(name, self.recipe)]
+        started = [other for other in users if other in self.begun]
         if not started:
             return "future", f"stage {name} is judged by it when it is through"
         return "past", (
@@ -171,6 +173,13 @@ class _Past:
     def _done(self) -> str:
         stages = [name for name in self.begun if name != START]
         return f"{', '.join(stages)} ran" if stages else "the model was measured"
+
+
+def _taught_by_it(name: str, recipe: Recipe) -> list[str]:
+    """The later stages that may have a result of this one for a teacher."""
+    names = [stage.name for stage in recipe.stages]
+    behind = recipe.stages[names.index(name) + 1 :] if name in names else ()
+    return [stage.name for stage in behind if isinstance(stage, MopdStage)]
 
 
 def _stage_changes(before: Recipe, after: Recipe, past: _Past) -> Iterator[Change]:

@@ -25,7 +25,7 @@ from millrace.config.schema import Recipe, TrainerConfig
 from millrace.errors import MillraceError
 
 FINISHED, GATED, STOPPED = 0, 3, 130
-GRACE_SECONDS = 10.0
+GRACE_SECONDS = 30.0
 """How long the other ranks may take to end by themselves after one has failed or stopped; rank 0 closes its engines
 meanwhile."""
 

@@ -6,6 +6,7 @@ import fcntl
 import json
 import os
 import platform
+import subprocess
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib import metadata
@@ -30,7 +31,7 @@ _PACKAGES = (
 )
 
 
-def prepare(
+def explain(
     recipe: Recipe,
     run_dir: Path,
     accept_changes: bool,
@@ -38,19 +39,23 @@ def prepare(
     begun: Sequence[str] = (),
     finished: Sequence[str] = (),
 ) -> list[Change]:
-    """Write the resolved recipe and the versions into the folder; returns what differs from the recipe before.
+    """What differs from the recipe that the run in a folder has now.
 
     `begun` and `finished` are the run's stages that are in progress or through, and those through. Raises ConfigError,
-    with every change explained, when one touches them and the changes were not accepted; then nothing is written.
+    with every change explained, when one touches them and the changes are not accepted.
     """
-    run_dir.mkdir(parents=True, exist_ok=True)
     before = recorded_recipe(run_dir)
     changes = explain_changes(before, recipe, begun, finished) if before else []
     if not accept_changes:
         _refuse_past_changes(changes, run_dir)
+    return changes
+
+
+def record(recipe: Recipe, run_dir: Path) -> None:
+    """Write the resolved recipe and the versions of what runs it into the folder."""
+    run_dir.mkdir(parents=True, exist_ok=True)
     _write(run_dir / RECIPE, dump_recipe(recipe))
     _write(run_dir / VERSIONS, json.dumps(versions(), indent=2) + "\n")
-    return changes
 
 
 def recorded_recipe(run_dir: Path) -> Recipe | None:
@@ -92,14 +97,25 @@ def is_locked(run_dir: Path) -> bool:
 
 
 def versions() -> dict[str, str]:
-    """Versions of Python and of the packages a result depends on; what is not installed is left out."""
-    found = {"python": platform.python_version(), "platform": platform.platform()}
+    """Versions of Python and of the packages a result depends on, and the commit where Millrace runs from a repository;
+    what is not there is left out."""
+    found = {"python": platform.python_version(), "platform": platform.platform(), **_commit()}
     for name in _PACKAGES:
         try:
             found[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             continue
     return found
+
+
+def _commit() -> dict[str, str]:
+    """The commit of the repository this file lies in, marked where files differ from it."""
+    describe = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40"]
+    try:
+        told = subprocess.run(describe, capture_output=True, text=True, timeout=10, check=True)
+    except (OSError, subprocess.SubprocessError):  # no git, or no repository: an installed wheel
+        return {}
+    return {"millrace-commit": told.stdout.strip()}
 
 
 def _refuse_past_changes(changes: Sequence[Change], run_dir: Path) -> None:

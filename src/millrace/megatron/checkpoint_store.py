@@ -221,6 +221,10 @@ class CheckpointStore:
     def _sequence(self, folder: Path) -> int:
         return int(_facts(folder).get("sequence", 0))
 
+    def point_to_nothing(self) -> None:
+        """Let a run begin anew, unless a checkpoint is published here."""
+        (self.directory / POINTER).unlink(missing_ok=True)
+
     def point_to(self, folder: Path) -> None:
         """Let a run resume from this published checkpoint."""
         aside = self.directory / f".{POINTER}.tmp-pointer"

@@ -86,10 +86,13 @@ class Policy:
             self.config, self.shape, self.parallel, self.trainer, self.topology, optimizer=None, seed=self.seed
         )
 
-    def load_hf(self, path: str) -> None:
-        """Take the weights of a Hugging Face checkpoint; each rank reads its own parts. Raises ConversionError."""
+    def load_hf(self, path: str, *, master_weights: bool = True) -> None:
+        """Take the weights of a Hugging Face checkpoint; each rank reads its own parts. Raises ConversionError.
+
+        `master_weights`: whether the optimizer's copies follow, as they must where training goes on from here.
+        """
         weights.load_hf(weights.bind(self.module, self.shape, self.topology), self.shape, path)
-        if self.optimizer is not None:
+        if self.optimizer is not None and master_weights:
             self.optimizer.reload_model_params()
 
     def hf_tensors(self) -> Iterator[tuple[str, Tensor]]:

@@ -40,7 +40,11 @@ METRICS: dict[str, Metric] = {
         "steady; with dynamic sampling at most a few times what is trained on",
         "many more than are trained on: prompts are too easy or too hard; use a curriculum",
     ),
-    "tokens/scored": Metric("tokens that teachers went through in this step, prompts included", "steady", "see tokens"),
+    "tokens/scored": Metric(
+        "tokens that teachers, the KL reference and the policy before its first update went through, prompts included",
+        "steady",
+        "see tokens",
+    ),
     "micro_batches": Metric(
         "packed micro-batches of this step, summed over its updates",
         "tokens / max_tokens_per_micro_batch, rounded up on each replica",

@@ -54,7 +54,7 @@ class GroupCollector:
         self._sampler = MixedSampler(rows, seed=ctx.recipe.seed + stage_index)
         if sampler_state is not None:
             self._sampler.load_state_dict(sampler_state)
-        self._journal = RolloutJournal(ctx.run_dir, stage.name, ctx.recipe)
+        self._journal = RolloutJournal(ctx.run_dir, stage.name, ctx.recipe, ctx.built_on)
 
     def collect(self, step: int) -> Collected:
         """The groups of a step: those on record for these weights, or newly sampled ones. Collective."""

@@ -54,6 +54,8 @@ class StageContext:
     """Parameters that one token meets: all of a dense model, the chosen experts' of a mixture."""
     origin: WeightSource
     """What the present stage started from."""
+    built_on: str
+    """Tells apart the weights that the present stage starts from and is taught by."""
     console: RunConsole | None
     """Rank 0 only."""
     metrics: MetricsWriter | None

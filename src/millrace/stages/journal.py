@@ -26,8 +26,9 @@ from millrace.stages.episodes import Episode, Group, Scored
 
 
 class RolloutJournal:
-    def __init__(self, run_dir: Path, stage: str, recipe: Recipe) -> None:
-        self._recipe = recipe_mark(recipe, stage)
+    def __init__(self, run_dir: Path, stage: str, recipe: Recipe, built_on: str = "") -> None:
+        """`built_on` tells apart what the stage starts from and is taught by: other weights have other rollouts."""
+        self._recipe = recipe_mark(recipe, stage) + built_on
         self.folder = run_dir / "rollouts" / stage
         self.folder.mkdir(parents=True, exist_ok=True)
 
@@ -36,6 +37,7 @@ class RolloutJournal:
 
     def write(self, step: int, header: Mapping[str, Any], groups: Sequence[Group]) -> None:
         """Record a step's groups; a reader sees the whole file or none."""
+        self._streams_path(step).unlink(missing_ok=True)  # they are those of the answers before
         answers = (_to_json(group.episode, answer) for group in groups for answer in group.answers)
         _write_lines(self.path(step), [{**header, "recipe": self._recipe}, *answers])
 

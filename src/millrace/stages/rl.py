@@ -55,6 +55,8 @@ def run_rl(stage: RlStage, ctx: StageContext, progress: Progress, measure: Calla
                 for batch in _batches(collected, stage, ctx, reference)
             ]
         values = {**collected.metrics, **step_metrics(updates)}
+        passes = (reference is not None) + (stage.updates_per_batch > 1)  # forward only, over the whole batch
+        values["tokens/scored"] = passes * values["tokens"]
         with ctx.timed("sync"):
             ctx.sync.push(ctx.policy.step)
         ctx.end_step(stage, Progress(progress.stage, step + 1, collected.sampler), stage.steps, values)

@@ -18,11 +18,14 @@ class WeightSource:
     """Whether the folder is a checkpoint of the run; else it is a Hugging Face checkpoint."""
 
     def load_into(self, policy: Policy, checkpointer: Checkpointer) -> None:
-        """Give a policy these weights and nothing else; collective. Raises CheckpointError, ConversionError."""
+        """Give a policy these weights and nothing else; collective. Raises CheckpointError, ConversionError.
+
+        The optimizer's master weights stay, so a stage that trains on from here resets its optimizer first.
+        """
         if self.checkpoint:
             checkpointer.load_weights(policy, self.folder)
         else:
-            policy.load_hf(str(self.folder))
+            policy.load_hf(str(self.folder), master_weights=False)
 
 
 def checkpoint_name(stage_index: int, stage_name: str, step: int | None = None) -> str:

@@ -56,12 +56,28 @@ def test_a_domain_that_came_later_than_the_baseline_is_not_compared():
     campaign = recipe(rl_if=GateConfig(min_gain=1, max_drop=1))
     found = judge(campaign.stages[1], campaign, row("rl-if", 0.6, 0.4, 0.0), old, (), ())
     assert [c.domain for c in found.checks] == ["if", "math"] and found.passed
+    assert found.unmeasured == ("chat",) and "chat was not measured there" in found.reason
 
 
 def test_named_domains_replace_the_stages_own():
     gate = GateConfig(min_gain=1, own=("chat",), max_drop=1, others=("math",))
     found = verdict(gate, row("rl-if", 0.6, 0.0, 0.3))
     assert [(c.domain, c.kind) for c in found.checks] == [("chat", "gain"), ("math", "drop")] and found.passed
+
+
+def test_a_gate_that_was_taken_out_of_the_recipe_passes_and_leads_to_the_stages_own_end():
+    found = verdict(GateConfig(), row("rl-if", 0.0, 0.0, 0.0))
+    assert (found.passed, found.result) == (True, "rl-if") and found.reason.endswith("it has no limits any more")
+
+
+def test_going_back_never_takes_weights_that_fail_the_gate_themselves():
+    strong_but_failing = row("rl-if@2", 0.3, 0.99, 0.2)
+    gate = GateConfig(max_drop=1, on_failure="back")
+    assert verdict(gate, row("rl-if", 0.2, 0.9, 0.2), fallbacks=(strong_but_failing,)).result == "sft"
+
+
+def test_rows_of_different_domains_are_compared_on_those_they_share():
+    assert strongest([row("a", 0.5, 0.5), row("b", 0.4, 0.4, 0.9)]).label == "a"
 
 
 def test_going_back_takes_the_strongest_weights_that_are_left():

@@ -1,12 +1,13 @@
 """Taking a run back: what is kept, what is moved aside, and what a dry run says of it."""
 
+import dataclasses
 import json
 
 import pytest
 
 from millrace.cascade.history import read_history
 from millrace.cascade.ledger import Ledger
-from millrace.cascade.rewind import require_stage, rewind, would_do
+from millrace.cascade.rewind import is_rewound, reached, require_stage, rewind, would_do
 from millrace.config.errors import ConfigError
 from millrace.megatron.checkpoint_store import FACTS, MANIFEST, CheckpointStore
 
@@ -30,7 +31,8 @@ def run_dir(tmp_path):
     for sequence, (name, (stage, step)) in enumerate(CHECKPOINTS.items(), 1):
         folder = tmp_path / "checkpoints" / name
         folder.mkdir(parents=True)
-        facts = {"sequence": sequence, "keep_always": True, "state": {"stage": stage, "step": step}}
+        state = {"stage": stage, "step": step, "stages": NAMES}
+        facts = {"sequence": sequence, "keep_always": True, "state": state}
         (folder / FACTS).write_text(json.dumps(facts))
         (folder / MANIFEST).write_text("{}")
     CheckpointStore(tmp_path / "checkpoints", 2).point_to(tmp_path / "checkpoints" / "step-00000014")
@@ -73,6 +75,24 @@ def test_a_stage_that_the_run_has_not_reached_is_no_place_to_go_back_to(run_dir)
     with pytest.raises(ConfigError, match="--from mopd: chat, which comes before it, is not finished"):
         rewind(RECIPE, run_dir, "mopd")
     assert not (run_dir / "superseded").exists()
+
+
+def test_a_run_that_is_on_its_way_from_a_rewind_is_known_to_be(run_dir):
+    assert not is_rewound(run_dir, "rl-if")
+    rewind(RECIPE, run_dir, "rl-if")
+    assert is_rewound(run_dir, "rl-if") and not is_rewound(run_dir, "rl-math")
+    Ledger(run_dir).append("stage_finished", stage="rl-if")
+    assert not is_rewound(run_dir, "rl-if")
+
+
+def test_a_recipe_without_the_stages_that_were_run_is_refused(run_dir):
+    other = dataclasses.replace(RECIPE, stages=(RECIPE.stages[1], RECIPE.stages[0], *RECIPE.stages[2:]))
+    with pytest.raises(ConfigError, match="has been through sft, rl-if, rl-math, chat, but the recipe"):
+        reached(other, run_dir)
+
+
+def test_stages_that_have_not_begun_may_be_others(run_dir):
+    assert reached(dataclasses.replace(RECIPE, stages=RECIPE.stages[:4]), run_dir) == (3, 2)
 
 
 def test_an_unknown_stage_is_named_with_the_nearest():

@@ -5,7 +5,13 @@ import pytest
 
 from millrace.config.errors import ConfigError
 from millrace.config.loading import load_recipe
-from millrace.launch.run_dir import locked, prepare, recorded_recipe, versions
+from millrace.launch.run_dir import explain, locked, record, recorded_recipe, versions
+
+
+def prepare(recipe, run_dir, accept_changes, **stages):
+    changes = explain(recipe, run_dir, accept_changes, **stages)
+    record(recipe, run_dir)
+    return changes
 
 
 def test_the_folder_tells_the_recipe_and_the_versions(recipe_file: Path, tmp_path: Path) -> None:
