@@ -5,7 +5,7 @@
 Four tasks (`tasks/`), each scored by one of Millrace's own environments: math, instruction following, multiple choice
 and, compared by a judge, chat. Training and held-out prompts are disjoint. Besides the prompts there are
 
-* `sft.jsonl`: noisy demonstrations of math and instruction following, of which about half pass, for dense.yaml and moe.yaml;
+* `sft.jsonl`: noisy demonstrations of math and instruction following, of which half pass, for dense.yaml and moe.yaml;
 * `cascade/sft.jsonl`: demonstrations of all four tasks for cascade.yaml, right in math and noisy elsewhere;
 * `judge/train.jsonl`, `judge/held_out.jsonl`: pairs of chat answers with the verdict of a rule, for judge.yaml.
 

@@ -1,9 +1,9 @@
 """What the judge learns from: two answers to one chat request, and the verdict of the rule that counts their parts.
 
 The conversation has the form that NVIDIA's GenRM is trained on: the request, the two answers as messages of the roles
-response_1 and response_2, and a verdict that reasons and then gives, as JSON, a score from 1 to 5 for each answer and a
-ranking from 1 (the first is far better) to 6 (the second is far better). Of two equally good answers the first is ranked
-higher, a bias that judges have and that asking in both orders cancels.
+response_1 and response_2, and a verdict that reasons and then gives, as JSON, a score from 1 to 5 for each answer and
+a ranking from 1 (the first is far better) to 6 (the second is far better). Of two equally good answers the first is
+ranked higher, a bias that judges have and that asking in both orders cancels.
 """
 
 from __future__ import annotations
