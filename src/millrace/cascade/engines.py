@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 from millrace.config.schema import Recipe
@@ -21,10 +22,15 @@ def start_fleet(recipe: Recipe, run_dir: Path) -> Fleet | None:
 def engine_gpus(recipe: Recipe) -> list[int]:
     """GPU numbers for the engines of this machine: those behind the trainer's, or the trainer's own with CUDA IPC.
 
-    Counted among the devices that CUDA_VISIBLE_DEVICES names, as the trainer's ranks count. On CPU nothing reads them.
+    On CPU nothing reads them.
     """
     first = 0 if recipe.fleet.transport == "ipc" else recipe.parallel.world_size
-    wanted = range(first, first + recipe.fleet.engines * recipe.fleet.tensor_parallel)
+    return visible_gpus(range(first, first + recipe.fleet.engines * recipe.fleet.tensor_parallel))
+
+
+def visible_gpus(wanted: Sequence[int]) -> list[int]:
+    """Device numbers of the `wanted` places among the devices that CUDA_VISIBLE_DEVICES names, which is how the
+    trainer's ranks count."""
     visible = [entry.strip() for entry in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")]
     if len(visible) > max(wanted, default=0) and all(entry.isdigit() for entry in visible):
         return [int(visible[i]) for i in wanted]

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
 
+from millrace.cascade.judges import Judges
 from millrace.cascade.ledger import Ledger
 from millrace.config.errors import ConfigError
 from millrace.config.model_shape import ModelShape
@@ -35,18 +36,19 @@ START = "start"
 """Label of the row measured before the first stage."""
 
 
-def run(recipe: Recipe, run_dir: Path, fleet: Fleet | None) -> bool:
-    """Run or resume a recipe on this rank; every rank of the trainer calls it. `fleet` is rank 0's, already starting.
+def run(recipe: Recipe, run_dir: Path, fleet: Fleet | None, judges: Judges) -> bool:
+    """Run or resume a recipe on this rank; every rank of the trainer calls it. `fleet` and `judges` are rank 0's,
+    already starting.
 
     Returns whether the recipe is finished (False: stopped on request, and saved).
     """
     topology = init_distributed(recipe.parallel, recipe.trainer, recipe.seed)
     with ExitStack() as stack:
         stack.callback(topology.close)
-        ctx, progress = _open(recipe, run_dir, fleet, topology, stack)
+        ctx, progress = _open(recipe, run_dir, fleet, judges, topology, stack)
         ledger = Ledger(run_dir)
         try:
-            _meet_engines(ctx, fleet)
+            _meet_engines(ctx, fleet, judges)
             _run_stages(ctx, progress, ledger)
         except Stopped:
             ctx.save_reached()
@@ -65,7 +67,7 @@ def run(recipe: Recipe, run_dir: Path, fleet: Fleet | None) -> bool:
 
 
 def _open(
-    recipe: Recipe, run_dir: Path, fleet: Fleet | None, topology: Topology, stack: ExitStack
+    recipe: Recipe, run_dir: Path, fleet: Fleet | None, judges: Judges, topology: Topology, stack: ExitStack
 ) -> tuple[StageContext, Progress]:
     """Everything a stage works with, and where the run stands. What is opened here is closed by `stack`."""
     control = ControlGroup()
@@ -74,7 +76,7 @@ def _open(
     shape = ModelShape.from_hf(recipe.model.path)
     tokenizer = ChatTokenizer(recipe.model.path, shape.vocab_size)
     # Bad rows are found before a model is built or an engine waited for.
-    domains = _domains(recipe, tokenizer) if control.is_main else {}
+    domains = _domains(recipe, tokenizer, judges) if control.is_main else {}
     conversations = _conversations(recipe, tokenizer) if control.is_main else {}
     control.barrier()
     policy = Policy(
@@ -108,9 +110,10 @@ def _open(
     return ctx, progress
 
 
-def _meet_engines(ctx: StageContext, fleet: Fleet | None) -> None:
-    """Wait for the engines of a run that samples, and give them the policy's weights."""
+def _meet_engines(ctx: StageContext, fleet: Fleet | None, judges: Judges) -> None:
+    """Wait for the engines of a run that samples and for its judges, and give the engines the policy's weights."""
     if ctx.sync is not None:
+        ctx.control.on_main_until_stopped(judges.wait_ready)
         ctx.control.on_main_until_stopped(lambda: fleet.wait_ready() if fleet else None)
         ctx.push_weights()
 
@@ -138,13 +141,13 @@ def _require_same_stages(recipe: Recipe, names: list[str], reached: int) -> None
         )
 
 
-def _domains(recipe: Recipe, tokenizer: ChatTokenizer) -> dict[str, Domain]:
-    return {name: _open_domain(name, recipe, tokenizer) for name in recipe.domains}
+def _domains(recipe: Recipe, tokenizer: ChatTokenizer, judges: Judges) -> dict[str, Domain]:
+    return {name: _open_domain(name, recipe, tokenizer, judges) for name in recipe.domains}
 
 
-def _open_domain(name: str, recipe: Recipe, tokenizer: ChatTokenizer) -> Domain:
+def _open_domain(name: str, recipe: Recipe, tokenizer: ChatTokenizer, judges: Judges) -> Domain:
     config, context = recipe.domains[name], recipe.fleet.max_model_len
-    domain = Domain(name, config, make_environment(config), tokenizer)
+    domain = Domain(name, config, make_environment(config, judges.by_name), tokenizer)
     stages = [stage for stage in recipe.stages if isinstance(stage, SamplingStage) and name in stage.domains]
     if stages:
         domain.require_room(domain.train, context, max(stage.sampling.max_response_tokens for stage in stages))

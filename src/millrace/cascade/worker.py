@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 from millrace.cascade.engines import start_fleet
+from millrace.cascade.judges import start_judges
 from millrace.cascade.ledger import Ledger
 from millrace.config.loading import load_recipe
 from millrace.config.schema import Recipe
@@ -24,10 +25,12 @@ def main(run_dir: Path) -> int:
         return FINISHED
     # Engines take longest to come up, and starting them needs no torch: they start while this rank is still importing.
     fleet = start_fleet(recipe, run_dir)
+    judges = None
     try:
+        judges = start_judges(recipe, run_dir)
         from millrace.cascade.runner import run
 
-        return FINISHED if run(recipe, run_dir, fleet) else STOPPED
+        return FINISHED if run(recipe, run_dir, fleet, judges) else STOPPED
     except MillraceError as error:
         sys.stderr.write(f"{error}\n")
         return FAILED
@@ -41,8 +44,9 @@ def main(run_dir: Path) -> int:
     except KeyboardInterrupt:  # before the run takes signals as requests: nothing is done yet that could be saved
         return STOPPED
     finally:
-        if fleet is not None:
-            fleet.close()
+        for service in (fleet, judges):
+            if service is not None:
+                service.close()
 
 
 def is_finished(recipe: Recipe, run_dir: Path) -> bool:

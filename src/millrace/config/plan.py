@@ -171,6 +171,10 @@ def _commands(recipe: Recipe) -> Iterator[str]:
     yield f"{recipe.parallel.world_size} x python -m millrace.cascade.worker {recipe.run_dir}"
     if recipe.samples and recipe.fleet.engines:
         yield f"{recipe.fleet.engines} x vLLM server of {recipe.model.path} on {recipe.fleet.interface}"
+    for name, judge in recipe.judges_used.items():
+        if judge.model is not None:
+            engine = judge.engine
+            yield f"{engine.engines} x vLLM server of {judge.model} on {engine.interface}, judge {name}"
 
 
 def to_json(plan: Plan) -> str:

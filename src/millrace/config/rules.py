@@ -20,7 +20,7 @@ from millrace.config.graph import graph_problems
 from millrace.config.model_shape import ModelShape
 from millrace.config.ranges import range_problems
 from millrace.config.schema import Recipe, SamplingStage, SftStage
-from millrace.config.stage_rules import domain_problems, stage_problems
+from millrace.config.stage_rules import domain_problems, server_problems, stage_problems
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 
@@ -148,10 +148,6 @@ def _lengths(recipe: Recipe, shape: ModelShape | None) -> Problems:
             )
 
 
-OWN_SERVER_ARGUMENTS = frozenset({"--host", "--port", "--middleware", "--worker-extension-cls", "--model"})
-"""Arguments of a vLLM server that must be what Millrace says: they keep it on its interface and behind its token."""
-
-
 def _fleet(recipe: Recipe) -> Problems:
     fleet = recipe.fleet
     if not recipe.samples:
@@ -160,16 +156,10 @@ def _fleet(recipe: Recipe) -> Problems:
         yield "fleet: the run samples answers, but there are no engines; set fleet.engines or fleet.addresses"
     if fleet.engines and fleet.addresses:
         yield "fleet: engines and addresses are both given; set fleet.engines=0 to use the servers that already run"
-    for taken in sorted(OWN_SERVER_ARGUMENTS & {argument.split("=")[0] for argument in fleet.extra_args}):
-        yield f"fleet.extra_args: {taken} is set by Millrace and guards the engines; leave it out"
+    yield from server_problems(fleet, "fleet")
     for address in fleet.addresses:
         if urlsplit(address).scheme not in ("http", "https") or not urlsplit(address).hostname:
             yield f"fleet.addresses: {address!r} is not a URL such as http://node7:8000"
-    if fleet.interface in ("0.0.0.0", "::", "", "*"):
-        yield (
-            f"fleet.interface is {fleet.interface!r}, which listens on every network of this machine; "
-            "name the one interface address that the trainer reaches"
-        )
     if fleet.transport in ("nccl", "ipc") and recipe.trainer.device == "cpu":
         yield f"fleet.transport is {fleet.transport}, which needs CUDA; use shared_memory or disk on CPU"
     waited = max(fleet.start_timeout_s, fleet.request_timeout_s)
@@ -201,7 +191,8 @@ def _names(recipe: Recipe) -> Problems:
     for name, count in Counter(stage.name for stage in recipe.stages).items():
         if count > 1:
             yield f"stages: {count} stages are named {name}; give each a name of its own"
-    for section, names in (("stages", [stage.name for stage in recipe.stages]), ("domains", list(recipe.domains))):
+    sections = {"stages": [stage.name for stage in recipe.stages], "domains": recipe.domains, "judges": recipe.judges}
+    for section, names in sections.items():
         for name in dict.fromkeys(names):
             if not NAME.fullmatch(name):
                 yield f"{section}: the name {name!r} becomes part of file names; use letters, digits, - and _"
@@ -218,6 +209,8 @@ def _files(recipe: Recipe) -> Problems:
     for name, domain in recipe.domains.items():
         yield from _data_file(f"domains.{name}.train", Path(domain.train), *PROMPT_FIELDS)
         yield from _data_file(f"domains.{name}.held_out", Path(domain.held_out), *PROMPT_FIELDS)
+        if domain.environment == "genrm" and Path(domain.held_out).is_file():
+            yield from _data_file(f"domains.{name}.held_out", Path(domain.held_out), "reference")
         if domain.pass_rates is not None:
             yield from _data_file(f"domains.{name}.pass_rates", Path(domain.pass_rates), "pass_rate")
         if domain.train == domain.held_out:

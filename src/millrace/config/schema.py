@@ -481,3 +481,9 @@ class Recipe:
     def samples(self) -> bool:
         """Whether the run draws answers and so needs engines: in an RL stage, or to measure its domains."""
         return bool(self.domains) or any(isinstance(stage, SamplingStage) for stage in self.stages)
+
+    @property
+    def judges_used(self) -> dict[str, JudgeConfig]:
+        """The judges that a genrm domain names: those that run as long as the run does."""
+        named = {domain.judge for domain in self.domains.values() if domain.environment == "genrm"}
+        return {name: judge for name, judge in self.judges.items() if name in named}

@@ -6,9 +6,12 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from millrace.config.checkpoint_files import checkpoint_problems
 from millrace.config.graph import nearest
 from millrace.config.schema import (
     EvaluateStage,
+    FleetConfig,
+    JudgeConfig,
     MopdStage,
     OptimizerConfig,
     Recipe,
@@ -63,6 +66,11 @@ def _rl(stage: RlStage, key: str, recipe: Recipe) -> Problems:
         yield from _enough_answers(stage, key, recipe, stage.updates_per_batch)
     yield from _rl_loss(stage, key)
     yield from _judged(stage, key, recipe)
+    if isinstance(stage, RlhfStage) and stage.overlong == "zero_reward":
+        yield (
+            f"{key}.overlong is zero_reward, but a judged answer that was cut loses its comparisons already, and 0 "
+            "would be more than that; use keep or filter"
+        )
     yield from _curriculum(stage, key, recipe)
     yield from _optimizer(stage.optimizer, f"{key}.optimizer", stage.steps * stage.updates_per_batch)
 
@@ -198,16 +206,41 @@ def domain_problems(recipe: Recipe) -> Problems:
         if domain.judge is not None and domain.judge not in recipe.judges:
             yield f"{key}.judge is {domain.judge}, which is not among the judges{nearest(domain.judge, recipe.judges)}"
     for name, judge in recipe.judges.items():
-        key = f"judges.{name}"
-        if (judge.model is None) == (judge.url is None):
-            given = "neither is given" if judge.model is None else "both are given"
-            yield f"{key} needs exactly one of model and url, but {given}"
-        if judge.url is not None and not judge.url.startswith(("http://", "https://")):
-            yield f"{key}.url is {judge.url!r}, which is not a URL such as http://node7:8000/v1"
-        if judge.model is not None and not Path(judge.model).is_dir():
-            yield f"{key}.model: the folder {judge.model} does not exist; name a Hugging Face checkpoint"
-        if judge.model is not None and judge.max_tokens >= judge.engine.max_model_len:
-            yield (
-                f"{key}.max_tokens is {judge.max_tokens}, which leaves no room for two answers within "
-                f"{key}.engine.max_model_len {judge.engine.max_model_len}; lower the one or raise the other"
-            )
+        yield from _judge(judge, f"judges.{name}")
+
+
+def _judge(judge: JudgeConfig, key: str) -> Problems:
+    if (judge.model is None) == (judge.url is None):
+        given = "neither is given" if judge.model is None else "both are given"
+        yield f"{key} needs exactly one of model and url, but {given}"
+    if judge.url is not None and not judge.url.startswith(("http://", "https://")):
+        yield f"{key}.url is {judge.url!r}, which is not a URL such as http://node7:8000/v1"
+    if judge.model is None:
+        return
+    if not Path(judge.model).is_dir():
+        yield f"{key}.model: the folder {judge.model} does not exist; name a Hugging Face checkpoint"
+    else:
+        yield from (f"{key}.model: {problem}" for problem in checkpoint_problems(Path(judge.model)))
+    if judge.max_tokens >= judge.engine.max_model_len:
+        yield (
+            f"{key}.max_tokens is {judge.max_tokens}, which leaves no room for two answers within "
+            f"{key}.engine.max_model_len {judge.engine.max_model_len}; lower the one or raise the other"
+        )
+    if not judge.engine.engines or judge.engine.addresses:
+        yield f"{key}.engine starts no server of its own; set its engines to at least 1, or name a judge's url instead"
+    yield from server_problems(judge.engine, f"{key}.engine")
+
+
+OWN_SERVER_ARGUMENTS = frozenset({"--host", "--port", "--middleware", "--worker-extension-cls", "--model"})
+"""Arguments of a vLLM server that must be what Millrace says: they keep it on its interface and behind its token."""
+
+
+def server_problems(engine: FleetConfig, key: str) -> Problems:
+    """What would open the servers to others than the run."""
+    for taken in sorted(OWN_SERVER_ARGUMENTS & {argument.split("=")[0] for argument in engine.extra_args}):
+        yield f"{key}.extra_args: {taken} is set by Millrace and guards the engines; leave it out"
+    if engine.interface in ("0.0.0.0", "::", "", "*"):
+        yield (
+            f"{key}.interface is {engine.interface!r}, which listens on every network of this machine; "
+            "name the one interface address that the trainer reaches"
+        )

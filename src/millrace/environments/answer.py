@@ -19,6 +19,16 @@ def final_text(answer: str) -> str:
     return "" if THINK_OPEN in answer else answer
 
 
+def reasoning_text(answer: str) -> str:
+    """The reasoning: what stands before the last `</think>`, without the `<think>` that opens it. An answer without
+    `</think>` has none, unless it was opened and never closed."""
+    before, closed, _ = answer.rpartition(THINK_CLOSE)
+    if not closed:
+        _, opened, before = answer.partition(THINK_OPEN)
+        return before if opened else ""
+    return before.lstrip().removeprefix(THINK_OPEN)
+
+
 def last_boxed(text: str) -> str | None:
     """The content of the last `\\boxed{...}` whose braces close, or None. Takes time linear in the text."""
     end = len(text)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 Message = Mapping[str, str]
 """{"role": ..., "content": ...}"""
@@ -53,4 +53,35 @@ class Environment(Protocol):
 
     async def close(self) -> None:
         """End the processes the environment holds."""
+        ...
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """How the answers of a group are compared with one another, and what their lengths count (see `RlhfStage`)."""
+
+    pairing: Literal["all_pairs", "circular"]
+    both_orders: bool
+    think_length_weight: float
+    answer_length_weight: float
+    think_bonus: float
+    answer_bonus: float
+    bonus_share: float
+
+
+@runtime_checkable
+class GroupEnvironment(Environment, Protocol):
+    """A domain whose answers are scored in training by comparing those of a group."""
+
+    held_out_fields: Sequence[str]
+    """Keys a held-out row must have; there an answer is scored alone, by `step`."""
+
+    async def score_group(
+        self,
+        row: Mapping[str, Any],
+        transcript: Sequence[Message],
+        answers: Sequence[str | None],
+        comparison: Comparison,
+    ) -> list[Reward]:
+        """Rewards of all answers to one prompt; None stands for an answer that was cut at the length limit."""
         ...

@@ -3,23 +3,32 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 
 from millrace.config.errors import ConfigError
 from millrace.config.schema import DomainConfig
 from millrace.environments.base import Environment
+from millrace.environments.genrm import GenrmEnvironment
 from millrace.environments.instruction_following import InstructionFollowingEnvironment
+from millrace.environments.judge import Judge
 from millrace.environments.math import MathEnvironment
 
 MOST_WORKERS = 16
 """Verifier processes of one domain; more would only idle, a comparison takes milliseconds."""
 
 
-def make_environment(config: DomainConfig) -> Environment:
-    """The environment that scores a domain. Its processes start with the first answer that needs one."""
+def make_environment(config: DomainConfig, judges: Mapping[str, Judge] | None = None) -> Environment:
+    """The environment that scores a domain. Its processes start with the first answer that needs one. `judges` are
+    those of the recipe, by name."""
     match config.environment:
         case "math":
             workers = min(MOST_WORKERS, os.cpu_count() or 1)
             return MathEnvironment(verify_timeout_s=config.verify_timeout_s, workers=workers)
         case "instruction_following":
             return InstructionFollowingEnvironment(grading=config.grading)
+        case "genrm":
+            if config.judge is None or config.judge not in (judges or {}):
+                raise ConfigError(f"the environment genrm needs the judge {config.judge}, which was not started")
+            assert judges is not None
+            return GenrmEnvironment(judges[config.judge])
     raise ConfigError(f"the environment {config.environment} is not built yet; `millrace check` names what is")

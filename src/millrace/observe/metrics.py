@@ -66,6 +66,36 @@ METRICS: dict[str, Metric] = {
         "share of the answers' tokens whose ratio is clipped", "below 0.2", "fewer updates_per_batch, or a lower lr"
     ),
     "kl": Metric("mean KL estimate to the reference", "below 0.1", "raise kl.coefficient"),
+    "judge/verdicts": Metric(
+        "comparisons of two answers in this step",
+        "RLHF, all pairs in both orders: G (G - 1) for a group of G finished answers",
+        "fewer: answers were cut or empty, which nobody compares; see reward/overlong",
+    ),
+    "judge/failed": Metric(
+        "share of the verdicts that no try brought a reply to, so that they stand undecided: scores 3, ranking 3.5",
+        "0",
+        "the judge's log; a longer timeout_s or lower concurrency; answers longer than its max_model_len",
+    ),
+    "judge/unparsable": Metric(
+        "share of the verdicts whose last try held no valid JSON object or was cut at max_tokens; they stand undecided",
+        "below 0.01",
+        "raise max_tokens of the judge; another form (roles, prompt) or judge",
+    ),
+    "judge/first_wins": Metric(
+        "share of the verdicts that prefer the answer that was shown first",
+        "0.4 to 0.6",
+        "the judge looks at the place, not the answer: keep both_orders, or take another judge",
+    ),
+    "judge/score": Metric(
+        "mean reward of the comparisons alone, without lengths and bonus; the judge's scale is 1 to 5",
+        "rises slowly",
+        "falling while reward/mean rises: the length rewards rule; lower their weights",
+    ),
+    "judge/seconds": Metric(
+        "mean seconds that a verdict takes, the wait for a free place not included",
+        "steady",
+        "more engines for the judge, or a shorter max_tokens",
+    ),
     "time/rollout": Metric("seconds spent sampling and scoring", "the larger part of a step", "more engines"),
     "time/train": Metric("seconds spent on log-probs and the update", "steady", "see benchmarks/"),
     "time/sync": Metric("seconds from pause to resume of the fleet", "below 10% of the step", "fleet.transport"),

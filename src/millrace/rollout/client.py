@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -85,6 +86,10 @@ class EngineClient:
         )
         scores = reply["prompt_logprobs"]
         return [0.0, *(at[str(token)]["logprob"] for token, at in zip(tokens[1:], scores[1:], strict=True))]
+
+    async def chat(self, body: Mapping[str, Any], limit: float) -> Any:
+        """The reply to an OpenAI chat completion request."""
+        return await self._post("/v1/chat/completions", limit, body=dict(body))
 
     async def _inference(self, tokens: tuple[int, ...], parameters: dict[str, Any], limit: float) -> dict[str, Any]:
         body = {"model": MODEL_NAME, "token_ids": list(tokens), "sampling_params": parameters}

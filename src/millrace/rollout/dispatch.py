@@ -71,6 +71,9 @@ class Dispatcher(Generic[T]):
                 self._start_jobs()
                 if not self._running:
                     await self._pool.engine_available()
+                    self._start_jobs()
+                    if not self._running:  # the engines that serve are full with another dispatcher's jobs
+                        await asyncio.sleep(POLL_SECONDS)
                     continue
                 done, _ = await asyncio.wait(self._running, timeout=POLL_SECONDS, return_when=asyncio.FIRST_COMPLETED)
                 for task in done:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from millrace.config.schema import FleetConfig
 from millrace.errors import MillraceError
-from millrace.rollout.server import Device, server_command, server_environment
+from millrace.rollout.server import MODEL_NAME, Device, server_command, server_environment
 
 LOG_TAIL_LINES = 20
 STOP_SECONDS = 10.0
@@ -35,6 +35,8 @@ def free_port(host: str) -> int:
 class EngineProcess:
     """Engine `index` of a fleet, living at `url`; a respawned one keeps its index and log file and gets another port.
 
+    kind: what it is called in messages and its log file; fleets of one run differ in it.
+
     `spawn` must be called from a thread that lives as long as the engine should: the kernel ends the engine with it.
     """
 
@@ -47,10 +49,15 @@ class EngineProcess:
         token: str,
         device: Device,
         gpus: Sequence[int] = (),
+        *,
+        kind: str = "engine",
+        served_name: str = MODEL_NAME,
     ) -> None:
         self.index = index
+        self.kind = kind
         self.url = ""
-        self.log_path = run_dir / "logs" / f"engine-{index}.log"
+        self.log_path = run_dir / "logs" / f"{kind}-{index}.log"
+        self._served_name = served_name
         self._config = config
         self._model_path = model_path
         self._token = token
@@ -61,13 +68,13 @@ class EngineProcess:
 
     @property
     def name(self) -> str:
-        return f"engine {self.index} ({self.url})"
+        return f"{self.kind} {self.index} ({self.url})"
 
     @property
     def pid(self) -> int:
         """Process and process group of the engine's supervisor."""
         if self._process is None:
-            raise RuntimeError(f"engine {self.index} was not started")
+            raise RuntimeError(f"{self.kind} {self.index} was not started")
         return self._process.pid
 
     def spawn(self) -> None:
@@ -76,7 +83,14 @@ class EngineProcess:
         self.url = f"http://{host}:{port}"
         self.log_path.parent.mkdir(parents=True, exist_ok=True)
         command = [sys.executable, "-m", "millrace.rollout.supervisor", str(os.getpid())]
-        command += server_command(self._config, model_path=self._model_path, host=host, port=port, device=self._device)
+        command += server_command(
+            self._config,
+            model_path=self._model_path,
+            host=host,
+            port=port,
+            device=self._device,
+            served_name=self._served_name,
+        )
         environment = server_environment(
             self._config, inherited=os.environ, token=self._token, host=host, device=self._device, gpus=self._gpus
         )

@@ -15,6 +15,7 @@ import threading
 import time
 from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -39,7 +40,7 @@ from millrace.rollout.fleet_health import (
     step,
 )
 from millrace.rollout.member import FleetError, FleetLost, FleetNeedsSync, Member
-from millrace.rollout.server import Device, engine_device
+from millrace.rollout.server import MODEL_NAME, Device, engine_device
 from millrace.rollout.types import Request, Rollout
 
 T = TypeVar("T")
@@ -72,6 +73,7 @@ class Fleet:
     """`config.engines` vLLM servers on this machine, or those at `config.addresses`.
 
     device: where the engines run; found out when absent. gpus: device numbers, `tensor_parallel` for each engine.
+    kind: what the engines are called in messages and log files. served_name: what chat requests call the model.
     """
 
     def __init__(
@@ -83,6 +85,8 @@ class Fleet:
         *,
         device: Device | None = None,
         gpus: Sequence[int] = (),
+        kind: str = "engine",
+        served_name: str = MODEL_NAME,
     ) -> None:
         self.config = config
         self.run_dir = Path(run_dir)
@@ -91,7 +95,17 @@ class Fleet:
         """Weights that serving engines hold."""
         self._log = log or logging.getLogger("millrace.rollout")
         self._token = _token(config)
-        self._engines = _engines(config, model_path, self.run_dir, self._token, device or engine_device(), gpus)
+        start = partial(
+            EngineProcess,
+            config=config,
+            model_path=model_path,
+            run_dir=self.run_dir,
+            token=self._token,
+            device=device or engine_device(),
+            kind=kind,
+            served_name=served_name,
+        )
+        self._engines = _engines(config, gpus, start)
         self._serves_checkpoint = False
         self._kept: dict[_Part, _Answered] = {}
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -344,7 +358,10 @@ class Fleet:
         def decided() -> bool:
             self._raise_if_lost()
             silent = any(m.health.state is State.SILENT for m in self.members)
-            return any(m.serving for m in self.members) or (self.needs_sync and not silent)
+            unsynced = (
+                self.needs_sync and not self._serves_checkpoint
+            )  # those of a fixed checkpoint serve by themselves
+            return any(m.serving for m in self.members) or (unsynced and not silent)
 
         await self._wait("an engine that serves", decided, self.config.start_timeout_s)
         if not any(member.serving for member in self.members):
@@ -431,9 +448,7 @@ def _token(config: FleetConfig) -> str:
     return token
 
 
-def _engines(
-    config: FleetConfig, model_path: str, run_dir: Path, token: str, device: Device, gpus: Sequence[int]
-) -> list[Engine]:
+def _engines(config: FleetConfig, gpus: Sequence[int], start: Callable[..., EngineProcess]) -> list[Engine]:
     if config.addresses:
         return [ExternalEngine(index, url) for index, url in enumerate(config.addresses)]
     width = config.tensor_parallel
@@ -441,10 +456,7 @@ def _engines(
         raise FleetError(
             f"{config.engines} engines of {width} ranks need {config.engines * width} GPUs, but {len(gpus)} are given"
         )
-    return [
-        EngineProcess(i, config, model_path, run_dir, token, device, gpus[i * width : (i + 1) * width])
-        for i in range(config.engines)
-    ]
+    return [start(i, gpus=gpus[i * width : (i + 1) * width]) for i in range(config.engines)]
 
 
 def _count(counts: list[int], part: _Part, answered: _Answered) -> None:

@@ -22,7 +22,7 @@ from millrace.rollout.auth import TOKEN_VARIABLE
 Device = Literal["cpu", "cuda"]
 
 MODEL_NAME = "policy"
-"""Name under which every engine serves its model."""
+"""Name under which every engine of the policy serves its model."""
 
 MIN_PREFILL_TOKENS = 2048
 
@@ -53,13 +53,15 @@ def engine_device() -> Device:
     return "cpu"
 
 
-def server_command(config: FleetConfig, *, model_path: str, host: str, port: int, device: Device) -> list[str]:
+def server_command(
+    config: FleetConfig, *, model_path: str, host: str, port: int, device: Device, served_name: str = MODEL_NAME
+) -> list[str]:
     """Arguments of one OpenAI-compatible vLLM server with token-in/token-out and weight-update routes.
 
     The token is not among them: a command line is visible to every user of the machine.
     """
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
-    command += ["--model", model_path, "--served-model-name", MODEL_NAME, "--host", host, "--port", str(port)]
+    command += ["--model", model_path, "--served-model-name", served_name, "--host", host, "--port", str(port)]
     command += ["--dtype", config.dtype, "--tensor-parallel-size", str(config.tensor_parallel)]
     command += ["--max-model-len", str(config.max_model_len), "--max-num-seqs", str(config.max_num_seqs)]
     command += ["--generation-config", "vllm"]  # sampling is what the request says, never a file of the checkpoint

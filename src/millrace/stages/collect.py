@@ -12,6 +12,7 @@ from millrace.errors import MillraceError
 from millrace.stages.context import StageContext
 from millrace.stages.episodes import Episode, EpisodePlayer, Group, Scored
 from millrace.stages.journal import RolloutJournal
+from millrace.stages.rlhf import comparison, judge_metrics
 
 
 class NothingToLearn(MillraceError):
@@ -68,7 +69,7 @@ class GroupCollector:
             drawn = self._sampler.next(stage.prompts_per_step)
             episodes = self._episodes(drawn, step, round_number)
             what = f"{stage.name} {step + 1}/{stage.steps} rollouts"
-            groups = self._player.play(episodes, stage.sampling, stage.samples_per_prompt, what)
+            groups = self._player.play(episodes, stage.sampling, stage.samples_per_prompt, what, comparison(stage))
             groups = [self._penalise_overlong(group) for group in groups]
             played += groups
             kept += [group for group in groups if has_variance(group)] if stage.dynamic_sampling else groups
@@ -127,4 +128,4 @@ def rollout_metrics(groups: Sequence[Group]) -> dict[str, float]:
     for domain in sorted({group.episode.domain for group in groups}):
         rewards = [r for group in groups if group.episode.domain == domain for r in group.rewards]
         metrics[f"reward/{domain}"] = sum(rewards) / len(rewards)
-    return metrics
+    return {**metrics, **judge_metrics(groups)}

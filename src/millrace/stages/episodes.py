@@ -7,6 +7,8 @@ them.
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,13 +17,15 @@ from millrace.config.schema import DomainConfig, SamplingConfig
 from millrace.data.datasets import PromptDataset
 from millrace.data.errors import DataError
 from millrace.data.tokenizer import ChatTokenizer
-from millrace.environments.base import Environment, Message, Observation, Reward
-from millrace.observe.console import RunConsole
+from millrace.environments.base import Comparison, Environment, GroupEnvironment, Message, Observation, Reward
+from millrace.observe.console import Bar, RunConsole
 from millrace.rollout.fleet import Fleet
 from millrace.rollout.member import FleetNeedsSync
 from millrace.rollout.types import Request, Rollout, SamplingParams
 from millrace.rollout.weight_sync import WeightSync
 from millrace.stages.control import ControlGroup
+
+WAIT_LOG_SECONDS = 10.0
 
 
 @dataclass(frozen=True)
@@ -64,7 +68,10 @@ class Domain:
         self.name, self.environment = name, environment
         self._system, self._tokenizer = config.system_prompt, tokenizer
         self.train = PromptDataset(config.train, environment.required_fields, environment.validate)
-        self.held_out = PromptDataset(config.held_out, environment.required_fields, environment.validate)
+        alone = (
+            environment.held_out_fields if isinstance(environment, GroupEnvironment) else environment.required_fields
+        )
+        self.held_out = PromptDataset(config.held_out, alone, environment.validate)
 
     def episode(self, dataset: PromptDataset, index: int, seed: int) -> Episode:
         row = dataset[index]
@@ -102,16 +109,46 @@ class EpisodePlayer:
         self._fleet, self._console = fleet, console
         self._loop = asyncio.new_event_loop()
 
-    def play(self, episodes: Sequence[Episode], sampling: SamplingConfig, n: int, what: str) -> list[Group]:
+    def play(
+        self,
+        episodes: Sequence[Episode],
+        sampling: SamplingConfig,
+        n: int,
+        what: str,
+        comparison: Comparison | None = None,
+    ) -> list[Group]:
         """Answer each episode n times and score the answers. Collective; rank 0 gets the groups, the others nothing.
 
-        `what` names the wait on the progress bar. Raises Stopped on every rank when the run is asked to stop meanwhile.
+        `what` names the wait on the progress bar. With a `comparison` the answers of a group are compared where their
+        domain can; else each is scored alone. Raises Stopped on every rank when the run is asked to stop meanwhile.
         """
         requests = [self._request(episode, sampling, n) for episode in episodes]
         rollouts = self._generate(requests, what)
-        if self._fleet is None:
-            return []
-        return self._loop.run_until_complete(self._score(episodes, rollouts))
+        groups: list[Group] = []
+        self._control.on_main_until_stopped(lambda: groups.extend(self.score(episodes, rollouts, what, comparison)))
+        return groups
+
+    def score(
+        self,
+        episodes: Sequence[Episode],
+        rollouts: Sequence[Sequence[Rollout]],
+        what: str,
+        comparison: Comparison | None = None,
+    ) -> list[Group]:
+        """The answers with their rewards, on rank 0. Ctrl-C cancels what is under way."""
+        assert self._console is not None
+        with self._console.bar(f"{what}: rewards", len(episodes)) as bar:
+            work = self._loop.create_task(self._score_all(episodes, rollouts, what, comparison, bar))
+            try:
+                groups = self._loop.run_until_complete(work)
+            except KeyboardInterrupt:
+                work.cancel()
+                with contextlib.suppress(asyncio.CancelledError, KeyboardInterrupt):
+                    self._loop.run_until_complete(work)
+                raise
+        if sentence := undecided(groups):
+            self._console.say(f"{what}: {sentence}")
+        return groups
 
     def _request(self, episode: Episode, sampling: SamplingConfig, n: int) -> Request:
         params = SamplingParams(
@@ -145,19 +182,48 @@ class EpisodePlayer:
                 return False
         return True
 
-    async def _score(self, episodes: Sequence[Episode], rollouts: Sequence[Sequence[Rollout]]) -> list[Group]:
-        scored = await asyncio.gather(
-            *(
-                self._score_one(episode, rollout)
-                for episode, answers in zip(episodes, rollouts, strict=True)
-                for rollout in answers
-            )
-        )
-        answers = iter(scored)
-        return [
-            Group(episode, tuple(next(answers) for _ in group))
-            for episode, group in zip(episodes, rollouts, strict=True)
+    async def _score_all(
+        self,
+        episodes: Sequence[Episode],
+        rollouts: Sequence[Sequence[Rollout]],
+        what: str,
+        comparison: Comparison | None,
+        bar: Bar,
+    ) -> list[Group]:
+        tasks = [
+            asyncio.create_task(self._score_group(episode, answers, comparison))
+            for episode, answers in zip(episodes, rollouts, strict=True)
         ]
+        for task in tasks:
+            task.add_done_callback(lambda _: bar.update(sum(each.done() for each in tasks)))
+        try:
+            await self._wait_for(tasks, what)
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+        return [task.result() for task in tasks]
+
+    async def _wait_for(self, tasks: Sequence[asyncio.Task[Group]], what: str) -> None:
+        """Wait for all, or raise what the first one that failed raised; a line every ten seconds says how far it is."""
+        assert self._console is not None
+        began, pending = time.monotonic(), set(tasks)
+        while pending:
+            done, pending = await asyncio.wait(pending, timeout=WAIT_LOG_SECONDS, return_when=asyncio.FIRST_EXCEPTION)
+            for task in done:
+                task.result()
+            if pending:
+                scored, seconds = len(tasks) - len(pending), time.monotonic() - began
+                self._console.say(f"{what}: waiting for rewards, {scored} of {len(tasks)} groups in {seconds:.0f} s")
+
+    async def _score_group(self, episode: Episode, rollouts: Sequence[Rollout], comparison: Comparison | None) -> Group:
+        environment = self.domains[episode.domain].environment
+        if comparison is None or not isinstance(environment, GroupEnvironment):
+            return Group(episode, tuple(await asyncio.gather(*(self._score_one(episode, each) for each in rollouts))))
+        texts = [self._tokenizer.decode(rollout.answer) for rollout in rollouts]
+        uncut = [None if r.finish_reason == "length" else text for r, text in zip(rollouts, texts, strict=True)]
+        rewards = await environment.score_group(episode.row, episode.messages, uncut, comparison)
+        return Group(episode, tuple(map(Scored, rollouts, texts, rewards)))
 
     async def _score_one(self, episode: Episode, rollout: Rollout) -> Scored:
         text = self._tokenizer.decode(rollout.answer)
@@ -170,6 +236,29 @@ class EpisodePlayer:
         return Scored(rollout, text, outcome)
 
     def close(self) -> None:
-        for domain in self.domains.values():
-            self._loop.run_until_complete(domain.environment.close())
+        """Cancel what is under way and close the environments."""
+        self._loop.run_until_complete(self._close())
         self._loop.close()
+
+    async def _close(self) -> None:
+        under_way = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in under_way:
+            task.cancel()
+        await asyncio.gather(*under_way, return_exceptions=True)
+        for domain in self.domains.values():
+            await domain.environment.close()
+
+
+def undecided(groups: Sequence[Group]) -> str | None:
+    """How many verdicts of judges could not be had, in a sentence; None where all could."""
+    details = [answer.reward.details for group in groups for answer in group.answers]
+    verdicts, failed, unparsable = (
+        sum(each.get(name, 0.0) for each in details) for name in ("verdicts", "failed", "unparsable")
+    )
+    if not failed + unparsable:
+        return None
+    lost = (failed + unparsable) / verdicts
+    return (
+        f"{100 * lost:.1f}% of the judge's verdicts stand undecided ({100 * failed / verdicts:.1f}% unanswered, "
+        f"{100 * unparsable / verdicts:.1f}% unparsable)"
+    )

@@ -83,6 +83,19 @@ def test_an_engine_gets_no_more_than_its_capacity_at_one_time() -> None:
     assert most == 3
 
 
+def test_a_call_waits_for_engines_that_are_full_with_the_jobs_of_another() -> None:
+    async def go() -> list[str]:
+        pool, done = Pool(1), list[str]()
+        calls = [
+            Dispatcher(pool, [Job("job", 1, answer)], lambda n, r, url: done.append(r), capacity=1, limit=5.0).run()
+            for _ in range(3)
+        ]
+        await asyncio.wait_for(asyncio.gather(*calls), timeout=5.0)
+        return done
+
+    assert asyncio.run(go()) == ["done"] * 3
+
+
 def test_a_job_of_an_unreachable_engine_goes_to_another_one() -> None:
     async def flaky(client: EngineClient) -> str:
         if client.url == "http://0":

@@ -1,0 +1,80 @@
+"""What a recipe with a judge must fulfil."""
+
+from pathlib import Path
+
+import pytest
+
+from millrace.config.loading import load_recipe
+from millrace.config.plan import make_plan
+from millrace.config.rules import check_recipe
+
+JUDGED = """\
+extends: recipe.yaml
+domains:
+  chat: {environment: genrm, train: chat.jsonl, held_out: asked.jsonl, judge: j}
+judges:
+  j: {model: base, max_tokens: 64, engine: {max_model_len: 256}}
+  unused: {url: "http://node7:8000/v1"}
+stages:
+  - {type: rlhf, name: please, domains: [chat], steps: 2, sampling: {max_response_tokens: 64}}
+"""
+
+
+@pytest.fixture
+def judged(recipe_file: Path) -> Path:
+    (recipe_file.parent / "chat.jsonl").write_text('{"prompt": "hello"}\n')
+    (recipe_file.parent / "asked.jsonl").write_text('{"prompt": "hello", "reference": "hi"}\n')
+    file = recipe_file.with_name("judged.yaml")
+    file.write_text(JUDGED)
+    return file
+
+
+def check(file: Path, *overrides: str) -> list[str]:
+    return check_recipe(load_recipe(file, overrides))
+
+
+def test_a_judged_recipe_is_sound_and_takes_kl_to_the_stages_start(judged: Path) -> None:
+    assert check(judged) == []
+    (stage,) = load_recipe(judged, ()).stages
+    assert (stage.kl.coefficient, stage.kl.estimator) == (0.03, "k3")
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("domains.chat.judge=k", "domains.chat.judge is k, which is not among the judges"),
+        ("domains.chat.judge=null", "domains.chat.judge is required"),
+        ("domains.math.judge=j", "only the environment genrm asks a judge"),
+        ("judges.j.url='http://a/v1'", "judges.j needs exactly one of model and url, but both are given"),
+        ("judges.unused.url=a", "judges.unused.url is 'a', which is not a URL"),
+        ("judges.j.model=nowhere", "judges.j.model: the folder"),
+        ("judges.j.max_tokens=256", "judges.j.max_tokens is 256, which leaves no room for two answers"),
+        ("judges.j.engine.engines=0", "judges.j.engine starts no server of its own"),
+        ("judges.j.engine.interface=0.0.0.0", "judges.j.engine.interface is '0.0.0.0', which listens on every network"),
+        ("judges.j.engine.extra_args=['--port=1']", "judges.j.engine.extra_args: --port is set by Millrace"),
+        ("judges.j.concurrency=0", "judges.j.concurrency is 0; it must be at least 1"),
+        ("stages.please.overlong=zero_reward", "stages.please.overlong is zero_reward, but a judged answer"),
+        ("stages.please.domains=[math]", "scores each answer alone; train it in a stage of type: rl"),
+        ("judges={'a/b': {url: 'http://a/v1'}, j: {url: 'http://a/v1'}}", "judges: the name 'a/b' becomes part"),
+    ],
+)
+def test_what_is_wrong_with_a_judge_is_said_before_anything_starts(judged: Path, override: str, message: str) -> None:
+    found = check(judged, override)
+    assert any(message in problem for problem in found), found
+
+
+def test_held_out_rows_need_a_reference_and_training_rows_do_not(judged: Path) -> None:
+    (judged.parent / "asked.jsonl").write_text('{"prompt": "hello"}\n')
+    assert len(check(judged)) == 1 and "asked.jsonl:1 has no field 'reference'" in check(judged)[0]
+
+
+def test_a_judge_whose_checkpoint_is_cut_short_is_found(judged: Path) -> None:
+    weights = judged.parent / "base" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1])
+    assert any(problem.startswith("judges.j.model:") for problem in check(judged))
+
+
+def test_the_plan_starts_the_judges_that_a_domain_names(judged: Path) -> None:
+    recipe = load_recipe(judged, ())
+    assert list(recipe.judges_used) == ["j"]
+    assert any(command.endswith("judge j") for command in make_plan(recipe).commands)

@@ -1,0 +1,150 @@
+"""Answers on their way to rewards: groups that a judge compares, and a run that is stopped meanwhile."""
+
+import os
+import signal
+import threading
+import time
+
+import pytest
+from judge_server import Said, judge_server, shown, verdict
+from tiny_checkpoints import VOCABULARY, write_tokenizer
+
+from millrace.config.schema import DomainConfig, JudgeConfig, RlhfStage, RlStage
+from millrace.data.tokenizer import ChatTokenizer
+from millrace.environments.judge import HttpEndpoint, Judge, JudgeError
+from millrace.environments.registry import make_environment
+from millrace.observe.console import RunConsole
+from millrace.observe.metrics import METRICS
+from millrace.rollout.types import Rollout
+from millrace.stages.collect import rollout_metrics
+from millrace.stages.control import Stopped
+from millrace.stages.episodes import Domain, EpisodePlayer
+from millrace.stages.rlhf import comparison
+
+STAGE = RlhfStage(name="rlhf", domains=("chat",), steps=1, think_length_weight=0.0, answer_length_weight=0.0)
+
+
+@pytest.fixture
+def open_player(tmp_path, control):
+    """A function from a judge's URL to a player of the domain chat, which it judges."""
+    write_tokenizer(tmp_path)
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "train.jsonl").write_text('{"prompt": "say a"}\n{"prompt": "say b"}\n')
+    (tmp_path / "held_out.jsonl").write_text('{"prompt": "say c", "reference": "c"}\n')
+    tokenizer = ChatTokenizer(tmp_path, VOCABULARY)
+    console = RunConsole(tmp_path)
+    players = []
+
+    def open_player(url, **settings):
+        config = DomainConfig(
+            environment="genrm",
+            train=str(tmp_path / "train.jsonl"),
+            held_out=str(tmp_path / "held_out.jsonl"),
+            judge="j",
+        )
+        judge = Judge("j", JudgeConfig(url=url, retries=0, **settings), HttpEndpoint(url, None))
+        domain = Domain("chat", config, make_environment(config, {"j": judge}), tokenizer)
+        players.append(EpisodePlayer(control, None, tokenizer, None, {"chat": domain}, console))
+        return players[-1], domain, tokenizer
+
+    yield open_player
+    for player in players:
+        player.close()
+    console.close()
+
+
+def rollouts(tokenizer, answers, cut=()):
+    return [
+        Rollout(
+            request_id="r",
+            index=index,
+            prompt=(1,),
+            answer=tuple(tokenizer.encode(answer)),
+            rollout_logp=(0.0,) * len(answer),
+            finish_reason="length" if index in cut else "stop",
+            weight_version=0,
+            engine="e",
+        )
+        for index, answer in enumerate(answers)
+    ]
+
+
+def longer_is_better(request):
+    first, second = shown(request)
+    return Said(verdict(5, 1, 1) if len(first) > len(second) else verdict(1, 5, 6))
+
+
+def test_an_rlhf_stage_compares_the_answers_of_each_group(open_player):
+    with judge_server(longer_is_better) as server:
+        player, domain, tokenizer = open_player(server.url)
+        episodes = [domain.episode(domain.train, row, seed=0) for row in (0, 1)]
+        groups = player.score(
+            episodes,
+            [rollouts(tokenizer, ["a", "aaa", "aa"]), rollouts(tokenizer, ["bb", "b", "bbbb"], cut=[2])],
+            "rlhf 1/1",
+            comparison(STAGE),
+        )
+    assert [group.episode for group in groups] == episodes
+    assert groups[0].rewards == [1.0, 5.0, 3.0]
+    assert groups[1].rewards == [5.0, 1.0, -1.5]  # an answer that was cut is not shown, and loses
+    assert groups[1].answers[2].text == "bbbb"
+
+
+def test_held_out_answers_are_judged_alone_against_their_reference(open_player):
+    with judge_server(longer_is_better) as server:
+        player, domain, tokenizer = open_player(server.url)
+        episode = domain.episode(domain.held_out, 0, seed=0)
+        (group,) = player.score([episode], [rollouts(tokenizer, ["ccc", ""])], "held-out chat")
+    assert group.rewards == [1.0, 0.0]
+
+
+def test_what_the_judge_did_is_among_the_metrics_of_a_step(open_player):
+    texts = iter([verdict(4, 2, 2), "hm"] * 3)
+    with judge_server(lambda request: Said(next(texts))) as server:
+        player, domain, tokenizer = open_player(server.url)
+        groups = player.score(
+            [domain.episode(domain.train, 0, seed=0)],
+            [rollouts(tokenizer, ["a", "aaa", "aa", "cut"], cut=[3])],
+            "rlhf 1/1",
+            comparison(STAGE),
+        )
+    metrics = rollout_metrics(groups)
+    assert (metrics["judge/verdicts"], metrics["judge/unparsable"], metrics["judge/failed"]) == (6.0, 0.5, 0.0)
+    assert metrics["judge/first_wins"] == 0.5 and metrics["judge/score"] == pytest.approx(3.0)
+    assert 0 < metrics["judge/seconds"] < 5
+    assert {name for name in metrics if name.startswith("judge/")} <= METRICS.keys()
+
+
+def test_undecided_verdicts_are_said_aloud(open_player, tmp_path):
+    with judge_server(lambda request: Said("hm")) as server:
+        player, domain, tokenizer = open_player(server.url)
+        player.score([domain.episode(domain.held_out, 0, seed=0)], [rollouts(tokenizer, ["c"])], "held-out chat")
+    said = (tmp_path / "logs" / "run.log").read_text()
+    assert "held-out chat: 100.0% of the judge's verdicts stand undecided (0.0% unanswered, 100.0% unparsable)" in said
+
+
+def test_a_stop_leaves_a_judge_that_hangs(open_player, control):
+    with judge_server(lambda request: Said("", delay=2.0)) as server:
+        player, domain, tokenizer = open_player(server.url, concurrency=2)
+        episodes = [domain.episode(domain.train, 0, seed=0)]
+        answers = [rollouts(tokenizer, ["a", "aa", "aaa"])]
+        threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGTERM)).start()
+        began = time.monotonic()
+        with pytest.raises(Stopped):
+            control.on_main_until_stopped(lambda: player.score(episodes, answers, "rlhf 1/1", comparison(STAGE)))
+        assert time.monotonic() - began < 1.8
+    assert len(server.requests) <= 2
+
+
+def test_the_first_error_ends_the_scoring_of_all_groups(open_player):
+    with judge_server(lambda request: Said(status=401, raw="no")) as server:
+        player, domain, tokenizer = open_player(server.url)
+        episodes = [domain.episode(domain.train, row, seed=0) for row in (0, 1)]
+        answers = [rollouts(tokenizer, ["a", "aa"]), rollouts(tokenizer, ["b", "bb"])]
+        with pytest.raises(JudgeError, match="refuses access"):
+            player.score(episodes, answers, "rlhf 1/1", comparison(STAGE))
+
+
+def test_a_stage_of_rewards_compares_nothing():
+    assert comparison(RlStage(name="rl", domains=("math",), steps=1)) is None
