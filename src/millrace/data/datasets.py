@@ -19,22 +19,31 @@ from typing import Any
 
 from millrace.data.errors import DataError
 from millrace.data.tokenizer import ChatTokenizer
+from millrace.errors import MillraceError
 
 Row = Mapping[str, Any]
 Check = Callable[[Row], str | None]
 """What is wrong with a row, in one sentence, or None."""
+Read = Callable[[Row], Row]
+"""From a row as the file has it to the row that is checked and used; raises MillraceError for one it cannot read."""
+
+
+def _as_written(row: Row) -> Row:
+    return row
 
 
 class JsonlFile:
-    """The rows of a JSONL file, each an object with the required fields. Blank lines are skipped.
+    """The rows of a JSONL file, each, once `read`, an object with the required fields. Blank lines are skipped.
 
     Raises:
         DataError: the file is missing, empty, or has a bad row; the message names file, line and field.
     """
 
-    def __init__(self, path: str | Path, required: Iterable[str] = (), check: Check | None = None) -> None:
+    def __init__(
+        self, path: str | Path, required: Iterable[str] = (), check: Check | None = None, read: Read = _as_written
+    ) -> None:
         self.path = Path(path)
-        self._required, self._check = tuple(required), check
+        self._required, self._check, self._read = tuple(required), check, read
         self._starts, self._lines = array("Q"), array("Q")
         try:
             with self.path.open("rb") as file:
@@ -49,7 +58,7 @@ class JsonlFile:
         return len(self._starts)
 
     def __getitem__(self, index: int) -> Row:
-        return json.loads(self.raw(index))
+        return self._read(json.loads(self.raw(index)))
 
     def __iter__(self) -> Iterator[Row]:
         return (self[index] for index in range(len(self)))
@@ -86,10 +95,14 @@ class JsonlFile:
             return "not valid UTF-8"
         if not isinstance(row, dict):
             return f"a row must be a JSON object, this is a {type(row).__name__}"
+        try:
+            read = self._read(row)
+        except MillraceError as error:
+            return str(error)
         for name in self._required:
-            if name not in row:
-                return f"the row has no field {name!r} (it has {', '.join(row) or 'none'})"
-        return self._check(row) if self._check else None
+            if name not in read:
+                return f"the row has no field {name!r} (it has {', '.join(read) or 'none'})"
+        return self._check(read) if self._check else None
 
 
 def read_rows(path: str | Path, required: Iterable[str] = (), check: Check | None = None) -> JsonlFile:
@@ -100,8 +113,10 @@ def read_rows(path: str | Path, required: Iterable[str] = (), check: Check | Non
 class PromptDataset:
     """Rows that environments make prompts of, each with an id that stays the same wherever the row stands."""
 
-    def __init__(self, path: str | Path, required: Iterable[str] = (), check: Check | None = None) -> None:
-        self._rows = JsonlFile(path, required, check)
+    def __init__(
+        self, path: str | Path, required: Iterable[str] = (), check: Check | None = None, read: Read = _as_written
+    ) -> None:
+        self._rows = JsonlFile(path, required, check, read)
         self._refuse_repeated_ids()
 
     def __len__(self) -> int:

@@ -2,7 +2,7 @@
 
 A row has `prompt`, `instruction_id_list` and `kwargs`, a list aligned with the ids (entries that are None are dropped,
 as the released data sets write every known key). Only the final text is judged. Binary grading gives 1 when every
-instruction is followed, fraction the share that is.
+instruction is followed, fraction the share that is; the recipe says which, not a row's `grading_mode`.
 """
 
 from __future__ import annotations

@@ -12,6 +12,8 @@ from millrace.environments.genrm import GenrmEnvironment
 from millrace.environments.instruction_following import InstructionFollowingEnvironment
 from millrace.environments.judge import Judge
 from millrace.environments.math import MathEnvironment
+from millrace.environments.mcqa import McqaEnvironment
+from millrace.environments.structured_outputs import StructuredOutputsEnvironment
 
 MOST_WORKERS = 16
 """Verifier processes of one domain; more would only idle, a comparison takes milliseconds."""
@@ -20,10 +22,14 @@ MOST_WORKERS = 16
 def make_environment(config: DomainConfig, judges: Mapping[str, Judge] | None = None) -> Environment:
     """The environment that scores a domain. Its processes start with the first answer that needs one. `judges` are
     those of the recipe, by name."""
+    workers = min(MOST_WORKERS, os.cpu_count() or 1)
     match config.environment:
         case "math":
-            workers = min(MOST_WORKERS, os.cpu_count() or 1)
             return MathEnvironment(verify_timeout_s=config.verify_timeout_s, workers=workers)
+        case "mcqa":
+            return McqaEnvironment(verify_timeout_s=config.verify_timeout_s, workers=workers)
+        case "structured_outputs":
+            return StructuredOutputsEnvironment(verify_timeout_s=config.verify_timeout_s, workers=workers)
         case "instruction_following":
             return InstructionFollowingEnvironment(grading=config.grading)
         case "genrm":

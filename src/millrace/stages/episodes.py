@@ -18,6 +18,7 @@ from millrace.data.datasets import PromptDataset
 from millrace.data.errors import DataError
 from millrace.data.tokenizer import ChatTokenizer
 from millrace.environments.base import Comparison, Environment, GroupEnvironment, Message, Observation, Reward
+from millrace.environments.gym_rows import plain_row
 from millrace.observe.console import Bar, RunConsole
 from millrace.rollout.fleet import Fleet
 from millrace.rollout.member import FleetNeedsSync
@@ -67,11 +68,11 @@ class Domain:
     def __init__(self, name: str, config: DomainConfig, environment: Environment, tokenizer: ChatTokenizer) -> None:
         self.name, self.environment = name, environment
         self._system, self._tokenizer = config.system_prompt, tokenizer
-        self.train = PromptDataset(config.train, environment.required_fields, environment.validate)
+        self.train = PromptDataset(config.train, environment.required_fields, environment.validate, plain_row)
         alone = (
             environment.held_out_fields if isinstance(environment, GroupEnvironment) else environment.required_fields
         )
-        self.held_out = PromptDataset(config.held_out, alone, environment.validate)
+        self.held_out = PromptDataset(config.held_out, alone, environment.validate, plain_row)
 
     def episode(self, dataset: PromptDataset, index: int, seed: int) -> Episode:
         row = dataset[index]
