@@ -133,27 +133,55 @@ def run(
     recipe: RecipeFile,
     overrides: Overrides = None,
     accept_changes: Annotated[
-        bool, typer.Option("--accept-changes", help="Resume although the recipe is not the one the run began with.")
+        bool, typer.Option("--accept-changes", help="Go on although changes of the recipe touch what the run has done.")
     ] = False,
+    from_: Annotated[
+        str | None, typer.Option("--from", metavar="STAGE", help="Run this stage and all after it again.")
+    ] = None,
+    until: Annotated[str | None, typer.Option(metavar="STAGE", help="The last stage to run now.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and do nothing.")] = False,
 ) -> None:
     """Run a recipe on this machine, or resume it where it stopped. Ctrl-C saves and stops; twice ends it at once.
+
+    Exit code 3: a stage's gate failed and the recipe says to stop then.
 
     Examples:
 
     * `millrace run recipes/laptop/dense.yaml`
-    * `millrace run recipes/laptop/dense.yaml run_dir=runs/hot stages.math.sampling.temperature=1.2`
+    * `millrace run recipes/laptop/dense.yaml run_dir=runs/hot stages.rl-math.sampling.temperature=1.2`
+    * `millrace run recipes/laptop/cascade.yaml --until mopd --dry-run`
+    * `millrace run recipes/laptop/cascade.yaml --from mopd stages.mopd.optimizer.lr=1e-4`
     """
+    from millrace.cascade.ledger import Ledger, standing
+    from millrace.cascade.rewind import require_stage, rewind, would_do
+    from millrace.config.changes import change_lines
     from millrace.config.loading import load_recipe
     from millrace.config.rules import require_runnable
     from millrace.launch.local import launch
-    from millrace.launch.run_dir import locked, prepare
+    from millrace.launch.run_dir import locked, prepare, recorded_recipe
 
+    out = Console(highlight=False, markup=False, soft_wrap=True)
     loaded = load_recipe(recipe, overrides or ())
     require_runnable(loaded)
+    for option, stage in (("--from", from_), ("--until", until)):
+        if stage is not None:
+            require_stage(loaded, stage, option)
     run_dir = Path(loaded.run_dir)
+    if dry_run:
+        out.print("\n".join(would_do(loaded, run_dir, from_, until)))
+        return
     with locked(run_dir):
-        prepare(loaded, run_dir, accept_changes)
-        code = launch(loaded, run_dir)
+        if damage := Ledger(run_dir).recover():
+            out.print(damage)
+        order = [stage.name for stage in (recorded_recipe(run_dir) or loaded).stages]
+        events = Ledger(run_dir).events() + ([{"event": "rewound", "to": from_}] if from_ else [])
+        done = standing(events, order)
+        changes = prepare(loaded, run_dir, accept_changes, begun=done.begun, finished=done.finished)
+        if changes:
+            out.print("\n".join(["the recipe has changed since the run last started:", *change_lines(changes)]))
+        if from_ is not None:
+            out.print(rewind(loaded, run_dir, from_))
+        code = launch(loaded, run_dir, until)
     raise typer.Exit(code)
 
 

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 from millrace.data.tokenizer import ChatTokenizer
 
 VERDICT = '{"score_1":4,"score_2":2,"ranking":2}'
-STEPS, BATCH = 160, 8
+STEPS, BATCH = 160, 4
 
 
 def write_judge(path: Path) -> Path:

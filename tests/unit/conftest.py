@@ -35,6 +35,37 @@ stages:
   - {type: sft, name: warm, data: [sft.jsonl], steps: 10, max_length: 128}
   - {type: rl, name: climb, domains: [math], steps: 5, sampling: {max_response_tokens: 64}}
 """
+CASCADE_RECIPE = """\
+name: cascade
+run_dir: run
+model: {path: base}
+trainer: {device: cpu, max_tokens_per_micro_batch: 512}
+fleet: {max_model_len: 256}
+evaluation: {sampling: {max_response_tokens: 64}}
+judges:
+  genrm: {url: "http://127.0.0.1:8100/v1"}
+domains:
+  math: {environment: math, train: math.jsonl, held_out: held-out.jsonl}
+  format: {environment: instruction_following, train: math.jsonl, held_out: held-out.jsonl}
+  chat: {environment: genrm, judge: genrm, train: math.jsonl, held_out: held-out.jsonl}
+stages:
+  - {type: sft, name: warm, data: [sft.jsonl], steps: 10, max_length: 128}
+  - type: rl
+    name: climb
+    domains: [math]
+    steps: 5
+    sampling: {max_response_tokens: 64}
+    gate: {min_gain: 0, max_drop: 2}
+  - {type: rlhf, name: prefer, from: warm, domains: [chat], steps: 5, sampling: {max_response_tokens: 64}}
+  - type: mopd
+    name: distil
+    from: climb
+    steps: 5
+    sampling: {max_response_tokens: 64}
+    teachers: {math: best(math), chat: stage(prefer), format: stage(start)}
+  - {type: evaluate, name: look}
+"""
+"""Every type of stage and every edge of the graph: start -> warm -> climb -> distil -> look, and warm -> prefer."""
 
 
 def safetensors_bytes() -> bytes:
@@ -61,3 +92,10 @@ def recipe_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (tmp_path / name).write_text('{"prompt": "1+1", "answer": "2"}\n')
     (tmp_path / "recipe.yaml").write_text(RECIPE)
     return tmp_path / "recipe.yaml"
+
+
+@pytest.fixture
+def cascade_file(recipe_file: Path) -> Path:
+    """A recipe of a whole cascade that fulfils every rule, beside the other one and its files."""
+    (recipe_file.parent / "cascade.yaml").write_text(CASCADE_RECIPE)
+    return recipe_file.parent / "cascade.yaml"

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from millrace.cascade.ledger import Ledger
 from millrace.config.loading import dump_recipe, load_recipe
 from millrace.launch.run_dir import locked
 
@@ -94,9 +95,13 @@ def test_a_run_of_another_recipe_is_not_continued_unasked(recipe_file: Path) -> 
     run_dir = recipe_file.parent / "run"
     run_dir.mkdir()
     (run_dir / "recipe.yaml").write_text(dump_recipe(load_recipe(recipe_file)))
-    done = millrace("run", "recipe.yaml", "seed=9", "stages.climb.steps=6", cwd=recipe_file.parent)
+    ledger = Ledger(run_dir)
+    ledger.append("stage_started", stage="warm")
+    ledger.append("stage_finished", stage="warm")
+    done = millrace("run", "recipe.yaml", "stages.warm.steps=6", "stages.climb.steps=6", cwd=recipe_file.parent)
     assert done.returncode == 2
-    assert "differs in seed, stages.1.steps; set another run_dir, or go on" in done.stderr
+    assert "stages.warm.steps   10 -> 6  past    stage warm is finished and will not run again" in done.stderr
+    assert "stages.climb.steps  5 -> 6   future  stage climb has not begun" in done.stderr
 
 
 def test_two_runs_in_one_folder_are_refused(recipe_file: Path) -> None:

@@ -1,4 +1,4 @@
-"""One rank of the trainer, started by `millrace run` as `python -m millrace.cascade.worker RUN_DIR`."""
+"""One rank of the trainer, started by `millrace run` as `python -m millrace.cascade.worker RUN_DIR [LAST_STAGE]`."""
 
 from __future__ import annotations
 
@@ -14,13 +14,16 @@ from millrace.config.loading import load_recipe
 from millrace.config.schema import Recipe
 from millrace.errors import MillraceError
 
-FINISHED, FAILED, STOPPED = 0, 1, 130
+FINISHED, FAILED, GATED, STOPPED = 0, 1, 3, 130
+EXIT_CODES = {"finished": FINISHED, "paused": FINISHED, "gated": GATED, "stopped": STOPPED}
 
 
-def main(run_dir: Path) -> int:
-    recipe = load_recipe(run_dir / "recipe.yaml")
+def main(run_dir: Path, until: str | None = None) -> int:
+    recipe, is_main = load_recipe(run_dir / "recipe.yaml"), os.environ.get("RANK", "0") == "0"
+    if is_main and (found := Ledger(run_dir).recover()):
+        sys.stderr.write(f"{found}\n")
     if is_finished(recipe, run_dir):
-        if os.environ.get("RANK", "0") == "0":
+        if is_main:
             sys.stdout.write(f"{recipe.name} is finished, see {run_dir}/report.html; another run_dir starts afresh\n")
         return FINISHED
     # Engines take longest to come up, and starting them needs no torch: they start while this rank is still importing.
@@ -30,7 +33,7 @@ def main(run_dir: Path) -> int:
         judges = start_judges(recipe, run_dir)
         from millrace.cascade.runner import run
 
-        return FINISHED if run(recipe, run_dir, fleet, judges) else STOPPED
+        return EXIT_CODES[run(recipe, run_dir, fleet, judges, until=until)]
     except MillraceError as error:
         sys.stderr.write(f"{error}\n")
         return FAILED
@@ -56,4 +59,4 @@ def is_finished(recipe: Recipe, run_dir: Path) -> bool:
 
 
 if __name__ == "__main__":
-    sys.exit(main(Path(sys.argv[1])))
+    sys.exit(main(Path(sys.argv[1]), *sys.argv[2:3]))

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from millrace.config.schema import MopdStage, Recipe, SamplingStage, StageConfig
+from millrace.config.schema import EvaluateStage, MopdStage, Recipe, SamplingStage, StageConfig
 
 START = "start"
 """Name of what the first stage starts from: the recipe's model."""
@@ -105,7 +105,10 @@ def _origin(recipe: Recipe, index: int) -> Iterator[str]:
     elif wanted not in names:
         yield f"{key} is {wanted}, which is not a stage{nearest(wanted, [START, *names])}"
     elif circle := _circle(recipe, stage.name):
-        yield f"{key}: the stages start from each other in a circle, {' <- '.join(circle)}; cut it at one of them"
+        yield (
+            f"{key}: the stages start from each other in a circle, {' <- '.join(circle)} (without `from` a stage "
+            "starts from the previous one); give one of them another `from`"
+        )
     else:
         yield f"{key} is {wanted}, which comes later; put {wanted} before {stage.name}"
 
@@ -122,18 +125,25 @@ def _circle(recipe: Recipe, start: str) -> list[str]:
 
 
 def _teachers(stage: MopdStage, recipe: Recipe, index: int) -> Iterator[str]:
-    earlier = [START, *(other.name for other in recipe.stages[:index])]
+    names = [other.name for other in recipe.stages]
+    earlier = [START, *names[:index]]
     for domain, text in stage.teachers.items():
         key, rule = f"stages.{stage.name}.teachers.{domain}", teacher_rule(text)
         if rule is None:
             yield f"{key} is {text!r}; write best(DOMAIN) or stage(NAME)"
         elif rule.kind == "best" and rule.name not in recipe.domains:
-            yield f"{key} is {rule}, but {rule.name} is not a domain of this recipe{nearest(rule.name, recipe.domains)}"
-        elif rule.kind == "stage" and rule.name not in earlier:
-            names = [other.name for other in recipe.stages]
-            why = "does not exist yet when this stage begins; put it before" if rule.name in names else "is not a stage"
-            hint = "" if rule.name in names else nearest(rule.name, earlier)
-            yield f"{key} is {rule}, but {rule.name} {why}{hint}"
+            yield (
+                f"{key} is {rule}, but {rule.name} is not a domain of this recipe, so that no checkpoint is the best "
+                f"at it{nearest(rule.name, recipe.domains)}"
+            )
+        elif rule.kind == "best" or rule.name in earlier:
+            continue
+        elif rule.name == stage.name:
+            yield f"{key} is {rule}, the stage itself; a teacher is an earlier stage, or stage({START})"
+        elif rule.name in names:
+            yield f"{key} is {rule}, which does not exist yet when {stage.name} begins; put {rule.name} before it"
+        else:
+            yield f"{key} is {rule}, but {rule.name} is not a stage{nearest(rule.name, earlier)}"
 
 
 def _gate(stage: StageConfig, recipe: Recipe) -> Iterator[str]:
@@ -145,12 +155,30 @@ def _gate(stage: StageConfig, recipe: Recipe) -> Iterator[str]:
                     f"{key}.{field} names {domain}, which no held-out set measures{nearest(domain, recipe.domains)}; "
                     "a gate speaks about domains of the recipe"
                 )
-    for both in set(gate.own or ()) & set(gate.others or ()):
-        yield f"{key}: {both} stands in own and in others; a domain is one or the other"
+    own = own_domains(stage)
+    for both in dict.fromkeys(domain for domain in gate.others or () if domain in own):
+        place = f"{key}.own" if gate.own is not None else "the stage's own domains"
+        yield f"{key}.others names {both}, which is among {place}; min_gain speaks about those, so leave it out here"
+    yield from _limits(stage, recipe, key)
+
+
+def _limits(stage: StageConfig, recipe: Recipe, key: str) -> Iterator[str]:
+    """The two limits of a gate have something to speak about, and the lists of domains have a limit."""
+    gate = stage.gate
     if gate.min_gain is not None and not own_domains(stage):
         yield f"{key}.min_gain is {gate.min_gain:g}, but the stage has no domains of its own; name some in {key}.own"
     if gate.max_drop is not None and not other_domains(stage, recipe):
         yield f"{key}.max_drop is {gate.max_drop:g}, but there is no other domain to measure; leave it out"
+    if gate.own and gate.min_gain is None and gate.max_drop is None:
+        yield f"{key}.own names domains, but there is neither min_gain nor max_drop; give one, or leave own out"
+    if gate.others and gate.max_drop is None:
+        yield f"{key}.others names domains, but there is no max_drop for them; give one, or leave others out"
+    limited = gate.min_gain is not None or gate.max_drop is not None
+    if isinstance(stage, EvaluateStage) and limited and gate.against == "parent":
+        yield (
+            f"{key} compares the stage with its parent, but an evaluate stage has its parent's weights; "
+            f"set {key}.against to best, or put the gate at a stage that trains"
+        )
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -1,7 +1,7 @@
 """From a recipe file to the frozen dataclasses of `schema`, and back to YAML.
 
 Strict: an unknown key, a value of the wrong type, a word that is not among the choices and a missing key are errors
-that name file, line and key. All of them are reported at once.
+that name file, line and key. All of them are reported at once. A domain or judge that is null is taken out.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from millrace.config.fields import (
     is_section,
 )
 from millrace.config.schema import Recipe
-from millrace.config.sources import InterpolatedText, KeyPath, Source, apply_overrides, read_source, resolve
+from millrace.config.sources import SHARED, InterpolatedText, KeyPath, Source, apply_overrides, read_source, resolve
 
 _PATHS_OF_THE_RECIPE = (
     ("model", "path"),
@@ -55,6 +55,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     problems = apply_overrides(source, overrides)
     tree, unresolved = resolve(source)
     problems += unresolved
+    tree = {key: value for key, value in tree.items() if not key.startswith(SHARED)}
     converter = _Converter(source, silent=bool(unresolved))
     recipe = converter.section(Recipe, tree, _Place((), ""))
     problems += converter.problems
@@ -75,12 +76,6 @@ def written(section: Any) -> Any:
     if isinstance(section, Mapping):
         return {key: written(value) for key, value in section.items()}
     return [written(item) for item in section] if isinstance(section, tuple) else section
-
-
-def changed_keys(before: Recipe, after: Recipe) -> list[str]:
-    """Dotted keys in which two recipes differ, stages by their position."""
-    left, right = _leaves(written(before)), _leaves(written(after))
-    return sorted(key for key in left.keys() | right.keys() if left.get(key, _ABSENT) != right.get(key, _ABSENT))
 
 
 @dataclass(frozen=True)
@@ -171,6 +166,8 @@ class _Converter:
     def _dict(self, kind: Any, value: Any, place: _Place) -> Any:
         if not isinstance(value, Mapping):
             return self._refuse(place, f"must be a section with names, not {_said(value)}")
+        if is_section(kind):  # null takes an entry out that a base file wrote
+            value = {key: item for key, item in value.items() if item is not None}
         entries = {key: self.value(kind, item, place.child(key)) for key, item in value.items()}
         return _ABSENT if _ABSENT in entries.values() else entries
 
@@ -277,13 +274,3 @@ def _plain(value: Any) -> Any:
         # A literal ${ must not be read as an interpolation; backslashes before it are halved when it is read.
         return re.sub(r"(\\*)\$\{", lambda match: match[1] * 2 + r"\${", value)
     return value
-
-
-def _leaves(value: Any, path: str = "") -> dict[str, Any]:
-    if isinstance(value, Mapping) and value:
-        items = {f"{path}.{key}" if path else key: item for key, item in value.items()}
-    elif isinstance(value, list) and value:
-        items = {f"{path}.{index}": item for index, item in enumerate(value)}
-    else:
-        return {path: value}
-    return {leaf: item for key, child in items.items() for leaf, item in _leaves(child, key).items()}

@@ -88,8 +88,16 @@ class ModelShape:
     def parameter_count(self) -> int:
         """Parameters of the whole model; tied embeddings count once, vocabulary padding does not count."""
         embeddings = self.vocab_size * self.hidden_size * (1 if self.tied_embeddings else 2)
+        return self._count(embeddings, self.num_experts)
+
+    def active_parameter_count(self) -> int:
+        """Parameters that one token is multiplied with: its chosen experts', and of the vocabulary the output layer's
+        (an embedding is looked up)."""
+        return self._count(self.vocab_size * self.hidden_size, self.experts_per_token)
+
+    def _count(self, embeddings: int, experts: int) -> int:
         moe_layers = sum(self.moe_layer_mask)
-        per_moe_layer = self.num_experts * self.expert_parameters() + self.router_parameters()
+        per_moe_layer = experts * self.expert_parameters() + self.router_parameters()
         return (
             embeddings
             + self.hidden_size

@@ -8,8 +8,19 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from millrace.config.graph import stage_graph, teacher_rule
 from millrace.config.model_shape import ModelShape
-from millrace.config.schema import ParallelConfig, Recipe, RlStage, SamplingStage, SftStage, StageConfig
+from millrace.config.schema import (
+    FleetConfig,
+    MopdStage,
+    ParallelConfig,
+    Recipe,
+    RlhfStage,
+    RlStage,
+    SamplingStage,
+    SftStage,
+    StageConfig,
+)
 
 BYTES = {"float32": 4, "bfloat16": 2}
 GRADIENT_BYTES = 4
@@ -38,9 +49,34 @@ class RankPlan:
 
 
 @dataclass(frozen=True, kw_only=True)
+class TeacherPlan:
+    rule: str
+    """`best(DOMAIN)`, which is settled when the stage begins, or `stage(NAME)`."""
+    domains: tuple[str, ...]
+    """Whose prompts this teacher scores."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class JudgePlan:
+    name: str
+    domains: tuple[str, ...]
+    """Whose answers it compares."""
+    url: str | None
+    """Where it already runs; None when the run starts it."""
+    model: str | None
+    """What the run starts it from."""
+    ranks: int
+    """Processes of its server (tensor parallelism); 0 when it already runs."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class StagePlan:
     name: str
     type: str
+    parent: str
+    """What it starts from: a stage, or `start`."""
+    domains: tuple[str, ...]
+    """Whose prompts it trains on."""
     steps: int | None
     """Updates of the policy; None where epochs decide, which needs the data to be read."""
     epochs: float | None
@@ -50,6 +86,14 @@ class StagePlan:
     """In tokens."""
     micro_batches_at_most: int
     """Micro-batches of one update on one data-parallel replica if every sequence had full length."""
+    verdicts_per_step: int
+    """Verdicts that judges give in a step, when none of them fails."""
+    teachers: tuple[TeacherPlan, ...]
+    """One entry for each distinct rule; two rules may still choose one checkpoint, which is then loaded once."""
+    placement: str | None
+    """Where teachers live; None without teachers."""
+    teacher_servers: int
+    """vLLM servers started for teachers, at most: one for each distinct rule when they are served."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,12 +113,14 @@ class Plan:
     addresses: tuple[str, ...]
     ranks: tuple[RankPlan, ...]
     stages: tuple[StagePlan, ...]
+    judges: tuple[JudgePlan, ...]
     commands: tuple[str, ...]
 
 
 def make_plan(recipe: Recipe) -> Plan:
     """The plan of a recipe that fulfils the rules. Raises ConfigError when the model cannot be read."""
     shape, p = ModelShape.from_hf(recipe.model.path), recipe.parallel
+    parents = stage_graph(recipe.stages).parents
     return Plan(
         name=recipe.name,
         run_dir=recipe.run_dir,
@@ -87,7 +133,8 @@ def make_plan(recipe: Recipe) -> Plan:
         engine_ranks=recipe.fleet.tensor_parallel,
         addresses=recipe.fleet.addresses if recipe.samples else (),
         ranks=tuple(_rank(rank, recipe, shape) for rank in range(p.world_size)),
-        stages=tuple(_stage(stage, recipe) for stage in recipe.stages),
+        stages=tuple(_stage(stage, parents[stage.name], recipe) for stage in recipe.stages),
+        judges=tuple(_judges(recipe)),
         commands=tuple(_commands(recipe)),
     )
 
@@ -146,7 +193,7 @@ def _parameters(shape: ModelShape, p: ParallelConfig, pp_rank: int) -> tuple[int
     return shared, experts
 
 
-def _stage(stage: StageConfig, recipe: Recipe) -> StagePlan:
+def _stage(stage: StageConfig, parent: str, recipe: Recipe) -> StagePlan:
     steps: int | None = 0
     epochs, samples, longest = None, 0, recipe.fleet.max_model_len
     if isinstance(stage, SftStage):
@@ -156,25 +203,67 @@ def _stage(stage: StageConfig, recipe: Recipe) -> StagePlan:
         steps, samples = stage.steps * updates, stage.prompts_per_step * stage.samples_per_prompt // updates
     fitting = max(1, recipe.trainer.max_tokens_per_micro_batch // longest)
     per_replica = -(-samples // recipe.parallel.dp)
+    teachers = tuple(_teachers(stage)) if isinstance(stage, MopdStage) else ()
+    placement = stage.placement if isinstance(stage, MopdStage) else None
     return StagePlan(
         name=stage.name,
         type=stage.type,
+        parent=parent,
+        domains=stage.domains if isinstance(stage, SamplingStage) else (),
         steps=steps,
         epochs=epochs,
         samples_per_update=samples,
         longest_sequence=longest,
         micro_batches_at_most=-(-per_replica // fitting),
+        verdicts_per_step=_verdicts(stage) if isinstance(stage, RlhfStage) else 0,
+        teachers=teachers,
+        placement=placement,
+        teacher_servers=len(teachers) if placement == "served" else 0,
     )
+
+
+def _teachers(stage: MopdStage) -> Iterator[TeacherPlan]:
+    rules = {domain: str(teacher_rule(text)) for domain, text in stage.teachers.items()}
+    for rule in dict.fromkeys(rules.values()):
+        yield TeacherPlan(rule=rule, domains=tuple(domain for domain, its in rules.items() if its == rule))
+
+
+def _verdicts(stage: RlhfStage) -> int:
+    """Pairs of all groups of a step, each judged once or in both orders."""
+    n = stage.samples_per_prompt
+    circle = n if n > 2 else n - 1  # two answers next to each other around a circle are one pair
+    pairs = n * (n - 1) // 2 if stage.pairing == "all_pairs" else circle
+    return stage.prompts_per_step * pairs * (2 if stage.both_orders else 1)
+
+
+def _judges(recipe: Recipe) -> Iterator[JudgePlan]:
+    for name, judge in recipe.judges.items():
+        yield JudgePlan(
+            name=name,
+            domains=tuple(domain for domain, config in recipe.domains.items() if config.judge == name),
+            url=judge.url,
+            model=judge.model,
+            ranks=judge.engine.tensor_parallel if judge.model is not None else 0,
+        )
 
 
 def _commands(recipe: Recipe) -> Iterator[str]:
     yield f"{recipe.parallel.world_size} x python -m millrace.cascade.worker {recipe.run_dir}"
     if recipe.samples and recipe.fleet.engines:
-        yield f"{recipe.fleet.engines} x vLLM server of {recipe.model.path} on {recipe.fleet.interface}"
-    for name, judge in recipe.judges_used.items():
+        yield f"{recipe.fleet.engines} x {_server(recipe.model.path, recipe.fleet)}"
+    for name, judge in recipe.judges.items():
         if judge.model is not None:
-            engine = judge.engine
-            yield f"{engine.engines} x vLLM server of {judge.model} on {engine.interface}, judge {name}"
+            yield f"{judge.engine.engines} x {_server(f'{judge.model}, the judge {name},', judge.engine)}"
+    for stage in recipe.stages:
+        if isinstance(stage, MopdStage) and stage.placement == "served":
+            rules = [teacher.rule for teacher in _teachers(stage)]
+            models = f"{', '.join(rules)}, the teachers of {stage.name},"
+            yield f"{len(rules)} x {_server(models, stage.teacher_engine)}"
+
+
+def _server(model: str, config: FleetConfig) -> str:
+    ranks = f" over {config.tensor_parallel} ranks" if config.tensor_parallel > 1 else ""
+    return f"vLLM server of {model} on {config.interface}{ranks}"
 
 
 def to_json(plan: Plan) -> str:
@@ -193,23 +282,46 @@ def render_text(plan: Plan) -> str:
         ("engines", engines),
         *(("start", command) for command in plan.commands),
     ]
-    ranks: list[tuple[str, ...]] = [
-        ("rank", "pp", "dp", "cp", "tp", "ep", "etp", "layers", "parameters", "weights", "gradients", "optimizer")
-    ]
-    ranks += [_rank_row(rank) for rank in plan.ranks]
-    stages = [("stage", "type", "updates", "sequences", "longest", "micro-batches at most")]
-    stages += [
-        (
-            s.name,
-            s.type,
-            str(s.steps) if s.steps is not None else f"{s.epochs:g} epochs",
-            str(s.samples_per_update),
-            f"{s.longest_sequence} tokens",
-            f"{s.micro_batches_at_most} a replica",
-        )
-        for s in plan.stages
-    ]
-    return "\n\n".join(_aligned(rows) for rows in (head, ranks, stages))
+    tables = (head, _rank_table(plan), _stage_table(plan), _teacher_table(plan), _judge_table(plan))
+    return "\n\n".join(_aligned(rows) for rows in tables if len(rows) > 1)
+
+
+Table = list[tuple[str, ...]]
+
+
+def _rank_table(plan: Plan) -> Table:
+    titles = ("rank", "pp", "dp", "cp", "tp", "ep", "etp", "layers", "parameters", "weights", "gradients", "optimizer")
+    return [titles, *map(_rank_row, plan.ranks)]
+
+
+def _stage_table(plan: Plan) -> Table:
+    titles = ("stage", "type", "from", "updates", "sequences", "longest", "micro-batches at most")
+    return [titles, *map(_stage_row, plan.stages)]
+
+
+def _stage_row(s: StagePlan) -> tuple[str, ...]:
+    if not s.samples_per_update:
+        return (s.name, s.type, s.parent, "-", "-", "-", "-")
+    updates = str(s.steps) if s.steps is not None else f"{s.epochs:g} epochs"
+    batches = f"{s.micro_batches_at_most} a replica"
+    return (s.name, s.type, s.parent, updates, str(s.samples_per_update), f"{s.longest_sequence} tokens", batches)
+
+
+def _teacher_table(plan: Plan) -> Table:
+    rows: Table = [("teachers of", "rule", "domains", "placement")]
+    for stage in plan.stages:
+        rows += [(stage.name, t.rule, ", ".join(t.domains), stage.placement or "") for t in stage.teachers]
+    return rows
+
+
+def _judge_table(plan: Plan) -> Table:
+    rows: Table = [("judge", "domains", "where", "verdicts a step")]
+    for judge in plan.judges:
+        asking = [s for s in plan.stages if s.verdicts_per_step and set(s.domains) & set(judge.domains)]
+        verdicts = ", ".join(f"{stage.name} {stage.verdicts_per_step}" for stage in asking)
+        where = judge.url or f"vLLM of {judge.ranks} ranks, {judge.model}"
+        rows.append((judge.name, ", ".join(judge.domains), where, verdicts or "none"))
+    return rows
 
 
 def _rank_row(r: RankPlan) -> tuple[str, ...]:

@@ -127,7 +127,8 @@ def _outside(section: Any, path: str) -> Iterator[str]:
             yield from _outside(value, f"{key}.")
         elif isinstance(value, dict):
             for name, item in value.items():
-                yield from _outside(item, f"{key}.{name}.")
+                if dataclasses.is_dataclass(item):
+                    yield from _outside(item, f"{key}.{name}.")
         elif isinstance(value, tuple):
             for item in value:
                 if dataclasses.is_dataclass(item):

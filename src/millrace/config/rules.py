@@ -19,8 +19,8 @@ from millrace.config.errors import ConfigError
 from millrace.config.graph import graph_problems
 from millrace.config.model_shape import ModelShape
 from millrace.config.ranges import range_problems
-from millrace.config.schema import Recipe, SamplingStage, SftStage
-from millrace.config.stage_rules import domain_problems, server_problems, stage_problems
+from millrace.config.schema import MopdStage, Recipe, SamplingStage, SftStage
+from millrace.config.stage_rules import domain_problems, stage_problems
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 
@@ -40,8 +40,10 @@ def check_recipe(recipe: Recipe, *, world_size: int | None = None) -> list[str]:
         problems += _layout_of_model(recipe, shape)
     problems += _lengths(recipe, shape)
     problems += _fleet(recipe)
+    problems += _servers(recipe)
     problems += _names(recipe)
     problems += graph_problems(recipe)
+    problems += _judges(recipe)
     problems += domain_problems(recipe)
     for stage in recipe.stages:
         problems += stage_problems(stage, recipe)
@@ -148,6 +150,10 @@ def _lengths(recipe: Recipe, shape: ModelShape | None) -> Problems:
             )
 
 
+OWN_SERVER_ARGUMENTS = frozenset({"--host", "--port", "--middleware", "--worker-extension-cls", "--model"})
+"""Arguments of a vLLM server that must be what Millrace says: they keep it on its interface and behind its token."""
+
+
 def _fleet(recipe: Recipe) -> Problems:
     fleet = recipe.fleet
     if not recipe.samples:
@@ -156,7 +162,6 @@ def _fleet(recipe: Recipe) -> Problems:
         yield "fleet: the run samples answers, but there are no engines; set fleet.engines or fleet.addresses"
     if fleet.engines and fleet.addresses:
         yield "fleet: engines and addresses are both given; set fleet.engines=0 to use the servers that already run"
-    yield from server_problems(fleet, "fleet")
     for address in fleet.addresses:
         if urlsplit(address).scheme not in ("http", "https") or not urlsplit(address).hostname:
             yield f"fleet.addresses: {address!r} is not a URL such as http://node7:8000"
@@ -175,6 +180,28 @@ def _fleet(recipe: Recipe) -> Problems:
             f"fleet.transport is {fleet.transport}, which works on one host only, but {remote[0]} is another; "
             "use nccl or disk"
         )
+
+
+def _servers(recipe: Recipe) -> Problems:
+    """Every vLLM server that the run starts stays on one interface and behind its token."""
+    servers = {"fleet": recipe.fleet} if recipe.samples else {}
+    own = {f"judges.{name}.engine": judge.engine for name, judge in recipe.judges.items() if judge.model is not None}
+    own |= {
+        f"stages.{stage.name}.teacher_engine": stage.teacher_engine
+        for stage in recipe.stages
+        if isinstance(stage, MopdStage) and stage.placement == "served"
+    }
+    for key, server in (servers | own).items():
+        for taken in sorted(OWN_SERVER_ARGUMENTS & {argument.split("=")[0] for argument in server.extra_args}):
+            yield f"{key}.extra_args: {taken} is set by Millrace and guards the engines; leave it out"
+        if server.interface in ("0.0.0.0", "::", "", "*"):
+            yield (
+                f"{key}.interface is {server.interface!r}, which listens on every network of this machine; "
+                "name the one interface address that the trainer reaches"
+            )
+    for key, server in own.items():
+        if server.addresses:
+            yield f"{key}.addresses are not used, for this server is started by Millrace; leave them out"
 
 
 def _is_this_host(address: str) -> bool:
@@ -196,6 +223,12 @@ def _names(recipe: Recipe) -> Problems:
         for name in dict.fromkeys(names):
             if not NAME.fullmatch(name):
                 yield f"{section}: the name {name!r} becomes part of file names; use letters, digits, - and _"
+
+
+def _judges(recipe: Recipe) -> Problems:
+    for name, judge in recipe.judges.items():
+        if judge.model is not None and not judge.engine.engines:
+            yield f"judges.{name}.engine.engines is 0, which starts no judge; set it to 1 or more, or name a url"
 
 
 def _files(recipe: Recipe) -> Problems:

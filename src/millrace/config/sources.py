@@ -1,4 +1,4 @@
-"""The YAML side of a recipe: files with `extends`, command-line overrides and interpolation, with every key's origin.
+"""The YAML side of a recipe: files with `extends`, anchors, overrides and interpolation, with every key's origin.
 
 A recipe is first a plain tree of dicts, lists and scalars beside a table that says which file and line wrote each key,
 so that a complaint about any key can point at its line and a relative path starts at the folder of its own file.
@@ -7,7 +7,7 @@ so that a complaint about any key can point at its line and a relative path star
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,12 @@ from omegaconf.errors import OmegaConfBaseException
 from millrace.config.errors import ConfigError
 
 KeyPath = tuple[str, ...]
+
+SHARED = "x-"
+"""Top-level keys that begin so are no part of the recipe: they hold what `${...}` and YAML anchors share."""
+
+_MERGE = "tag:yaml.org,2002:merge"
+_Pair = tuple[yaml.Node, yaml.Node]
 
 
 class InterpolatedText(str):
@@ -113,8 +119,8 @@ def _parse(path: Path, wanted_by: Origin) -> Source:
         reason = "does not exist" if isinstance(error, FileNotFoundError) else f"cannot be read ({error})"
         prefix = "" if wanted_by.file is None else f"{wanted_by}: extends: "
         raise ConfigError(f"{prefix}the recipe {shown(path)} {reason}") from None
-    loader = _Loader(text)
     try:
+        loader = _Loader(text)
         node = loader.get_single_node()
         if not isinstance(node, yaml.MappingNode):
             raise ConfigError(f"{shown(path)}:1: a recipe is a mapping of keys to values, this file holds none")
@@ -138,24 +144,58 @@ class _NodeReader:
         self.file = file
         self.origins: dict[KeyPath, Origin] = {}
         self.problems: list[str] = []
+        self._around: list[yaml.Node] = []
 
     def read(self, node: yaml.Node, path: KeyPath) -> Any:
         self.origins.setdefault(path, Origin(self.file, node.start_mark.line + 1))
-        if isinstance(node, yaml.MappingNode):
-            return self._mapping(node, path)
-        if isinstance(node, yaml.SequenceNode):
-            return [self.read(item, (*path, str(index))) for index, item in enumerate(node.value)]
-        return self.loader.construct_object(node)
+        if not isinstance(node, yaml.CollectionNode):
+            return self.loader.construct_object(node)
+        if node in self._around:
+            self._refuse(node, f"{'.'.join(path)} is an anchor that holds itself; write it out")
+            return None
+        self._around.append(node)
+        value = self._mapping(node, path) if isinstance(node, yaml.MappingNode) else self._sequence(node, path)
+        self._around.pop()
+        return value
+
+    def _sequence(self, node: yaml.CollectionNode, path: KeyPath) -> list[Any]:
+        return [self.read(item, (*path, str(index))) for index, item in enumerate(node.value)]
+
+    def _refuse(self, node: yaml.Node, text: str) -> None:
+        self.problems.append(f"{shown(self.file)}:{node.start_mark.line + 1}: {text}")
 
     def _mapping(self, node: yaml.MappingNode, path: KeyPath) -> dict[str, Any]:
         values: dict[str, Any] = {}
-        for key_node, value_node in node.value:
+        for key_node, value_node in self._pairs(node):
             key, line = str(key_node.value), key_node.start_mark.line + 1
             if key in values:
-                self.problems.append(f"{shown(self.file)}:{line}: {'.'.join((*path, key))} is written twice")
+                self._refuse(key_node, f"{'.'.join((*path, key))} is written twice")
             self.origins[(*path, key)] = Origin(self.file, line)
             values[key] = self.read(value_node, (*path, key))
         return values
+
+    def _pairs(self, node: yaml.MappingNode) -> list[_Pair]:
+        """The keys a mapping writes, then those that `<<` merges into it and that it does not write itself."""
+        pairs = [pair for pair in node.value if pair[0].tag != _MERGE]
+        taken = {str(key.value) for key, _ in pairs}
+        for base in self._bases(node):
+            for key, value in self._pairs(base):
+                if str(key.value) not in taken:
+                    taken.add(str(key.value))
+                    pairs.append((key, value))
+        return pairs
+
+    def _bases(self, node: yaml.MappingNode) -> Iterator[yaml.MappingNode]:
+        for key, value in node.value:
+            if key.tag != _MERGE:
+                continue
+            for base in value.value if isinstance(value, yaml.SequenceNode) else [value]:
+                if not isinstance(base, yaml.MappingNode):
+                    self._refuse(key, "<< merges sections only; write <<: *anchor")
+                elif base in self._around:
+                    self._refuse(key, "<< merges a section into itself; leave it out")
+                else:
+                    yield base
 
 
 def _merge(base: Source, over: Source) -> Source:

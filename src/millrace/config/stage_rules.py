@@ -10,7 +10,6 @@ from millrace.config.checkpoint_files import checkpoint_problems
 from millrace.config.graph import nearest
 from millrace.config.schema import (
     EvaluateStage,
-    FleetConfig,
     JudgeConfig,
     MopdStage,
     OptimizerConfig,
@@ -66,11 +65,6 @@ def _rl(stage: RlStage, key: str, recipe: Recipe) -> Problems:
         yield from _enough_answers(stage, key, recipe, stage.updates_per_batch)
     yield from _rl_loss(stage, key)
     yield from _judged(stage, key, recipe)
-    if isinstance(stage, RlhfStage) and stage.overlong == "zero_reward":
-        yield (
-            f"{key}.overlong is zero_reward, but a judged answer that was cut loses its comparisons already, and 0 "
-            "would be more than that; use keep or filter"
-        )
     yield from _curriculum(stage, key, recipe)
     yield from _optimizer(stage.optimizer, f"{key}.optimizer", stage.steps * stage.updates_per_batch)
 
@@ -87,6 +81,11 @@ def _rl_loss(stage: RlStage, key: str) -> Problems:
 
 def _judged(stage: RlStage, key: str, recipe: Recipe) -> Problems:
     """A judge compares the answers of a group, which only an rlhf stage turns into rewards."""
+    if isinstance(stage, RlhfStage) and stage.overlong == "zero_reward":
+        yield (
+            f"{key}.overlong is zero_reward, but an answer that was cut loses its comparisons already, and 0 would be "
+            "more than that; use keep or filter"
+        )
     for domain in stage.domains:
         if domain not in recipe.domains:
             continue
@@ -119,6 +118,11 @@ def _mopd(stage: MopdStage, key: str, recipe: Recipe) -> Problems:
         yield (
             f"{key}.sampling.temperature is {stage.sampling.temperature:g}, but a served teacher scores at temperature "
             "1; set it to 1, or placement to time_shared or resident"
+        )
+    if stage.placement == "served" and stage.teacher_engine.max_model_len < recipe.fleet.max_model_len:
+        yield (
+            f"{key}.teacher_engine.max_model_len is {stage.teacher_engine.max_model_len}, but a teacher scores whole "
+            f"sequences of up to fleet.max_model_len {recipe.fleet.max_model_len} tokens; raise it"
         )
     if stage.dynamic_sampling and not stage.rewarded:
         yield f"{key}.dynamic_sampling drops groups by their rewards, which teachers do not look at; leave it out"
@@ -164,7 +168,10 @@ def _curriculum(stage: RlStage | MopdStage, key: str, recipe: Recipe) -> Problem
                 f"`millrace data passrate RECIPE --domain {domain}`"
             )
     if curriculum.above is not None and curriculum.below is not None and curriculum.above >= curriculum.below:
-        yield f"{key}.curriculum: above {curriculum.above:g} must be below `below` {curriculum.below:g}"
+        yield (
+            f"{key}.curriculum leaves no prompt: `above` {curriculum.above:g} must be less than `below` "
+            f"{curriculum.below:g}"
+        )
 
 
 def _optimizer(optimizer: OptimizerConfig, key: str, steps: int | None) -> Problems:
@@ -179,23 +186,25 @@ def _optimizer(optimizer: OptimizerConfig, key: str, steps: int | None) -> Probl
 
 
 UNBUILT = {
-    "code": "runs model-written programs against tests, which needs the sandbox",
-    "workplace_assistant": "is an environment of many turns with tools",
-    "long_context": "needs an equivalence judge",
-    "swe_agentless": "needs a patch judge",
-    "swe_agentic": "is an environment of many turns in containers",
+    "code": "it runs model-written programs in a sandbox",
+    "workplace_assistant": "its episodes have many turns with tools",
+    "long_context": "a judge compares the answer with a reference",
+    "swe_agentless": "a judge compares the patch with a reference",
+    "swe_agentic": "its episodes have many turns in containers",
 }
 """Environments of the paper that are not built yet, and what each one is."""
 
 
 def domain_problems(recipe: Recipe) -> Problems:
-    """Every broken rule of domains and judges."""
+    """Every broken rule of domains, judges and the evaluation."""
     for name, domain in recipe.domains.items():
         key = f"domains.{name}"
         if domain.environment in UNBUILT:
+            wanting = [s.name for s in recipe.stages if isinstance(s, SamplingStage) and name in s.domains]
+            where = f" and the domain out of {', '.join(wanting)}" if wanting else ""
             yield (
-                f"{key}.environment is {domain.environment}, which {UNBUILT[domain.environment]} and is not built yet; "
-                "leave its stages out by --until, or take them out of the recipe"
+                f"{key}.environment is {domain.environment}, which is not built yet ({UNBUILT[domain.environment]}); "
+                f"take it out with {key}=null{where}"
             )
         if domain.grading == "fraction" and domain.environment != "instruction_following":
             yield f"{key}.grading is fraction, but an answer in {domain.environment} is right or wrong; use binary"
@@ -207,6 +216,8 @@ def domain_problems(recipe: Recipe) -> Problems:
             yield f"{key}.judge is {domain.judge}, which is not among the judges{nearest(domain.judge, recipe.judges)}"
     for name, judge in recipe.judges.items():
         yield from _judge(judge, f"judges.{name}")
+    if recipe.evaluation.keep and not recipe.evaluation.every:
+        yield "evaluation.keep keeps what evaluation.every measures, which is 0; set evaluation.every or leave keep out"
 
 
 def _judge(judge: JudgeConfig, key: str) -> Problems:
@@ -215,32 +226,12 @@ def _judge(judge: JudgeConfig, key: str) -> Problems:
         yield f"{key} needs exactly one of model and url, but {given}"
     if judge.url is not None and not judge.url.startswith(("http://", "https://")):
         yield f"{key}.url is {judge.url!r}, which is not a URL such as http://node7:8000/v1"
-    if judge.model is None:
-        return
-    if not Path(judge.model).is_dir():
-        yield f"{key}.model: the folder {judge.model} does not exist; name a Hugging Face checkpoint"
-    else:
+    if judge.model is not None and Path(judge.model).is_dir():
         yield from (f"{key}.model: {problem}" for problem in checkpoint_problems(Path(judge.model)))
-    if judge.max_tokens >= judge.engine.max_model_len:
+    elif judge.model is not None:
+        yield f"{key}.model: the folder {judge.model} does not exist; name a Hugging Face checkpoint"
+    if judge.model is not None and judge.max_tokens >= judge.engine.max_model_len:
         yield (
             f"{key}.max_tokens is {judge.max_tokens}, which leaves no room for two answers within "
             f"{key}.engine.max_model_len {judge.engine.max_model_len}; lower the one or raise the other"
-        )
-    if not judge.engine.engines or judge.engine.addresses:
-        yield f"{key}.engine starts no server of its own; set its engines to at least 1, or name a judge's url instead"
-    yield from server_problems(judge.engine, f"{key}.engine")
-
-
-OWN_SERVER_ARGUMENTS = frozenset({"--host", "--port", "--middleware", "--worker-extension-cls", "--model"})
-"""Arguments of a vLLM server that must be what Millrace says: they keep it on its interface and behind its token."""
-
-
-def server_problems(engine: FleetConfig, key: str) -> Problems:
-    """What would open the servers to others than the run."""
-    for taken in sorted(OWN_SERVER_ARGUMENTS & {argument.split("=")[0] for argument in engine.extra_args}):
-        yield f"{key}.extra_args: {taken} is set by Millrace and guards the engines; leave it out"
-    if engine.interface in ("0.0.0.0", "::", "", "*"):
-        yield (
-            f"{key}.interface is {engine.interface!r}, which listens on every network of this machine; "
-            "name the one interface address that the trainer reaches"
         )

@@ -24,7 +24,7 @@ from typing import IO
 from millrace.config.schema import Recipe, TrainerConfig
 from millrace.errors import MillraceError
 
-FINISHED, STOPPED = 0, 130
+FINISHED, GATED, STOPPED = 0, 3, 130
 GRACE_SECONDS = 10.0
 """How long the other ranks may take to end by themselves after one has failed or stopped; rank 0 closes its engines
 meanwhile."""
@@ -51,14 +51,15 @@ class RankFailed(MillraceError):
     """A rank ended before its work was done."""
 
 
-def launch(recipe: Recipe, run_dir: Path) -> int:
-    """Run the trainer of a recipe on this machine until it ends: 0 finished, 130 stopped on request.
+def launch(recipe: Recipe, run_dir: Path, until: str | None = None) -> int:
+    """Run the trainer of a recipe on this machine until it ends: 0 finished, 3 stopped by a gate, 130 on request.
 
     Raises RankFailed, naming the rank and its log in RUN_DIR/logs.
     """
     ranks = recipe.parallel.world_size
     environment = trainer_environment(recipe.trainer, ranks)
-    return run_ranks("millrace.cascade.worker", [str(run_dir)], ranks, environment, run_dir / "logs")
+    arguments = [str(run_dir), *([until] if until else [])]
+    return run_ranks("millrace.cascade.worker", arguments, ranks, environment, run_dir / "logs")
 
 
 def run_ranks(module: str, arguments: Sequence[str], ranks: int, environment: Mapping[str, str], log_dir: Path) -> int:
@@ -218,9 +219,9 @@ class _Watch:
             time.sleep(_POLL_SECONDS)
             for rank in running:
                 rank.look()
-                if rank.code not in (None, FINISHED, STOPPED):
+                if rank.code not in (None, FINISHED, GATED, STOPPED):
                     failed.append(rank)
-                elif rank.code == STOPPED:
+                elif rank.code in (GATED, STOPPED):
                     stopped.append(rank)
             # A rank that stopped before all had found each other is waited for by the others.
             if failed or stopped:
@@ -229,7 +230,9 @@ class _Watch:
                 break
         if failed and not (self.stop_asked and all(rank.was_interrupted() for rank in failed)):
             raise RankFailed(_sentence(failed))
-        return FINISHED if not failed and all(rank.code == FINISHED for rank in self.ranks) else STOPPED
+        codes = {rank.code for rank in self.ranks}
+        agreed = next((code for code in (FINISHED, GATED) if codes == {code}), STOPPED)
+        return STOPPED if failed else agreed
 
     def _running(self) -> list[_Rank]:
         return [rank for rank in self.ranks if rank.code is None]

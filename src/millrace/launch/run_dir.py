@@ -6,13 +6,14 @@ import fcntl
 import json
 import os
 import platform
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 
+from millrace.config.changes import Change, change_lines, explain_changes
 from millrace.config.errors import ConfigError
-from millrace.config.loading import changed_keys, dump_recipe, load_recipe
+from millrace.config.loading import dump_recipe, load_recipe
 from millrace.config.schema import Recipe
 
 RECIPE, VERSIONS, LOCK = "recipe.yaml", "versions.json", "run.lock"
@@ -27,23 +28,35 @@ _PACKAGES = (
     "transformers",
     "tokenizers",
 )
-_FREE_TO_CHANGE = ("name", "run_dir", "trainer.threads_per_rank", "trainer.collective_timeout_s")
-"""Keys that a resumed run may change without asking: they change nothing in what is computed."""
 
 
-def prepare(recipe: Recipe, run_dir: Path, accept_changes: bool) -> bool:
-    """Write the resolved recipe and the versions into the folder; returns whether the run is resumed.
+def prepare(
+    recipe: Recipe,
+    run_dir: Path,
+    accept_changes: bool,
+    *,
+    begun: Sequence[str] = (),
+    finished: Sequence[str] = (),
+) -> list[Change]:
+    """Write the resolved recipe and the versions into the folder; returns what differs from the recipe before.
 
-    Raises ConfigError when the folder belongs to a run of another recipe and the changes were not accepted.
+    `begun` and `finished` are the run's stages that are in progress or through, and those through. Raises ConfigError,
+    with every change explained, when one touches them and the changes were not accepted; then nothing is written.
     """
     run_dir.mkdir(parents=True, exist_ok=True)
-    known = run_dir / RECIPE
-    resumed = known.exists()
-    if resumed and not accept_changes:
-        _refuse_changes(load_recipe(known), recipe, run_dir)
-    _write(known, dump_recipe(recipe))
+    before = recorded_recipe(run_dir)
+    changes = explain_changes(before, recipe, begun, finished) if before else []
+    if not accept_changes:
+        _refuse_past_changes(changes, run_dir)
+    _write(run_dir / RECIPE, dump_recipe(recipe))
     _write(run_dir / VERSIONS, json.dumps(versions(), indent=2) + "\n")
-    return resumed
+    return changes
+
+
+def recorded_recipe(run_dir: Path) -> Recipe | None:
+    """The recipe that the run in a folder has now; None before its first start."""
+    known = run_dir / RECIPE
+    return load_recipe(known) if known.exists() else None
 
 
 @contextmanager
@@ -77,12 +90,18 @@ def versions() -> dict[str, str]:
     return found
 
 
-def _refuse_changes(before: Recipe, after: Recipe, run_dir: Path) -> None:
-    changed = [key for key in changed_keys(before, after) if key not in _FREE_TO_CHANGE]
-    if changed:
+def _refuse_past_changes(changes: Sequence[Change], run_dir: Path) -> None:
+    past = sum(change.effect == "past" for change in changes)
+    if past:
         raise ConfigError(
-            f"{run_dir} holds a run of another recipe, which differs in {', '.join(changed)}; "
-            "set another run_dir, or go on with the changes by --accept-changes"
+            "\n".join(
+                [
+                    f"{run_dir} holds a run of another recipe:",
+                    *change_lines(changes),
+                    f"{past} of these changes touch{'es' if past == 1 else ''} what is done. Take them back, set "
+                    "another run_dir, or go on with them by --accept-changes.",
+                ]
+            )
         )
 
 

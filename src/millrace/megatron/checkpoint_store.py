@@ -189,7 +189,7 @@ class CheckpointStore:
             final.rename(replaced)
         aside.rename(final)
         flush_to_disk(self.directory)
-        self._point_to(final)
+        self.point_to(final)
         if replaced.exists():
             _remove(replaced)
         return final
@@ -221,7 +221,8 @@ class CheckpointStore:
     def _sequence(self, folder: Path) -> int:
         return int(_facts(folder).get("sequence", 0))
 
-    def _point_to(self, folder: Path) -> None:
+    def point_to(self, folder: Path) -> None:
+        """Let a run resume from this published checkpoint."""
         aside = self.directory / f".{POINTER}.tmp-pointer"
         write_durably(aside, folder.name + "\n")
         aside.replace(self.directory / POINTER)

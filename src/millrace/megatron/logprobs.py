@@ -10,7 +10,7 @@ Legend: T tokens, H hidden size, V vocabulary, C tokens of one chunk.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -29,6 +29,10 @@ class VocabularyShard(NamedTuple):
     """Token id of the rank's first row."""
     rows: int
     """Rows that are tokens; the rank's remaining rows are padding."""
+
+    @classmethod
+    def of_weight(cls, weight: Tensor, vocab_size: int, group: dist.ProcessGroup | None) -> VocabularyShard:
+        return cls.of_rank(weight.shape[0], vocab_size, 0 if group is None else dist.get_rank(group))
 
     @classmethod
     def of_rank(cls, rows_per_rank: int, vocab_size: int, rank: int) -> VocabularyShard:
@@ -55,16 +59,25 @@ def token_logprobs(
     of the whole [T, H] that `targets` speaks about. Gradients reach `hidden` as Megatron-Core's layers expect them. The
     entropy carries no gradient.
     """
-    if sequence_parallel:
-        hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=True)
-    elif group is not None and dist.get_world_size(group) > 1:
-        hidden = copy_to_tensor_model_parallel_region(hidden)
+    hidden = whole_hidden(hidden, group, sequence_parallel)
     if rows is not None:
         hidden = hidden.index_select(0, rows)
     logp, entropies = VocabParallelLogProb.apply(
         hidden, weight, targets, temperature, vocab_size, chunk, group, entropy
     )
     return logp, (entropies if entropy else None)
+
+
+def whole_hidden(hidden: Tensor, group: dist.ProcessGroup | None, sequence_parallel: bool) -> Tensor:
+    """The hidden states [T, H] on each tensor-parallel rank, from this rank's [T / TP, H] with sequence parallelism.
+
+    Each rank gives its part of their gradient; the layers below get the sum as Megatron-Core hands it on.
+    """
+    if sequence_parallel:
+        return gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=True)
+    if group is not None and dist.get_world_size(group) > 1:
+        return copy_to_tensor_model_parallel_region(hidden)
+    return hidden
 
 
 def vocabulary_logits(
@@ -99,13 +112,12 @@ class VocabParallelLogProb(torch.autograd.Function):
         group: dist.ProcessGroup | None,
         entropy: bool,
     ) -> tuple[Tensor, Tensor]:
-        rank = 0 if group is None else dist.get_rank(group)
-        shard = VocabularyShard.of_rank(weight.shape[0], vocab_size, rank)
-        dtype = torch.promote_types(hidden.dtype, torch.float32)
+        shard = VocabularyShard.of_weight(weight, vocab_size, group)
+        dtype = logit_dtype(hidden)
         # Rows: largest logit, sum of exp(z - largest), logit of the target, sum of z exp(z - largest).
         parts = torch.zeros(4, hidden.shape[0], dtype=dtype, device=hidden.device)
         parts[0].fill_(torch.finfo(dtype).min)
-        for at, logits in _chunks(hidden, weight, shard, temperature, chunk, dtype):
+        for at, logits in logit_chunks(hidden, weight, shard, temperature, chunk):
             _reduce_chunk(parts[:, at], logits, targets[at] - shard.first, entropy)
         largest, total, target, weighted = _combine(parts, group)
         log_z = largest + total.log()
@@ -119,33 +131,53 @@ class VocabParallelLogProb(torch.autograd.Function):
     def backward(ctx: Any, grad_logp: Tensor, grad_entropy: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, targets, log_z = ctx.saved_tensors
         shard: VocabularyShard = ctx.shard
-        grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        # Chunks add up in full precision; a bfloat16 sum would lose the small ones.
-        grad_weight = torch.zeros_like(weight, dtype=log_z.dtype) if ctx.needs_input_grad[1] else None
-        for at, logits in _chunks(hidden, weight, shard, ctx.temperature, ctx.chunk, log_z.dtype):
+        gradient = HeadGradient(hidden, weight, shard, ctx.needs_input_grad)
+        for at, logits in logit_chunks(hidden, weight, shard, ctx.temperature, ctx.chunk):
             grad_logits = logits.sub_(log_z[at, None]).exp_().mul_(-grad_logp[at, None])
-            found, columns = _held(targets[at] - shard.first, shard.rows)
+            found, columns = held(targets[at] - shard.first, shard.rows)
             grad_logits[found, columns[found]] += grad_logp[at][found]
-            grad_logits = grad_logits.div_(ctx.temperature).to(hidden.dtype)
-            if grad_hidden is not None:
-                torch.mm(grad_logits, weight[: shard.rows], out=grad_hidden[at])
-            if grad_weight is not None:
-                grad_weight[: shard.rows] += grad_logits.T @ hidden[at]
-        return grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype), *[None] * 6
+            gradient.add(at, grad_logits.div_(ctx.temperature))
+        return gradient.of_hidden, gradient.of_weight(), *[None] * 6
 
 
-def _chunks(
-    hidden: Tensor, weight: Tensor, shard: VocabularyShard, temperature: float, chunk: int, dtype: torch.dtype
+class HeadGradient:
+    """The gradient of the hidden states and of the head's weight, from those of the logits a chunk at a time."""
+
+    def __init__(self, hidden: Tensor, weight: Tensor, shard: VocabularyShard, needed: Sequence[bool]) -> None:
+        self._hidden, self._weight, self._rows = hidden, weight, shard.rows
+        self.of_hidden = torch.empty_like(hidden) if needed[0] else None
+        # Chunks add up in full precision; a bfloat16 sum would lose the small ones.
+        self._of_weight = torch.zeros_like(weight, dtype=logit_dtype(hidden)) if needed[1] else None
+
+    def add(self, at: slice, grad_logits: Tensor) -> None:
+        """`grad_logits` [C, rows], of the product hidden . weight."""
+        grad_logits = grad_logits.to(self._hidden.dtype)
+        if self.of_hidden is not None:
+            torch.mm(grad_logits, self._weight[: self._rows], out=self.of_hidden[at])
+        if self._of_weight is not None:
+            self._of_weight[: self._rows] += grad_logits.T @ self._hidden[at]
+
+    def of_weight(self) -> Tensor | None:
+        return None if self._of_weight is None else self._of_weight.to(self._weight.dtype)
+
+
+def logit_dtype(hidden: Tensor) -> torch.dtype:
+    """Logits and what is reduced from them are of float32 at least."""
+    return torch.promote_types(hidden.dtype, torch.float32)
+
+
+def logit_chunks(
+    hidden: Tensor, weight: Tensor, shard: VocabularyShard, temperature: float, chunk: int
 ) -> Iterator[tuple[slice, Tensor]]:
     """This rank's logits [C, rows], a chunk of tokens at a time."""
     rows = weight[: shard.rows].T
     for start in range(0, hidden.shape[0], chunk):
         at = slice(start, min(start + chunk, hidden.shape[0]))
-        logits = (hidden[at] @ rows).to(dtype)
+        logits = (hidden[at] @ rows).to(logit_dtype(hidden))
         yield at, logits.div_(temperature) if temperature != 1.0 else logits
 
 
-def _held(columns: Tensor, rows: int) -> tuple[Tensor, Tensor]:
+def held(columns: Tensor, rows: int) -> tuple[Tensor, Tensor]:
     """Which targets this rank holds, and all columns brought into its range."""
     found = (columns >= 0) & (columns < rows)
     return found, torch.where(found, columns, 0)
@@ -154,7 +186,7 @@ def _held(columns: Tensor, rows: int) -> tuple[Tensor, Tensor]:
 def _reduce_chunk(parts: Tensor, logits: Tensor, columns: Tensor, entropy: bool) -> None:
     if logits.shape[1] == 0:  # nothing but padding rows on this rank
         return
-    found, columns = _held(columns, logits.shape[1])
+    found, columns = held(columns, logits.shape[1])
     parts[0] = logits.amax(dim=1)
     parts[2] = logits.gather(1, columns[:, None])[:, 0] * found
     if entropy:

@@ -31,6 +31,8 @@ class MicroBatch:
     """int64 [real]: where the tokens stand in the global batch"""
     streams: Mapping[str, Tensor]
     """float32 [max(real, 1)] each; an empty micro-batch shows one token with nothing but zeros"""
+    index: int = 0
+    """Its place among the micro-batches of its rank"""
 
     @property
     def shown(self) -> int:
@@ -57,6 +59,11 @@ class MicroBatch:
         rows = self.predicting_rows
         return rows[self.streams["weight"][rows + 1] != 0]
 
+    def taught_rows(self, teacher: int) -> Tensor:
+        """int64: those of `trained_rows` whose next token the `teacher`-th teacher speaks about (stream `taught`)"""
+        rows = self.trained_rows
+        return rows[self.streams["taught"][rows + 1] == teacher]
+
     def packed_seq_params(self) -> PackedSeqParams:
         bounds = torch.tensor([0, *self.lengths], device=self.tokens.device).cumsum(0).to(torch.int32)
         longest = max(self.lengths)
@@ -66,12 +73,20 @@ class MicroBatch:
 
 
 def cut_batch(
-    batch: TokenBatch, *, dp: int, dp_rank: int, capacity: int, multiple: int, device: torch.device
+    batch: TokenBatch,
+    *,
+    dp: int,
+    dp_rank: int,
+    capacity: int,
+    multiple: int,
+    device: torch.device,
+    keep: Tensor | None = None,
 ) -> list[MicroBatch]:
     """The micro-batches of one data-parallel rank: at most `capacity` tokens each, T a multiple of `multiple`.
 
     All ranks get the same number of them. A rank with fewer sequences gets empty ones at its end: padding that no loss
-    sees. Raises DataError for a sequence longer than `capacity`.
+    sees. `keep`, bool [B], leaves sequences out after the cut: the others stand in the micro-batch and in the order in
+    which they stand in the whole batch's. Raises DataError for a sequence longer than `capacity`.
     """
     lengths = batch.lengths.tolist()
     bins_of_rank = []
@@ -80,10 +95,14 @@ def cut_batch(
         bins_of_rank.append([[members[i] for i in indices] for indices in bins])
     number = max(len(bins) for bins in bins_of_rank)
     mine = bins_of_rank[dp_rank] + [[]] * (number - len(bins_of_rank[dp_rank]))
-    return [make_micro_batch(batch, indices, multiple, device) for indices in mine]
+    if keep is not None:
+        mine = [[i for i in indices if keep[i]] for indices in mine]
+    return [make_micro_batch(batch, indices, multiple, device, index) for index, indices in enumerate(mine)]
 
 
-def make_micro_batch(batch: TokenBatch, indices: Sequence[int], multiple: int, device: torch.device) -> MicroBatch:
+def make_micro_batch(
+    batch: TokenBatch, indices: Sequence[int], multiple: int, device: torch.device, index: int = 0
+) -> MicroBatch:
     """The given sequences of the batch, padded to a multiple of `multiple` tokens."""
     positions = batch.positions(indices)
     real = positions.numel()
@@ -96,4 +115,5 @@ def make_micro_batch(batch: TokenBatch, indices: Sequence[int], multiple: int, d
         real=real,
         positions=positions,
         streams={name: values.to(device) for name, values in streams.items()},
+        index=index,
     )

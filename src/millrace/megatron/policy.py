@@ -27,7 +27,8 @@ from millrace.config.schema import ModelConfig, OptimizerConfig, ParallelConfig,
 from millrace.data.batch import TokenBatch
 from millrace.errors import MillraceError
 from millrace.megatron import weights
-from millrace.megatron.logprobs import token_logprobs, vocabulary_logits
+from millrace.megatron.divergence import Divergence, TeacherStates, taught_logprobs
+from millrace.megatron.logprobs import token_logprobs, vocabulary_logits, whole_hidden
 from millrace.megatron.microbatch import MicroBatch, cut_batch
 from millrace.megatron.model import HiddenStateModel, build_model
 from millrace.megatron.optimizer import build_optimizer, learning_rate, set_hyper_parameters
@@ -138,11 +139,14 @@ class Policy:
         *,
         temperature: float = 1.0,
         entropy: bool = False,
+        divergence: Divergence | None = None,
         before_update: BeforeUpdate | None = None,
     ) -> dict[str, float]:
         """One update from the whole batch; the loss is the sum of `loss_fn` over it, however it is cut.
 
-        Logits are taken only where the batch's stream `weight` is not 0; elsewhere `loss_fn` sees a log-prob of 0.
+        Logits are taken only where the batch's stream `weight` is not 0; elsewhere `loss_fn` sees a log-prob of 0. With
+        `divergence` it sees one more stream of that name, the reverse KL to the teacher at the tokens whose stream
+        `taught` names one; it has a gradient there, and `logp` has none.
 
         Returns on every rank the loss and `loss_fn`'s metrics, summed over the batch, with `grad_norm`, `lr`, `tokens`
         and `micro_batches` (of one data-parallel rank), and with `entropy` the batch's weighted mean of it.
@@ -153,7 +157,7 @@ class Policy:
         lr = learning_rate(self.step - self._schedule_start, self._optimizer_config, self._total_steps)
         set_hyper_parameters(self.optimizer, self._optimizer_config, lr)
         micro_batches = self.cut(batch)
-        metrics = self.backward(micro_batches, loss_fn, temperature=temperature, entropy=entropy)
+        metrics = self.backward(micro_batches, loss_fn, temperature=temperature, entropy=entropy, divergence=divergence)
         self.optimizer.prepare_grads()
         metrics |= {
             "grad_norm": float(self.optimizer.get_grad_norm()),
@@ -175,6 +179,7 @@ class Policy:
         *,
         temperature: float = 1.0,
         entropy: bool = False,
+        divergence: Divergence | None = None,
     ) -> dict[str, float]:
         """Leave the gradient of the summed loss, reduced over all ranks, in the parameters' `main_grad`."""
         assert self._trained is not None and self.optimizer is not None, "a forward-only policy does not train"
@@ -182,14 +187,43 @@ class Policy:
         self.optimizer.zero_grad()
 
         def on_last_stage(micro_batch: MicroBatch, hidden: Tensor) -> tuple[Tensor, Any]:
-            rows = micro_batch.trained_rows
-            logp, entropies = self._head(micro_batch, hidden, rows, temperature=temperature, entropy=entropy)
-            loss, metrics = loss_fn(logp, micro_batch.streams, micro_batch.segment_ids)
+            streams = dict(micro_batch.streams)
+            if divergence is None:
+                rows = micro_batch.trained_rows
+                logp, entropies = self._head(micro_batch, hidden, rows, temperature=temperature, entropy=entropy)
+            else:
+                logp, entropies, streams["divergence"] = taught_logprobs(
+                    hidden,
+                    self.module.head_weight,
+                    micro_batch,
+                    divergence,
+                    temperature=temperature,
+                    entropy=entropy,
+                    **self._head_settings,
+                )
+            loss, metrics = loss_fn(logp, streams, micro_batch.segment_ids)
             if entropies is not None:
-                metrics["entropy"] = (micro_batch.streams["weight"] * entropies).sum()
+                metrics["entropy"] = (streams["weight"] * entropies).sum()
             return loss, {"loss": loss.detach(), **metrics}
 
         return self._sum_metrics(self._run(micro_batches, on_last_stage, training=True))
+
+    def teacher_states(self, batch: TokenBatch, teacher: int) -> TeacherStates:
+        """What these weights know, as the `teacher`-th teacher, of the tokens whose stream `taught` is `teacher`.
+
+        Called on the policy that holds the teacher's weights: a frozen twin of the student, or the student itself while
+        it has them. Only the sequences that it teaches run; `batch` is the whole one, whose cut the states follow.
+        """
+        speaks = (batch.streams["taught"] == teacher) & (batch.streams["weight"] != 0)
+        keep = torch.zeros(len(batch), dtype=torch.bool).index_fill(0, batch.segment_ids[speaks], True)
+
+        def on_last_stage(micro_batch: MicroBatch, hidden: Tensor) -> tuple[Tensor, Any]:
+            whole = whole_hidden(hidden, self.topology.tp_group, self._sequence_parallel)
+            return hidden.new_zeros(()), whole.index_select(0, micro_batch.taught_rows(teacher))
+
+        states = self._run(self.cut(batch, keep), on_last_stage, training=False)
+        head_weight = self.module.head_weight.detach().clone() if self.topology.last_stage else None
+        return TeacherStates(states, head_weight)
 
     @torch.no_grad()
     def logits(self, tokens: Tensor) -> Tensor:
@@ -219,8 +253,17 @@ class Policy:
     def _multiple(self) -> int:
         return self.topology.tp if self._sequence_parallel else 1
 
-    def cut(self, batch: TokenBatch) -> list[MicroBatch]:
-        """The packed micro-batches of this rank; every rank gets the same number."""
+    @property
+    def _head_settings(self) -> dict[str, Any]:
+        return {
+            "vocab_size": self.shape.vocab_size,
+            "chunk": self.trainer.logprob_chunk_tokens,
+            "group": self.topology.tp_group,
+            "sequence_parallel": self._sequence_parallel,
+        }
+
+    def cut(self, batch: TokenBatch, keep: Tensor | None = None) -> list[MicroBatch]:
+        """The packed micro-batches of this rank; every rank gets the same number. `keep` as for `cut_batch`."""
         return cut_batch(
             batch,
             dp=self.topology.dp,
@@ -228,6 +271,7 @@ class Policy:
             capacity=self.trainer.max_tokens_per_micro_batch,
             multiple=self._multiple,
             device=self.topology.device,
+            keep=keep,
         )
 
     def _run(self, micro_batches: Sequence[MicroBatch], on_last_stage: OnLastStage, *, training: bool) -> list[Any]:
@@ -254,13 +298,10 @@ class Policy:
             hidden,
             self.module.head_weight,
             micro_batch.tokens[rows + 1],
-            temperature=temperature,
-            vocab_size=self.shape.vocab_size,
-            chunk=self.trainer.logprob_chunk_tokens,
-            group=self.topology.tp_group,
             rows=rows,
-            sequence_parallel=self._sequence_parallel,
+            temperature=temperature,
             entropy=entropy,
+            **self._head_settings,
         )
         aligned = logp.new_zeros(micro_batch.shown).index_copy(0, rows + 1, logp)
         if entropies is None:

@@ -17,6 +17,7 @@ LINE = {
     "sft": ("loss", "grad_norm", "lr", "tokens", "time/train"),
     "rl": ("reward/mean", "reward/length", "entropy", "grad_norm", "mismatch/mean", "time/step"),
     "rlhf": ("reward/mean", "reward/length", "kl", "grad_norm", "mismatch/mean", "time/step"),
+    "mopd": ("reverse_kl", "reward/length", "entropy", "grad_norm", "mismatch/mean", "time/step"),
 }
 """The six numbers that matter, by type of stage."""
 

@@ -130,6 +130,10 @@ class WeightSync:
         assert report is not None
         return report
 
+    def forget(self) -> None:
+        """Let the next push happen whatever its version: the policy was given other weights without an update."""
+        self.version = None
+
     def resync_if_needed(self) -> SyncReport | None:
         """Give engines that were restarted the last pushed version, while the others go on serving.
 

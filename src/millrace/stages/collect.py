@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from millrace.config.schema import RlStage
+from millrace.config.schema import MopdStage, RlStage
 from millrace.data.sampler import MixedSampler
 from millrace.errors import MillraceError
 from millrace.stages.context import StageContext
@@ -30,9 +30,18 @@ class Collected:
 
 class GroupCollector:
     def __init__(
-        self, stage: RlStage, ctx: StageContext, stage_index: int, sampler_state: Mapping[str, Any] | None
+        self,
+        stage: RlStage | MopdStage,
+        ctx: StageContext,
+        stage_index: int,
+        sampler_state: Mapping[str, Any] | None,
+        *,
+        least_groups: int = 1,
     ) -> None:
+        """`least_groups`: with fewer that have a gradient a step cannot be made."""
         assert ctx.player is not None
+        self._least_groups = least_groups
+        self._taught = frozenset(stage.teachers) if isinstance(stage, MopdStage) else frozenset()
         self._stage, self._ctx, self._index = stage, ctx, stage_index
         self._player: EpisodePlayer = ctx.player
         sizes = ctx.control.on_main(lambda: {name: len(self._player.domains[name].train) for name in stage.domains})
@@ -57,6 +66,15 @@ class GroupCollector:
         self._sampler.load_state_dict(header["sampler"])
         return Collected(groups, header["metrics"], header["sampler"])
 
+    def record_streams(self, step: int, answers: Sequence[Mapping[str, Any]]) -> None:
+        """Put beside a step's answers what their tokens are trained with; rank 0's `answers`, in the groups' order."""
+        if self._ctx.control.is_main:
+            self._journal.write_streams(step, self._ctx.policy.step, answers)
+
+    def recorded_streams(self, step: int) -> list[dict[str, Any]] | None:
+        """What `record_streams` left for these weights, on rank 0; None elsewhere and where there is nothing."""
+        return self._journal.read_streams(step, self._ctx.policy.step) if self._ctx.control.is_main else None
+
     def _recorded(self, step: int, version: int) -> tuple[dict, list[Group]] | None:
         return self._journal.read(step, version)
 
@@ -72,15 +90,19 @@ class GroupCollector:
             groups = self._player.play(episodes, stage.sampling, stage.samples_per_prompt, what, comparison(stage))
             groups = [self._penalise_overlong(group) for group in groups]
             played += groups
-            kept += [group for group in groups if has_variance(group)] if stage.dynamic_sampling else groups
+            kept += [group for group in groups if self._teaches(group)] if stage.dynamic_sampling else groups
             if self._is_full(kept):
                 break
-        if self._ctx.control.is_main and len(kept) < stage.updates_per_batch:
+        if self._ctx.control.is_main and len(kept) < self._least_groups:
             raise NothingToLearn(
                 f"{stage.name}: in {rounds} rounds of {stage.prompts_per_step} prompts only {len(kept)} groups had "
                 "answers of different reward, so there is nothing to learn from; use harder or easier prompts"
             )
         return kept[: stage.prompts_per_step], rollout_metrics(played) if played else {}
+
+    def _teaches(self, group: Group) -> bool:
+        """Whether a group has a gradient: from its teacher, or from rewards that differ."""
+        return group.episode.domain in self._taught or has_variance(group)
 
     def _is_full(self, kept: Sequence[Group]) -> bool:
         """Rank 0's answer on every rank."""
@@ -93,10 +115,12 @@ class GroupCollector:
         stage, n = self._stage, self._stage.samples_per_prompt
         first = ((self._index * 1_000_003 + step) * stage.dynamic_sampling_max_rounds + round_number) * len(drawn) * n
         base = (self._ctx.recipe.seed * 0x9E3779B1 + first) % 2**31
-        return [
-            self._player.domains[name].episode(self._player.domains[name].train, row, seed=base + slot * n)
-            for slot, (name, row) in enumerate(drawn)
-        ]
+        return [self._episode(name, row, base + slot * n) for slot, (name, row) in enumerate(drawn)]
+
+    def _episode(self, name: str, row: int, seed: int) -> Episode:
+        """A judge is not asked about answers that a teacher speaks of."""
+        domain = self._player.domains[name]
+        return domain.episode(domain.train, row, seed, scored=not (name in self._taught and domain.compares))
 
     def _penalise_overlong(self, group: Group) -> Group:
         if self._stage.overlong != "zero_reward":
@@ -110,22 +134,37 @@ def _zero_if_overlong(answer: Scored) -> Scored:
     return dataclasses.replace(answer, reward=dataclasses.replace(answer.reward, value=0.0, reason="overlong"))
 
 
+def _length(answer: Scored) -> int:
+    return len(answer.rollout.answer)
+
+
 def has_variance(group: Group) -> bool:
     return len(set(group.rewards)) > 1
 
 
 def rollout_metrics(groups: Sequence[Group]) -> dict[str, float]:
-    """Metrics over all groups that were played, the dropped ones too."""
+    """Metrics over all groups that were played, the dropped ones too; rewards over those that were scored."""
     answers = [answer for group in groups for answer in group.answers]
     n = len(answers)
-    metrics = {
-        "reward/mean": sum(a.reward.value for a in answers) / n,
-        "reward/length": sum(len(a.rollout.answer) for a in answers) / n,
+    return {
+        **_reward_metrics([group for group in groups if group.episode.scored]),
+        "reward/length": sum(map(_length, answers)) / n,
         "reward/overlong": sum(a.rollout.finish_reason == "length" for a in answers) / n,
-        "groups/without_variance": sum(not has_variance(group) for group in groups) / len(groups),
         "groups/played": float(len(groups)),
+        "tokens/sampled": float(sum(len(group.episode.prompt) for group in groups) + sum(map(_length, answers))),
+        **judge_metrics(groups),
     }
-    for domain in sorted({group.episode.domain for group in groups}):
-        rewards = [r for group in groups if group.episode.domain == domain for r in group.rewards]
-        metrics[f"reward/{domain}"] = sum(rewards) / len(rewards)
-    return {**metrics, **judge_metrics(groups)}
+
+
+def _reward_metrics(scored: Sequence[Group]) -> dict[str, float]:
+    if not scored:
+        return {}
+    by_domain: dict[str, list[float]] = {}
+    for group in scored:
+        by_domain.setdefault(group.episode.domain, []).extend(group.rewards)
+    rewards = [reward for rewards in by_domain.values() for reward in rewards]
+    return {
+        "reward/mean": sum(rewards) / len(rewards),
+        "groups/without_variance": sum(not has_variance(group) for group in scored) / len(scored),
+        **{f"reward/{domain}": sum(each) / len(each) for domain, each in sorted(by_domain.items())},
+    }

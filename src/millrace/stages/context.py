@@ -18,6 +18,7 @@ from millrace.observe.writer import MetricsWriter
 from millrace.rollout.weight_sync import WeightSync
 from millrace.stages.control import ControlGroup, Stopped
 from millrace.stages.episodes import EpisodePlayer
+from millrace.stages.sources import WeightSource
 
 TrainingStage = SftStage | RlStage | MopdStage
 
@@ -49,6 +50,10 @@ class StageContext:
     sync: WeightSync | None
     """None in a run without rollouts."""
     player: EpisodePlayer | None
+    active_parameters: int
+    """Parameters that one token meets: all of a dense model, the chosen experts' of a mixture."""
+    origin: WeightSource
+    """What the present stage started from."""
     console: RunConsole | None
     """Rank 0 only."""
     metrics: MetricsWriter | None
@@ -84,9 +89,10 @@ class StageContext:
         self.reached = progress
         times = {**self.seconds, "time/step": sum(self.seconds.values())}
         self.seconds.clear()
+        all_values = {**values, "flops": self._flops(values), **times}
         if self.console and self.metrics:
-            self.metrics.write(self.policy.step, stage.name, {**values, **times})
-            self.console.step(stage.type, stage.name, progress.step, steps, {**values, **times})
+            self.metrics.write(self.policy.step, stage.name, all_values)
+            self.console.step(stage.type, stage.name, progress.step, steps, all_values)
         every = self.recipe.checkpoint.every
         if progress.step == steps:  # the end of a stage is saved by whoever runs the stages
             return
@@ -94,6 +100,18 @@ class StageContext:
             self.save(progress)
         if self.control.should_stop():
             raise Stopped
+
+    def _flops(self, values: Mapping[str, float]) -> float:
+        """Floating-point operations of a step, of the matrix products alone: 2 a parameter and token forward, 4 more
+        backward (Kaplan et al., arXiv 2001.08361, section 2.1); attention scores are not counted."""
+        forward = values.get("tokens/sampled", 0.0) + values.get("tokens/scored", 0.0)
+        return self.active_parameters * (6.0 * values.get("tokens", 0.0) + 2.0 * forward)
+
+    def twin(self, source: WeightSource) -> Policy:
+        """A forward-only model of its own beside the policy, with the weights of `source`. Collective."""
+        twin = self.policy.frozen_twin()
+        source.load_into(twin, self.checkpointer)
+        return twin
 
     def push_weights(self) -> None:
         """Give the engines the policy's present weights unless they have them. Collective."""

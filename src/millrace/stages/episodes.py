@@ -29,6 +29,9 @@ from millrace.stages.control import ControlGroup
 WAIT_LOG_SECONDS = 10.0
 
 
+NOT_SCORED = Reward(0.0, "not scored")
+
+
 @dataclass(frozen=True)
 class Episode:
     """One prompt of one domain, to be answered n times."""
@@ -39,6 +42,8 @@ class Episode:
     messages: Sequence[Message]
     prompt: tuple[int, ...]
     seed: int
+    scored: bool = True
+    """Whether its answers are given rewards; where a teacher alone speaks of them, they may do without."""
 
 
 @dataclass(frozen=True)
@@ -74,13 +79,18 @@ class Domain:
         )
         self.held_out = PromptDataset(config.held_out, alone, environment.validate, plain_row)
 
-    def episode(self, dataset: PromptDataset, index: int, seed: int) -> Episode:
+    @property
+    def compares(self) -> bool:
+        """Whether rewards in training come from comparing the answers of a group."""
+        return isinstance(self.environment, GroupEnvironment)
+
+    def episode(self, dataset: PromptDataset, index: int, seed: int, *, scored: bool = True) -> Episode:
         row = dataset[index]
         messages = list(self.environment.reset(row))
         if self._system is not None:
             messages = [{"role": "system", "content": self._system}, *messages]
         prompt = tuple(self._tokenizer.render_prompt(messages))
-        return Episode(dataset.row_id(index), self.name, row, messages, prompt, seed)
+        return Episode(dataset.row_id(index), self.name, row, messages, prompt, seed, scored)
 
     def require_room(self, dataset: PromptDataset, context: int, answer: int) -> None:
         """Raises DataError, naming the row, for a prompt that leaves less than `answer` of `context` tokens."""
@@ -227,8 +237,11 @@ class EpisodePlayer:
         return Group(episode, tuple(map(Scored, rollouts, texts, rewards)))
 
     async def _score_one(self, episode: Episode, rollout: Rollout) -> Scored:
-        text = self._tokenizer.decode(rollout.answer)
-        outcome = await self.domains[episode.domain].environment.step(episode.row, episode.messages, text)
+        text, environment = self._tokenizer.decode(rollout.answer), self.domains[episode.domain].environment
+        if not episode.scored:
+            return Scored(rollout, text, NOT_SCORED)
+        hidden = rollout.finish_reason == "length" and isinstance(environment, GroupEnvironment)  # as in its group
+        outcome = await environment.step(episode.row, episode.messages, "" if hidden else text)
         if isinstance(outcome, Observation):
             raise ValueError(
                 f"domain {episode.domain}: its environment asks for another turn, and this stage plays single-turn "

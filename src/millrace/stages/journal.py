@@ -3,18 +3,22 @@
 The first line says what the step needs besides the answers; each further line is one answer. A resumed run trains on
 the recorded answers instead of sampling again, so that it ends with the very weights of a run that was not stopped,
 and a person can read what the model wrote.
+
+Beside it step-000012.streams.jsonl, with a line for each answer in the same order: what its tokens were trained with
+(`advantage`, one number for the answer; `teacher_logp`, one for each of its tokens). A teacher's log-probs on record
+are used again like the answers.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from millrace.config.changes import computing_keys
 from millrace.config.schema import Recipe
 from millrace.environments.base import Reward
 from millrace.rollout.types import Rollout
@@ -23,7 +27,7 @@ from millrace.stages.episodes import Episode, Group, Scored
 
 class RolloutJournal:
     def __init__(self, run_dir: Path, stage: str, recipe: Recipe) -> None:
-        self._recipe = recipe_mark(recipe)
+        self._recipe = recipe_mark(recipe, stage)
         self.folder = run_dir / "rollouts" / stage
         self.folder.mkdir(parents=True, exist_ok=True)
 
@@ -32,15 +36,24 @@ class RolloutJournal:
 
     def write(self, step: int, header: Mapping[str, Any], groups: Sequence[Group]) -> None:
         """Record a step's groups; a reader sees the whole file or none."""
-        aside = self.path(step).with_suffix(".tmp")
-        with aside.open("w", encoding="utf-8") as file:
-            file.write(json.dumps({**header, "recipe": self._recipe}) + "\n")
-            for group in groups:
-                for answer in group.answers:
-                    file.write(json.dumps(_to_json(group.episode, answer)) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(aside, self.path(step))
+        answers = (_to_json(group.episode, answer) for group in groups for answer in group.answers)
+        _write_lines(self.path(step), [{**header, "recipe": self._recipe}, *answers])
+
+    def write_streams(self, step: int, weight_version: int, answers: Sequence[Mapping[str, Any]]) -> None:
+        """Record what each answer's tokens are trained with; a reader sees the whole file or none."""
+        header = {"weight_version": weight_version, "recipe": self._recipe}
+        _write_lines(self._streams_path(step), [header, *answers])
+
+    def read_streams(self, step: int, weight_version: int) -> list[dict[str, Any]] | None:
+        """What was recorded for a step with these weights, in the order of the answers, or None."""
+        path = self._streams_path(step)
+        if not path.exists():
+            return None
+        header, *answers = (json.loads(line) for line in path.read_text(encoding="utf-8").splitlines())
+        return answers if header == {"weight_version": weight_version, "recipe": self._recipe} else None
+
+    def _streams_path(self, step: int) -> Path:
+        return self.path(step).with_suffix(".streams.jsonl")
 
     def read(self, step: int, weight_version: int) -> tuple[dict[str, Any], list[Group]] | None:
         """What was recorded for a step with these weights, or None. Answers of other weights, or of a recipe that was
@@ -61,11 +74,19 @@ class RolloutJournal:
         return header, [Group(episodes[key], tuple(answers)) for key, answers in groups.items()]
 
 
-def recipe_mark(recipe: Recipe) -> str:
-    """Tells recipes apart by what they compute: its name, folder and threads do not count."""
-    trainer = dataclasses.replace(recipe.trainer, threads_per_rank=None, collective_timeout_s=1.0)
-    same = dataclasses.replace(recipe, name="", run_dir="", trainer=trainer)
-    return hashlib.sha256(repr(same).encode()).hexdigest()[:16]
+def recipe_mark(recipe: Recipe, stage: str) -> str:
+    """Tells recipes apart by what they compute in a stage: keys that are free to change and other stages do not
+    count."""
+    return hashlib.sha256(json.dumps(computing_keys(recipe, stage), sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _write_lines(path: Path, lines: Iterable[Mapping[str, Any]]) -> None:
+    aside = path.with_suffix(".tmp")
+    with aside.open("w", encoding="utf-8") as file:
+        file.writelines(json.dumps(line) + "\n" for line in lines)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(aside, path)
 
 
 def _to_json(episode: Episode, answer: Scored) -> dict[str, Any]:

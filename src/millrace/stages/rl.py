@@ -9,19 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 
-import torch
-
-from millrace.algorithms.advantages import group_advantages
-from millrace.algorithms.aggregation import token_weights
 from millrace.algorithms.losses import LossFn, policy_loss_fn
-from millrace.config.schema import RlStage
+from millrace.config.schema import RlStage, SamplingStage
 from millrace.data.batch import TokenBatch
 from millrace.errors import MillraceError
 from millrace.megatron.policy import Policy
+from millrace.stages.batches import answer_advantages, answers_batch
 from millrace.stages.collect import Collected, GroupCollector
 from millrace.stages.context import Progress, StageContext
 from millrace.stages.episodes import Group
-from millrace.stages.reference import reference_policy
 
 ADDED = ("tokens", "micro_batches")
 """Metrics of an update of which a step has the sum."""
@@ -31,24 +27,26 @@ class MismatchTooLarge(MillraceError):
     """Trainer and engines disagree about the log-probs of the same tokens."""
 
 
-def run_rl(stage: RlStage, ctx: StageContext, progress: Progress, measure: Callable[[str], None]) -> None:
+def run_rl(stage: RlStage, ctx: StageContext, progress: Progress, measure: Callable[[int], None]) -> None:
     """Train to the stage's end from `progress`. Collective.
 
-    `measure(label)` puts held-out pass rates on record; it is called every `evaluation.every` steps.
+    `measure(step)` puts held-out pass rates on record; it is called every `evaluation.every` steps. The reference of a
+    KL term is the policy as it was at the stage's start.
     """
     assert ctx.sync is not None
     every = ctx.recipe.evaluation.every
-    collector = GroupCollector(stage, ctx, progress.stage, progress.sampler)
-    reference = reference_policy(ctx, progress.stage) if stage.kl.coefficient else None
+    collector = GroupCollector(stage, ctx, progress.stage, progress.sampler, least_groups=stage.updates_per_batch)
+    reference = ctx.twin(ctx.origin) if stage.kl.coefficient else None
     loss_fn = stage_loss_fn(stage)
     temperature = stage.sampling.temperature
     ctx.begin_stage(stage, progress, stage.steps, stage.updates_per_batch)
     ctx.push_weights()
     for step in range(progress.step, stage.steps):
         if every and step and step % every == 0:
-            measure(f"{stage.name}@{step}")
+            measure(step)
         with ctx.timed("rollout"):
             collected = collector.collect(step)
+            collector.record_streams(step, [{"advantage": a} for a in _advantages(collected, stage)])
         with ctx.timed("train"):
             updates = [
                 ctx.policy.train_step(
@@ -60,6 +58,10 @@ def run_rl(stage: RlStage, ctx: StageContext, progress: Progress, measure: Calla
         with ctx.timed("sync"):
             ctx.sync.push(ctx.policy.step)
         ctx.end_step(stage, Progress(progress.stage, step + 1, collected.sampler), stage.steps, values)
+
+
+def _advantages(collected: Collected, stage: RlStage) -> list[float]:
+    return answer_advantages(collected.groups, stage.advantage)
 
 
 def step_metrics(updates: Sequence[Mapping[str, float]]) -> dict[str, float]:
@@ -87,21 +89,12 @@ def _batches(collected: Collected, stage: RlStage, ctx: StageContext, reference:
 
 def policy_batch(groups: Sequence[Group], stage: RlStage) -> TokenBatch:
     """The groups' answers as one batch with the streams `weight`, `advantage`, `mask` and `rollout_logp`."""
-    rewards = torch.tensor([group.rewards for group in groups], dtype=torch.float64)
-    advantages = group_advantages(rewards, baseline=stage.advantage.baseline, scale=stage.advantage.scale).flatten()
-    answers = [answer for group in groups for answer in group.answers]
-    tokens, mask, advantage, rollout_logp = [], [], [], []
-    for answer, value in zip(answers, advantages.tolist(), strict=True):
-        rollout = answer.rollout
-        prompt, length = len(rollout.prompt), len(rollout.answer)
-        kept = 0.0 if stage.overlong == "filter" and rollout.finish_reason == "length" else 1.0
-        tokens.append(rollout.prompt + rollout.answer)
-        mask.append([0.0] * prompt + [kept] * length)
-        advantage.append([0.0] * prompt + [value] * length)
-        rollout_logp.append([0.0] * prompt + list(rollout.rollout_logp))
-    streams = {"mask": mask, "advantage": advantage, "rollout_logp": rollout_logp}
-    batch = TokenBatch.from_sequences(tokens, streams)
-    return batch.with_streams(weight=token_weights(batch.streams["mask"], batch.lengths, kind=stage.loss.aggregation))
+    return answers_batch(
+        groups,
+        advantages=answer_advantages(groups, stage.advantage),
+        drop_overlong=stage.overlong == "filter",
+        aggregation=stage.loss.aggregation,
+    )
 
 
 def stage_loss_fn(stage: RlStage) -> LossFn:
@@ -119,7 +112,7 @@ def stage_loss_fn(stage: RlStage) -> LossFn:
     )
 
 
-def mismatch_guard(stage: RlStage) -> Callable[[dict[str, float]], None]:
+def mismatch_guard(stage: SamplingStage) -> Callable[[dict[str, float]], None]:
     """A check of the reduced metrics before the optimizer steps: too large a mismatch stops without an update."""
 
     def guard(metrics: dict[str, float]) -> None:

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from millrace.config.schema import RlhfStage, RlStage
+from millrace.config.schema import RlhfStage, SamplingStage
 from millrace.environments.base import Comparison
 from millrace.stages.episodes import Group
 
 
-def comparison(stage: RlStage) -> Comparison | None:
+def comparison(stage: SamplingStage) -> Comparison | None:
     """How the answers of a group are compared; None in a stage that scores each alone."""
     if not isinstance(stage, RlhfStage):
         return None
@@ -30,15 +30,15 @@ def comparison(stage: RlStage) -> Comparison | None:
 
 
 def judge_metrics(groups: Sequence[Group]) -> dict[str, float]:
-    """What the judge did for these groups; nothing where none was asked."""
-    details = [answer.reward.details for group in groups for answer in group.answers]
-    compared = [each for each in details if "r_base" in each and each["verdicts"]]
+    """What the judge did for these groups; nothing where they are not such as a judge compares."""
+    judged = [a.reward.details for group in groups for a in group.answers if "r_base" in a.reward.details]
+    compared = [details for details in judged if details["verdicts"]]
     if not compared:
-        return {}
-    seen = sum(each["verdicts"] for each in compared)
+        return {"judge/verdicts": 0.0} if judged else {}
+    seen = sum(details["verdicts"] for details in compared)
 
     def share(name: str) -> float:
-        return sum(each[name] for each in compared) / seen
+        return sum(details[name] for details in compared) / seen
 
     return {
         "judge/verdicts": seen / 2,  # each is on record with both of its answers
@@ -46,5 +46,5 @@ def judge_metrics(groups: Sequence[Group]) -> dict[str, float]:
         "judge/unparsable": share("unparsable"),
         "judge/first_wins": share("first_wins"),
         "judge/seconds": share("seconds"),
-        "judge/score": sum(each["r_base"] for each in compared) / len(compared),
+        "judge/score": sum(details["r_base"] for details in compared) / len(compared),
     }

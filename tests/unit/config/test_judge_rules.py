@@ -5,7 +5,6 @@ from pathlib import Path
 import pytest
 
 from millrace.config.loading import load_recipe
-from millrace.config.plan import make_plan
 from millrace.config.rules import check_recipe
 
 JUDGED = """\
@@ -49,11 +48,9 @@ def test_a_judged_recipe_is_sound_and_takes_kl_to_the_stages_start(judged: Path)
         ("judges.unused.url=a", "judges.unused.url is 'a', which is not a URL"),
         ("judges.j.model=nowhere", "judges.j.model: the folder"),
         ("judges.j.max_tokens=256", "judges.j.max_tokens is 256, which leaves no room for two answers"),
-        ("judges.j.engine.engines=0", "judges.j.engine starts no server of its own"),
-        ("judges.j.engine.interface=0.0.0.0", "judges.j.engine.interface is '0.0.0.0', which listens on every network"),
-        ("judges.j.engine.extra_args=['--port=1']", "judges.j.engine.extra_args: --port is set by Millrace"),
+        ("judges.j.engine.engines=0", "judges.j.engine.engines is 0, which starts no judge"),
         ("judges.j.concurrency=0", "judges.j.concurrency is 0; it must be at least 1"),
-        ("stages.please.overlong=zero_reward", "stages.please.overlong is zero_reward, but a judged answer"),
+        ("stages.please.overlong=zero_reward", "stages.please.overlong is zero_reward, but an answer that was cut"),
         ("stages.please.domains=[math]", "scores each answer alone; train it in a stage of type: rl"),
         ("judges={'a/b': {url: 'http://a/v1'}, j: {url: 'http://a/v1'}}", "judges: the name 'a/b' becomes part"),
     ],
@@ -68,13 +65,5 @@ def test_held_out_rows_need_a_reference_and_training_rows_do_not(judged: Path) -
     assert len(check(judged)) == 1 and "asked.jsonl:1 has no field 'reference'" in check(judged)[0]
 
 
-def test_a_judge_whose_checkpoint_is_cut_short_is_found(judged: Path) -> None:
-    weights = judged.parent / "base" / "model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:-1])
-    assert any(problem.startswith("judges.j.model:") for problem in check(judged))
-
-
-def test_the_plan_starts_the_judges_that_a_domain_names(judged: Path) -> None:
-    recipe = load_recipe(judged, ())
-    assert list(recipe.judges_used) == ["j"]
-    assert any(command.endswith("judge j") for command in make_plan(recipe).commands)
+def test_only_the_judges_that_a_genrm_domain_names_are_used(judged: Path) -> None:
+    assert list(load_recipe(judged, ()).judges_used) == ["j"]

@@ -78,3 +78,82 @@ def test_a_plan_is_shown_aligned_and_as_json(recipe_file: Path) -> None:
     rows = [line for line in text.splitlines() if line.startswith(("rank", "0 ", "1 "))]
     assert len({row.index("0-3") for row in rows[1:]} | {rows[0].index("layers")}) == 1
     assert json.loads(to_json(made))["ranks"][1]["tp"] == 1
+
+
+def test_stages_tell_what_they_start_from_and_who_teaches_them(cascade_file: Path) -> None:
+    stages = {stage.name: stage for stage in plan(cascade_file).stages}
+    assert [stages[name].parent for name in ("warm", "climb", "prefer", "distil", "look")] == [
+        "start",
+        "warm",
+        "warm",
+        "climb",
+        "distil",
+    ]
+    distil = stages["distil"]
+    assert [(t.rule, t.domains) for t in distil.teachers] == [
+        ("best(math)", ("math",)),
+        ("stage(prefer)", ("chat",)),
+        ("stage(start)", ("format",)),
+    ]
+    assert (distil.placement, distil.teacher_servers) == ("time_shared", 0)
+    assert (stages["climb"].placement, stages["climb"].teachers) == (None, ())
+
+
+def test_domains_of_one_rule_share_a_teacher_and_each_served_one_is_a_server(cascade_file: Path) -> None:
+    shared = "stages.distil.teachers={math: stage(climb), format: 'stage( climb )', chat: stage(prefer)}"
+    made = plan(
+        cascade_file, shared, "stages.distil.placement=served", "stages.distil.teacher_engine.tensor_parallel=2"
+    )
+    distil = made.stages[3]
+    assert [(t.rule, t.domains) for t in distil.teachers] == [
+        ("stage(climb)", ("math", "format")),
+        ("stage(prefer)", ("chat",)),
+    ]
+    assert distil.teacher_servers == 2
+    expected = "2 x vLLM server of stage(climb), stage(prefer), the teachers of distil, on 127.0.0.1 over 2 ranks"
+    assert expected in made.commands
+
+
+@pytest.mark.parametrize(
+    ("settings", "verdicts"),
+    [
+        ({}, 128 * 120 * 2),
+        ({"pairing": "circular"}, 128 * 16 * 2),
+        ({"both_orders": "false"}, 128 * 120),
+        ({"pairing": "circular", "samples_per_prompt": 2}, 128 * 1 * 2),
+        ({"samples_per_prompt": 3, "prompts_per_step": 1, "pairing": "circular"}, 3 * 2),
+    ],
+)
+def test_the_verdicts_of_a_step_are_counted(cascade_file: Path, settings: dict[str, object], verdicts: int) -> None:
+    prefer = plan(cascade_file, *(f"stages.prefer.{key}={value}" for key, value in settings.items())).stages[2]
+    assert prefer.verdicts_per_step == verdicts
+
+
+def test_judges_tell_where_they_run(cascade_file: Path) -> None:
+    asked = plan(cascade_file)
+    assert [(j.name, j.domains, j.url, j.ranks) for j in asked.judges] == [
+        ("genrm", ("chat",), "http://127.0.0.1:8100/v1", 0)
+    ]
+    assert not any("the judge" in command for command in asked.commands)
+    own = plan(cascade_file, "judges.genrm={model: base, max_tokens: 64, engine: {tensor_parallel: 4}}")
+    assert (own.judges[0].url, own.judges[0].ranks) == (None, 4)
+    model = cascade_file.parent / "base"
+    assert f"1 x vLLM server of {model}, the judge genrm, on 127.0.0.1 over 4 ranks" in own.commands
+
+
+def test_the_graph_of_a_plan_is_shown_as_text_and_as_json(cascade_file: Path) -> None:
+    made = plan(cascade_file)
+    rows = [line.split() for line in render_text(made).splitlines()]
+    assert ["prefer", "rlhf", "warm", "5", "2048", "256", "tokens", "1024", "a", "replica"] in rows
+    assert ["look", "evaluate", "distil", "-", "-", "-", "-"] in rows
+    assert ["distil", "stage(prefer)", "chat", "time_shared"] in rows
+    assert ["genrm", "chat", "http://127.0.0.1:8100/v1", "prefer", "30720"] in rows
+    facts = json.loads(to_json(made))
+    assert [stage["parent"] for stage in facts["stages"]] == ["start", "warm", "warm", "climb", "distil"]
+    assert facts["stages"][3]["teachers"][0] == {"rule": "best(math)", "domains": ["math"]}
+    assert facts["judges"][0]["url"] == "http://127.0.0.1:8100/v1"
+
+
+def test_a_plan_without_teachers_and_judges_has_no_tables_of_them(recipe_file: Path) -> None:
+    text = render_text(plan(recipe_file))
+    assert "teachers of" not in text and "judge" not in text

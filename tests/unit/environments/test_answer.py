@@ -2,7 +2,7 @@ import time
 
 import pytest
 
-from millrace.environments.answer import final_text, last_boxed
+from millrace.environments.answer import final_text, last_boxed, reasoning_text
 
 
 @pytest.mark.parametrize(
@@ -42,3 +42,19 @@ def test_many_unclosed_boxes_are_read_in_linear_time():
     start = time.process_time()
     assert last_boxed("\\boxed{" * 100_000) is None
     assert time.process_time() - start < 2.0
+
+
+@pytest.mark.parametrize(
+    ("answer", "reasoning"),
+    [
+        ("<think>why</think>so", "why"),
+        ("why</think>so", "why"),  # the template has opened it
+        ("\n<think>\nwhy</think>so", "\nwhy"),
+        ("<think>why", "why"),
+        ("a</think>b</think>so", "a</think>b"),
+        ("<think></think>so", ""),
+        ("so", ""),
+    ],
+)
+def test_the_reasoning_is_what_stands_before_the_final_text(answer, reasoning):
+    assert reasoning_text(answer) == reasoning

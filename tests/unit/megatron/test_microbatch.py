@@ -56,3 +56,22 @@ def test_rows_predict_the_next_token_of_their_own_sequence_only() -> None:
 def test_a_sequence_longer_than_a_micro_batch_is_refused() -> None:
     with pytest.raises(DataError, match="max_tokens_per_micro_batch"):
         cut(batch_of(5, 11), dp=1, capacity=10)
+
+
+def test_a_cut_that_leaves_sequences_out_keeps_the_others_where_they_were() -> None:
+    batch = batch_of(3, 9, 4, 8, 2, 5)
+    keep = torch.tensor([True, False, True, False, False, True])
+    for rank in range(2):
+        options = {"dp": 2, "dp_rank": rank, "capacity": 10, "multiple": 1, "device": CPU}
+        whole, part = cut_batch(batch, **options), cut_batch(batch, **options, keep=keep)
+        assert [m.index for m in part] == [m.index for m in whole] == list(range(len(whole)))
+        kept = set(batch.positions(keep.nonzero()[:, 0].tolist()).tolist())
+        assert [m.positions.tolist() for m in part] == [[p for p in m.positions.tolist() if p in kept] for m in whole]
+
+
+def test_taught_rows_are_the_trained_rows_of_one_teacher() -> None:
+    batch = batch_of(4, 3, 3).with_streams(
+        weight=torch.tensor([0.0, 0, 1, 1, 0, 1, 1, 0, 1, 1]), taught=torch.tensor([2.0] * 4 + [1] * 3 + [0] * 3)
+    )
+    part = make_micro_batch(batch, [0, 1, 2], 4, CPU)
+    assert [part.taught_rows(teacher).tolist() for teacher in (0, 1, 2, 3)] == [[7, 8], [4, 5], [1, 2], []]

@@ -44,6 +44,7 @@ HOTTER = dataclasses.replace(STAGE, sampling=SamplingConfig(temperature=1.3))
         ({"stages": (HOTTER,)}, False),
         ({"seed": 2}, False),
         ({"name": "renamed", "trainer": TrainerConfig(threads_per_rank=2)}, True),
+        ({"stages": (STAGE, dataclasses.replace(HOTTER, name="later"))}, True),
     ],
 )
 def test_answers_are_used_again_only_under_a_recipe_that_computes_the_same(tmp_path, changes, used):

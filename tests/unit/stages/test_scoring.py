@@ -95,8 +95,8 @@ def test_held_out_answers_are_judged_alone_against_their_reference(open_player):
     with judge_server(longer_is_better) as server:
         player, domain, tokenizer = open_player(server.url)
         episode = domain.episode(domain.held_out, 0, seed=0)
-        (group,) = player.score([episode], [rollouts(tokenizer, ["ccc", ""])], "held-out chat")
-    assert group.rewards == [1.0, 0.0]
+        (group,) = player.score([episode], [rollouts(tokenizer, ["ccc", "", "cccc"], cut=[2])], "held-out chat")
+    assert group.rewards == [1.0, 0.0, 0.0]
 
 
 def test_what_the_judge_did_is_among_the_metrics_of_a_step(open_player):

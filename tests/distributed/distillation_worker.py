@@ -1,0 +1,100 @@
+"""One rank of the distillation tests: loss and gradient of each signal for each case, written to a file.
+
+Usage: distillation_worker.py CASES.json FOLDER; every rank writes FOLDER/CASE-RANK.pt for each case.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from operator import attrgetter
+from pathlib import Path
+from typing import Any
+
+import torch
+from distillation_reference import HIGH, LOW, TEACHERS, TEMPERATURE, TOP_K
+from torch import Tensor
+
+from millrace.algorithms.distillation import mopd_loss_fn
+from millrace.config.model_shape import ModelShape
+from millrace.config.schema import ModelConfig, OptimizerConfig, ParallelConfig, TrainerConfig
+from millrace.data.batch import TokenBatch
+from millrace.megatron import weights
+from millrace.megatron.divergence import Divergence, TeacherStates
+from millrace.megatron.policy import Policy
+from millrace.megatron.topology import init_distributed
+
+DIVERGENCES: dict[str, dict[str, Any]] = {
+    "full": {},
+    "top_k student": {"top_k": TOP_K, "support": "student"},
+    "top_k teacher": {"top_k": TOP_K, "support": "teacher"},
+    "top_k all": {"top_k": 320, "support": "student"},
+    "top_k more than one rank's": {"top_k": 200, "support": "teacher"},
+}
+
+
+def main(cases: list[dict[str, Any]], folder: Path) -> None:
+    for case in cases:
+        os.environ["MASTER_PORT"] = str(case["port"])
+        parallel = ParallelConfig(**case["parallel"])
+        trainer = TrainerConfig(
+            device="cpu",
+            threads_per_rank=1,
+            collective_timeout_s=60,
+            max_tokens_per_micro_batch=case["capacity"],
+            logprob_chunk_tokens=7,
+        )
+        topology = init_distributed(parallel, trainer, seed=1)
+        path = case["checkpoints"]["student"]
+        shape, config = ModelShape.from_hf(path), ModelConfig(path=path, dtype="float32")
+        policy = Policy(config, shape, parallel, trainer, topology, optimizer=OptimizerConfig(lr=1e-3), seed=1)
+        batch = torch.load(case["batch"], weights_only=False)
+        torch.save(results(policy, batch, case["checkpoints"]), folder / f"{case['name']}-{topology.rank}.pt")
+        topology.close()
+
+
+def results(policy: Policy, batch: TokenBatch, checkpoints: dict[str, str]) -> dict[str, Any]:
+    alone = batch.select([1])  # of the second teacher; other data-parallel ranks have nothing
+    resident, states, states_alone, logps = policy.frozen_twin(), [], [], []
+    for number, name in enumerate(TEACHERS, start=1):
+        resident.load_hf(checkpoints[name])
+        logps.append(resident.logprobs(batch, temperature=TEMPERATURE)[0])
+        states.append(resident.teacher_states(batch, number))
+        states_alone.append(resident.teacher_states(alone, number))
+    swapped = []
+    for number, name in enumerate(TEACHERS, start=1):
+        policy.load_hf(checkpoints[name])
+        swapped.append(policy.teacher_states(batch, number))
+    policy.load_hf(checkpoints["student"])
+    taught = batch.streams["taught"]
+    sampled = batch.with_streams(teacher_logp=torch.where(taught == 1, logps[0], logps[1]))
+    found = {
+        "sampled": loss_and_gradient(policy, sampled, "sampled", None),
+        "full, one sequence": loss_and_gradient(policy, alone, "full", Divergence(states_alone)),
+    }
+    for name, options in DIVERGENCES.items():
+        found[name] = loss_and_gradient(policy, batch, "full", Divergence(states, **options))
+    return {"signals": found, "apart": max(map(apart, states, swapped)), "states": [s.hidden for s in states]}
+
+
+def apart(one: TeacherStates, other: TeacherStates) -> float:
+    """Largest difference of two teachers' hidden states and heads."""
+    tensors = [[*states.hidden, states.head_weight] for states in (one, other) if states.head_weight is not None]
+    return max((float((a - b).abs().max()) for a, b in zip(*tensors, strict=True) if a.numel()), default=0.0)
+
+
+def loss_and_gradient(policy: Policy, batch: TokenBatch, signal: str, divergence: Divergence | None) -> dict[str, Any]:
+    loss_fn = mopd_loss_fn(signal, ratio_low=LOW, ratio_high=HIGH, teachers=TEACHERS)
+    metrics = policy.backward(policy.cut(batch), loss_fn, temperature=TEMPERATURE, entropy=True, divergence=divergence)
+    return {"metrics": metrics, "gradients": gradients(policy)}
+
+
+def gradients(policy: Policy) -> dict[str, Tensor]:
+    """This rank's gradients as Hugging Face tensors."""
+    bound = weights.bind(policy.module, policy.shape, policy.topology, of=attrgetter("main_grad"))
+    return {name: tensor.detach().clone() for name, tensor in weights.hf_tensors(bound)}
+
+
+if __name__ == "__main__":
+    main(json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2]))
