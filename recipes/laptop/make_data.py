@@ -34,7 +34,10 @@ logger = logging.getLogger("make_data")
 
 Row = dict[str, Any]
 
-TRAIN_PROMPTS, HELD_OUT_PROMPTS = 1200, 128
+TRAIN_PROMPTS = {"math": 1200, "instruction_following": 1200, "mcqa": 600, "chat": 600}
+"""MOPD draws its prompts from the domains by their sizes, and math is what it has to bring back."""
+HELD_OUT_PROMPTS = {"math": 128, "instruction_following": 128, "mcqa": 128, "chat": 64}
+"""A chat answer takes two verdicts of a judge, and so the most time."""
 NOISY_CONVERSATIONS = {"math": 7000, "instruction_following": 7000}
 CASCADE_CONVERSATIONS = {"math": 7000, "instruction_following": 5000, "mcqa": 4000, "chat": 2000}
 JUDGED_PAIRS, HELD_OUT_PAIRS = 12000, 500
@@ -62,11 +65,6 @@ def write_jsonl(path: Path, rows: Iterable[Row]) -> None:
     logger.info("%s: %d rows", path, len(lines))
 
 
-def split(tasks: Sequence[AnyTask]) -> tuple[Sequence[AnyTask], Sequence[AnyTask]]:
-    """Training and held-out tasks."""
-    return tasks[HELD_OUT_PROMPTS : HELD_OUT_PROMPTS + TRAIN_PROMPTS], tasks[:HELD_OUT_PROMPTS]
-
-
 def write_prompts(folder: Path, train: Iterable[Row], held_out: Iterable[Row]) -> None:
     for name, rows in (("train", train), ("held_out", held_out)):
         write_jsonl(folder / f"{name}.jsonl", ({"id": f"{name}-{i}", **row} for i, row in enumerate(rows)))
@@ -90,14 +88,16 @@ def conversations(
 
 def write_domains(folder: Path, rng: random.Random) -> dict[str, Sequence[Task]]:
     """Write the prompts of each domain; returns its training tasks."""
-    drawn: dict[str, list] = {"math": all_sums(), "chat": all_note_tasks()}
-    for tasks in drawn.values():
-        rng.shuffle(tasks)
-    drawn["instruction_following"] = distinct_list_tasks(rng, HELD_OUT_PROMPTS + TRAIN_PROMPTS)
-    drawn["mcqa"] = distinct_choices(rng, HELD_OUT_PROMPTS + TRAIN_PROMPTS)
+    counts = {domain: HELD_OUT_PROMPTS[domain] + train for domain, train in TRAIN_PROMPTS.items()}
+    drawn: dict[str, Sequence[Task]] = {
+        "math": rng.sample(all_sums(), k=counts["math"]),
+        "instruction_following": distinct_list_tasks(rng, counts["instruction_following"]),
+        "mcqa": distinct_choices(rng, counts["mcqa"]),
+        "chat": rng.sample(all_note_tasks(), k=counts["chat"]),
+    }
     train_tasks = {}
     for domain, tasks in drawn.items():
-        train, held_out = split(tasks)
+        held_out, train = tasks[: HELD_OUT_PROMPTS[domain]], tasks[HELD_OUT_PROMPTS[domain] :]
         rows = [held_out_note(task, rng) if isinstance(task, NoteTask) else task.row() for task in held_out]
         write_prompts(folder / domain, [task.row() for task in train], rows)
         train_tasks[domain] = train

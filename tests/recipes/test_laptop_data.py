@@ -99,7 +99,7 @@ def test_demonstrations_pass_as_often_as_their_recipe_wants(demo, file, domain, 
 @pytest.mark.parametrize("file", ["sft.jsonl", "cascade/sft.jsonl", "judge/train.jsonl"])
 def test_conversations_show_no_held_out_prompt(demo, file):
     held_out = {row["prompt"] for path in demo.glob("*/held_out.jsonl") for row in read(path) if "prompt" in row}
-    assert len(held_out) == 4 * 128
+    assert len(held_out) == 3 * 128 + 64
     assert not [row for row in read(demo / file) if row["messages"][0]["content"] in held_out]
 
 
