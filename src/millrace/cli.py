@@ -31,8 +31,10 @@ app = typer.Typer(
 )
 convert = typer.Typer(no_args_is_help=True, help="Turn checkpoints into one another, on any parallel layout.")
 verify = typer.Typer(no_args_is_help=True, help="Prove that weights, logits and layouts are what they should be.")
+data = typer.Typer(no_args_is_help=True, help="Look at training data before a stage draws from them.")
 app.add_typer(convert, name="convert")
 app.add_typer(verify, name="verify")
+app.add_typer(data, name="data")
 
 RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="Recipe file (YAML).")]
 Overrides = Annotated[
@@ -185,6 +187,33 @@ def run(
     raise typer.Exit(code)
 
 
+@app.command()
+def report(
+    run_dir: Annotated[Path | None, typer.Argument(metavar="RUN", help="Folder of a run.")] = None,
+    metrics: Annotated[
+        bool, typer.Option("--metrics", help="Print what each metric means, where it should lie and what to do else.")
+    ] = False,
+) -> None:
+    """Write RUN/report.html: graph, matrix, curves, efficiency and rollouts of a run in any state, on one page.
+
+    Examples:
+
+    * `millrace report runs/laptop-dense`
+    * `millrace report --metrics`
+    """
+    out = Console(highlight=False, markup=False, soft_wrap=True)
+    if metrics:
+        from millrace.observe.metrics import metrics_page
+
+        out.print(metrics_page(), end="")
+        return
+    if run_dir is None:
+        raise ConfigError("report needs the folder of a run: millrace report RUN (or --metrics)")
+    from millrace.observe.report import write_report
+
+    out.print(str(write_report(run_dir)))
+
+
 @convert.command("hf-to-megatron")
 def hf_to_megatron(
     hf: HfFolder,
@@ -263,6 +292,44 @@ def sync(hf: HfFolder, tp: Tp = 1, pp: Pp = 1, ep: Ep = 1, etp: Etp = None, dp: 
     """
     arguments = ["--hf", str(hf), *(["--card", str(card)] if card else [])]
     _on_ranks("cascade.verify_sync", arguments, tp, pp, ep, etp, dp)
+
+
+@data.command()
+def passrate(
+    recipe: RecipeFile,
+    domain: Annotated[str, typer.Option(metavar="NAME", help="Domain of the recipe.")],
+    overrides: Overrides = None,
+    samples: Annotated[int, typer.Option(min=1, help="Answers a prompt.")] = 8,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="File to write [default: the domain's pass_rates, or a file beside its training prompts]"),
+    ] = None,
+    model: Annotated[
+        Path | None, typer.Option(metavar="HF_FOLDER", help="Checkpoint to measure [default: the recipe's model]")
+    ] = None,
+    max_prompts: Annotated[int | None, typer.Option(min=1, metavar="N", help="Only the first N prompts.")] = None,
+) -> None:
+    """Measure how often a model solves each training prompt of a domain, for a stage's curriculum.
+
+    Answers are sampled as the recipe's evaluation samples them. After a kill, or for more prompts, the same command
+    goes on where the file ends.
+
+    Examples:
+
+    * `millrace data passrate recipes/laptop/dense.yaml --domain math`
+    * `millrace data passrate recipes/laptop/dense.yaml --domain math --model runs/laptop-dense/export --samples 16`
+    """
+    from millrace.cascade.passrate import measure_pass_rates, measuring_recipe
+    from millrace.config.loading import load_recipe
+    from millrace.evaluation.pass_rates import summary
+
+    loaded = load_recipe(recipe, overrides or ())
+    measuring = measuring_recipe(loaded, domain, model)
+    named = loaded.domains[domain]
+    path = out or Path(named.pass_rates or Path(named.train).with_suffix(".pass_rates.jsonl"))
+    rows = measure_pass_rates(measuring, path, samples=samples, max_prompts=max_prompts)
+    text = f"{summary(rows)}\nwritten to {path}; a stage's curriculum reads it as domains.{domain}.pass_rates"
+    Console(highlight=False, markup=False, soft_wrap=True).print(text)
 
 
 @app.command()

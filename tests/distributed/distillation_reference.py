@@ -1,6 +1,6 @@
 """MOPD's equations (arXiv 2603.19220, 2 to 4) on transformers models in float64, one sequence after the other.
 
-Nothing of Millrace computes here. The batch that it makes is trained on by the ranks of test_distillation.py.
+Nothing of Millrace computes here. The batch that it makes is trained on by the ranks of test_distillation_layouts.py.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import psutil
@@ -86,8 +86,9 @@ RL = {
 }
 
 
-def start(recipe: Path, *overrides: str) -> subprocess.Popen:
-    command = [sys.executable, "-m", "millrace.cli", "run", str(recipe), *overrides]
+def start(recipe: Path, *arguments: str, command: Sequence[str] = ("run",)) -> subprocess.Popen:
+    """Start a command of millrace on a recipe; what it says goes to the recipe's log."""
+    command = [sys.executable, "-m", "millrace.cli", *command, str(recipe), *arguments]
     log = recipe.with_suffix(".log").open("a", encoding="utf-8")
     return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, cwd=recipe.parent)
 

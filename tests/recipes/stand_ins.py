@@ -55,7 +55,7 @@ def write_files(recipe: Recipe, config: dict[str, Any]) -> None:
                 write_row(Path(file), {"messages": [{"role": "user", "content": "1+1"}]})
     for domain in recipe.domains.values():
         for file in (domain.train, domain.held_out):
-            write_row(Path(file), {"prompt": "1+1"})
+            write_row(Path(file), {"prompt": "1+1", "reference": "2"})
 
 
 def write_checkpoint(folder: Path, config: dict[str, Any]) -> None:

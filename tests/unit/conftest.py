@@ -89,7 +89,7 @@ def recipe_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     write_checkpoint(tmp_path / "moe", EXPERTS)
     (tmp_path / "sft.jsonl").write_text('\n{"messages": []}\n')
     for name in ("math.jsonl", "held-out.jsonl"):
-        (tmp_path / name).write_text('{"prompt": "1+1", "answer": "2"}\n')
+        (tmp_path / name).write_text('{"prompt": "1+1", "answer": "2", "reference": "2"}\n')
     (tmp_path / "recipe.yaml").write_text(RECIPE)
     return tmp_path / "recipe.yaml"
 

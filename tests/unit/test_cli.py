@@ -85,9 +85,9 @@ def test_the_version_is_that_of_the_package(tmp_path: Path) -> None:
     assert millrace("--version", cwd=tmp_path).stdout == f"millrace {metadata.version('millrace')}\n"
 
 
-@pytest.mark.parametrize("command", ["check", "plan", "run", "convert", "verify", "doctor"])
+@pytest.mark.parametrize("command", ["check", "plan", "run", "convert", "verify", "data", "doctor"])
 def test_the_help_of_every_command_holds_an_example(tmp_path: Path, command: str) -> None:
-    nested = {"convert": ["hf-to-megatron"], "verify": ["logits"]}.get(command, [])
+    nested = {"convert": ["hf-to-megatron"], "verify": ["logits"], "data": ["passrate"]}.get(command, [])
     assert f"millrace {command}" in millrace(command, *nested, "--help", cwd=tmp_path).stdout
 
 

@@ -13,7 +13,6 @@ from typing import Any
 
 import httpx
 
-from millrace.cascade.engines import visible_gpus
 from millrace.config.errors import ConfigError
 from millrace.config.schema import JudgeConfig, Recipe
 from millrace.environments.judge import Endpoint, HttpEndpoint, Judge, JudgeError, NoReply, Rejected
@@ -21,6 +20,7 @@ from millrace.rollout.chat import chat
 from millrace.rollout.client import EngineFailed, RequestRefused, RequestTimeout
 from millrace.rollout.fleet import Fleet
 from millrace.rollout.member import FleetError, FleetLost
+from millrace.rollout.placement import judge_gpus
 
 WAIT_LOG_SECONDS = 10.0
 PROBE_SECONDS = 1.0
@@ -97,19 +97,6 @@ def start_judges(recipe: Recipe, run_dir: Path) -> Judges:
     for fleet in fleets.values():
         fleet.start()
     return Judges(judges, fleets, remote)
-
-
-def judge_gpus(recipe: Recipe, name: str) -> list[int]:
-    """GPU numbers of a judge's engines: behind the trainer's, the fleet's, and those of the judges named before it."""
-    fleet = recipe.fleet
-    own = 0 if fleet.transport == "ipc" else recipe.parallel.world_size
-    first = max(recipe.parallel.world_size, own + fleet.engines * fleet.tensor_parallel)
-    for other, config in recipe.judges_used.items():
-        count = config.engine.engines * config.engine.tensor_parallel if config.model else 0
-        if other == name:
-            return visible_gpus(range(first, first + count))
-        first += count
-    raise KeyError(name)
 
 
 def stop_token_ids(checkpoint: Path) -> list[int]:

@@ -17,6 +17,7 @@ from millrace.megatron.checkpoint import Checkpointer
 from millrace.megatron.policy import Policy
 from millrace.megatron.topology import Topology
 from millrace.observe.console import RunConsole
+from millrace.observe.trackers import open_trackers
 from millrace.observe.writer import MetricsWriter
 from millrace.rollout.fleet import Fleet
 from millrace.rollout.weight_sync import WeightSync
@@ -51,9 +52,9 @@ def open_run(
     sync = player = None
     if recipe.samples:
         sync = WeightSync(policy, fleet, recipe.fleet, topology, group=control.group)
-        player = EpisodePlayer(control, sync, tokenizer, fleet, domains, console)
+        player = EpisodePlayer(control, sync.resync_if_needed, tokenizer, fleet, domains, console)
         stack.callback(player.close)
-    metrics = MetricsWriter(run_dir, first_step=policy.step + 1) if control.is_main else None
+    metrics = _metrics_writer(recipe, run_dir, policy.step + 1) if control.is_main else None
     if console and metrics:
         stack.callback(console.close)
         stack.callback(metrics.close)
@@ -73,6 +74,10 @@ def open_run(
         reached=progress,
         saved=progress,
     )
+
+
+def _metrics_writer(recipe: Recipe, run_dir: Path, first_step: int) -> MetricsWriter:
+    return MetricsWriter(run_dir, first_step, open_trackers(recipe, run_dir, first_step))
 
 
 def load_progress(policy: Policy, recipe: Recipe, checkpointer: Checkpointer) -> Progress:
@@ -105,6 +110,8 @@ def _open_domain(name: str, recipe: Recipe, tokenizer: ChatTokenizer, judges: Ju
     stages = [stage for stage in recipe.stages if isinstance(stage, SamplingStage) and name in stage.domains]
     if stages:
         domain.require_room(domain.train, context, max(stage.sampling.max_response_tokens for stage in stages))
+    for stage in stages:
+        domain.training_rows(stage.curriculum)
     domain.require_room(domain.held_out, context, recipe.evaluation.sampling.max_response_tokens)
     return domain
 

@@ -140,7 +140,7 @@ class Cascade:
     def _run_stage(self, index: int, progress: Progress) -> None:
         stage, ctx = self.recipe.stages[index], self.ctx
         ctx.origin = self._source(self._result(self.graph.parents[stage.name]))
-        teachers = choose_teachers(stage, self._history()) if isinstance(stage, MopdStage) else {}
+        teachers = self._teachers(stage, progress) if isinstance(stage, MopdStage) else {}
         if progress.step == 0:
             self._hold(ctx.origin.label)
             self._record_start(stage, teachers)
@@ -160,6 +160,12 @@ class Cascade:
                 run_rl(stage, ctx, progress, measure)
         ctx.save(Progress(index + 1), name=checkpoint_name(index, stage.name))
         self.held = stage.name
+
+    def _teachers(self, stage: MopdStage, progress: Progress) -> dict[str, str]:
+        """The label of each domain's teacher: those that the stage began with, whatever was measured since."""
+        history = self._history()
+        begun = history.started.get(stage.name, {}) if progress.step else {}
+        return begun.get("teachers") or choose_teachers(stage, history, self.graph)
 
     def _record_start(self, stage: StageConfig, teachers: dict[str, str]) -> None:
         if self.ctx.control.is_main:
@@ -211,15 +217,23 @@ class Cascade:
         history, gate = self._history(), written(stage.gate)
         verdict = history.gates.get(stage.name)
         if verdict is None or verdict["gate"] != gate:
-            rows = [row for row in history.rows.values() if row.label != stage.name]
+            before = {stage.name, *self.graph.before(stage.name)}
+            earlier = [
+                row for row in history.rows.values() if stage_of(row.label) in before and row.label != stage.name
+            ]
             parent = history.rows[self._result(self.graph.parents[stage.name])]
-            verdict = judge(
-                stage, self.recipe, history.rows[stage.name], parent, rows, self._fallbacks(stage, history)
-            ).to_json()
+            earlier, fallbacks = self._earlier(stage, history), self._fallbacks(stage, history)
+            verdict = judge(stage, self.recipe, history.rows[stage.name], parent, earlier, fallbacks).to_json()
             self._record("gate", gate=gate, **verdict)
             self.ctx.say(verdict["reason"])
         if verdict["action"] == "stop":
             raise GateFailed(verdict["reason"])
+
+    def _earlier(self, stage: StageConfig, history: History) -> list[Row]:
+        """What was measured before the stage's end, in its middle too."""
+        until_here = {stage.name, *self.graph.before(stage.name)}
+        rows = [row for row in history.rows.values() if stage_of(row.label) in until_here]
+        return [row for row in rows if row.label != stage.name]
 
     def _fallbacks(self, stage: StageConfig, history: History) -> list[Row]:
         """What a gate may go back to: kept weights of the stage's lineage and of its own middle, but for those that a

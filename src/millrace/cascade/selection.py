@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
-from millrace.cascade.history import History, Row
-from millrace.config.graph import START, TeacherRule, teacher_rule
+from millrace.cascade.history import History, Row, stage_of
+from millrace.config.graph import START, StageGraph, TeacherRule, teacher_rule
 from millrace.config.schema import MopdStage
 from millrace.errors import MillraceError
 
@@ -14,19 +14,21 @@ class NoTeacher(MillraceError):
     """No checkpoint fulfils a teacher's rule."""
 
 
-def choose_teachers(stage: MopdStage, history: History) -> dict[str, str]:
+def choose_teachers(stage: MopdStage, history: History, graph: StageGraph) -> dict[str, str]:
     """The label of each domain's teacher when the stage begins.
 
-    `best(DOMAIN)` is the strongest checkpoint so far on any branch by held-out pass rate (arXiv 2603.19220,
-    section 4.4), the earliest among equals; `stage(NAME)` is that stage's result. Raises NoTeacher.
+    `best(DOMAIN)` is the strongest checkpoint of the stages before it, on any branch, by held-out pass rate
+    (arXiv 2603.19220, section 4.4), the earliest among equals; `stage(NAME)` is that stage's result. Raises NoTeacher.
     """
-    return {domain: _choose(stage, domain, _rule(text), history) for domain, text in stage.teachers.items()}
+    before = graph.before(stage.name)
+    rows = [row for row in loadable(history.rows.values()) if stage_of(row.label) in before]
+    return {domain: _choose(stage, domain, _rule(text), history, rows) for domain, text in stage.teachers.items()}
 
 
-def _choose(stage: MopdStage, domain: str, rule: TeacherRule, history: History) -> str:
+def _choose(stage: MopdStage, domain: str, rule: TeacherRule, history: History, rows: Sequence[Row]) -> str:
     if rule.kind == "stage":
         return START if rule.name == START else history.result(rule.name)
-    candidates = [row for row in loadable(history.rows.values()) if rule.name in row.scores]
+    candidates = [row for row in rows if rule.name in row.scores]
     if not candidates:
         raise NoTeacher(
             f"stages.{stage.name}.teachers.{domain} is {rule}, but no checkpoint of this run has been measured on "

@@ -148,6 +148,15 @@ class _Past:
             return "past", f"stage {name} has begun with the old value; {again}"
         return "future", f"stage {name} has not begun"
 
+    def of_gate(self, name: str) -> tuple[Effect, str]:
+        """A key of a stage's gate: its verdict is found anew, unless later stages started from the one before."""
+        started = [other for other in stage_graph(self.recipe.stages).after(name) if other in self.begun]
+        if not started:
+            return "future", f"stage {name} is judged by it when it is through"
+        return "past", (
+            f"{started[0]} started from the old verdict; `millrace run RECIPE --from {started[0]}` runs it again"
+        )
+
     def of_measurements(self) -> tuple[Effect, str]:
         """A key by which held-out pass rates are measured."""
         if not self.begun:
@@ -178,7 +187,8 @@ def _stage_changes(before: Recipe, after: Recipe, past: _Past) -> Iterator[Chang
             for at, was, now in _differences(_settings(name, before), _settings(name, after), key):
                 # Keys of one type alone say nothing beside the type.
                 if not (changed_type and (was is ABSENT or now is ABSENT)):
-                    yield Change(at, was, now, *past.of_stage(name))
+                    of_gate = at.startswith(f"{key}.gate.")
+                    yield Change(at, was, now, *(past.of_gate(name) if of_gate else past.of_stage(name)))
 
 
 def _by_name(recipe: Recipe) -> dict[str, StageConfig]:

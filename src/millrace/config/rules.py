@@ -10,6 +10,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -47,6 +48,7 @@ def check_recipe(recipe: Recipe, *, world_size: int | None = None) -> list[str]:
     problems += domain_problems(recipe)
     for stage in recipe.stages:
         problems += stage_problems(stage, recipe)
+    problems += _observe(recipe)
     problems += _files(recipe)
     return problems
 
@@ -210,6 +212,15 @@ def _is_this_host(address: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return host == "localhost"
+
+
+def _observe(recipe: Recipe) -> Problems:
+    for package, asked in (("wandb", recipe.observe.wandb), ("mlflow", recipe.observe.mlflow)):
+        if asked is not None and find_spec(package) is None:
+            yield (
+                f"observe.{package} is set, but the package {package} is not installed; "
+                f"pip install 'millrace[{package}]', or leave observe.{package} out"
+            )
 
 
 def _names(recipe: Recipe) -> Problems:

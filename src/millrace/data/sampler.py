@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import zlib
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
+from millrace.data.curriculum import ChosenRows
 from millrace.data.errors import DataError
 
 
@@ -46,10 +48,10 @@ class EpochSampler:
             self._position = end
         return taken
 
-    def state_dict(self) -> dict[str, int]:
+    def state_dict(self) -> dict[str, Any]:
         return {"size": self.size, "seed": self._seed, "epoch": self._epoch, "position": self._position}
 
-    def load_state_dict(self, state: Mapping[str, int]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on where `state` was taken.
 
         Raises:
@@ -70,18 +72,54 @@ class EpochSampler:
         return np.argsort(bits, kind="stable")
 
 
+class CurriculumSampler(EpochSampler):
+    """The rows that a curriculum chose, each exactly once an epoch: shuffled, or from the highest pass rate to the
+    lowest, where rows of one pass rate are shuffled among themselves anew each epoch."""
+
+    def __init__(self, chosen: ChosenRows, seed: int, stream: int = 0) -> None:
+        self._chosen = chosen
+        super().__init__(len(chosen), seed, stream)
+
+    def next(self, n: int) -> list[int]:
+        return [self._chosen.rows[place] for place in super().next(n)]
+
+    def state_dict(self) -> dict[str, Any]:
+        return {**super().state_dict(), "rows": self._mark()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        super().load_state_dict(state)
+        if state.get("rows") != self._mark():
+            raise DataError(
+                "the checkpoint's sampler drew other rows or in another order than the curriculum and the pass rates "
+                "now give: resume with the same ones, or start the stage afresh"
+            )
+
+    def _mark(self) -> str:
+        return hashlib.sha256(repr((self._chosen.rows, self._chosen.rates)).encode()).hexdigest()[:16]
+
+    def _order_of(self, epoch: int) -> np.ndarray:
+        shuffled = super()._order_of(epoch)
+        if self._chosen.rates is None:
+            return shuffled
+        return shuffled[np.argsort(-np.array(self._chosen.rates)[shuffled], kind="stable")]
+
+
 class MixedSampler:
     """Rows of several domains, in proportion to their sizes at every moment.
 
     Each draw goes to the domain that is furthest behind its share, so that a batch of any size holds each domain's
     share up to rounding, and all domains end an epoch together.
+
+    Args:
+        rows: of each domain the number of its rows, or those that a curriculum chose.
+        seed: 0 or more.
     """
 
-    def __init__(self, sizes: Mapping[str, int], seed: int) -> None:
-        if not sizes:
+    def __init__(self, rows: Mapping[str, int | ChosenRows], seed: int) -> None:
+        if not rows:
             raise DataError("cannot draw from no domains")
-        self._samplers = {name: EpochSampler(sizes[name], seed, zlib.crc32(name.encode())) for name in sorted(sizes)}
-        self._total = sum(sizes.values())
+        self._samplers = {name: _sampler(rows[name], seed, zlib.crc32(name.encode())) for name in sorted(rows)}
+        self._total = sum(sampler.size for sampler in self._samplers.values())
 
     def next(self, n: int) -> list[tuple[str, int]]:
         """The next n rows as (domain, index)."""
@@ -105,3 +143,7 @@ class MixedSampler:
         draws = 1 + sum(sampler.drawn for sampler in samplers.values())
         name = max(samplers, key=lambda name: draws * samplers[name].size - self._total * samplers[name].drawn)
         return name, samplers[name].next(1)[0]
+
+
+def _sampler(rows: int | ChosenRows, seed: int, stream: int) -> EpochSampler:
+    return EpochSampler(rows, seed, stream) if isinstance(rows, int) else CurriculumSampler(rows, seed, stream)

@@ -1,7 +1,8 @@
 """Mathematics with one final answer in `\\boxed{}`.
 
 A row has `prompt` (a string, or a list of messages) and `answer` (a number, or a string such as `\\frac{1}{2}`), which
-NeMo-Gym calls `expected_answer` (`gym_rows` reads both). Reward 1 when the last box of the final text equals the answer, else 0.
+NeMo-Gym calls `expected_answer` (`gym_rows` reads both). Reward 1 when the last box of the final text equals the
+answer, else 0.
 """
 
 from __future__ import annotations

@@ -79,6 +79,18 @@ def locked(run_dir: Path) -> Iterator[None]:
         yield
 
 
+def is_locked(run_dir: Path) -> bool:
+    """Whether a run holds the folder now."""
+    if not (run_dir / LOCK).exists():
+        return False
+    with (run_dir / LOCK).open("rb") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
+
+
 def versions() -> dict[str, str]:
     """Versions of Python and of the packages a result depends on; what is not installed is left out."""
     found = {"python": platform.python_version(), "platform": platform.platform()}

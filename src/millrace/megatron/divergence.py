@@ -43,7 +43,7 @@ from millrace.megatron.microbatch import MicroBatch
 class TeacherStates:
     """What one teacher knows of one batch, on one rank; made by `Policy.teacher_states`.
 
-    Both are empty of content where the pipeline does not end.
+    Only a rank at the pipeline's end holds anything, the same on all its tensor-parallel peers but for the head.
     """
 
     hidden: Sequence[Tensor]
@@ -332,11 +332,10 @@ class _Candidates:
         width = min(self._top_k.size, rows_per_rank)  # of the widest rank: all must send alike
         sent = F.pad(judged, (0, width - judged.shape[1]), value=self._lowest)
         rank, ranks = (0, 1) if group is None else (dist.get_rank(group), dist.get_world_size(group))
-        gathered = [torch.empty_like(sent) for _ in range(ranks)]
+        gathered = [sent]
         if ranks > 1:
+            gathered = [torch.empty_like(sent) for _ in range(ranks)]
             dist.all_gather(gathered, sent, group=group)
-        else:
-            gathered = [sent]
         everyone = torch.cat(gathered, dim=1)
         likeliest = everyone.topk(self._top_k.size, dim=1).indices
         chosen = torch.zeros_like(everyone, dtype=torch.bool).scatter_(1, likeliest, True)

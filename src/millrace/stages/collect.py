@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from millrace.config.schema import MopdStage, RlStage
+from millrace.data.curriculum import ChosenRows
 from millrace.data.sampler import MixedSampler
 from millrace.errors import MillraceError
 from millrace.stages.context import StageContext
@@ -44,8 +45,13 @@ class GroupCollector:
         self._taught = frozenset(stage.teachers) if isinstance(stage, MopdStage) else frozenset()
         self._stage, self._ctx, self._index = stage, ctx, stage_index
         self._player: EpisodePlayer = ctx.player
-        sizes = ctx.control.on_main(lambda: {name: len(self._player.domains[name].train) for name in stage.domains})
-        self._sampler = MixedSampler(sizes, seed=ctx.recipe.seed + stage_index)
+        rows = ctx.control.on_main(
+            lambda: {name: self._player.domains[name].training_rows(stage.curriculum) for name in stage.domains}
+        )
+        for name, chosen in rows.items():
+            if isinstance(chosen, ChosenRows):
+                ctx.say(f"{stage.name}: {drawn_text(name, chosen)}")
+        self._sampler = MixedSampler(rows, seed=ctx.recipe.seed + stage_index)
         if sampler_state is not None:
             self._sampler.load_state_dict(sampler_state)
         self._journal = RolloutJournal(ctx.run_dir, stage.name, ctx.recipe)
@@ -138,6 +144,18 @@ def _length(answer: Scored) -> int:
     return len(answer.rollout.answer)
 
 
+def drawn_text(domain: str, chosen: ChosenRows) -> str:
+    """What a curriculum draws and what it leaves out, in one sentence."""
+    total = len(chosen) + chosen.too_hard + chosen.too_easy
+    order = (
+        "shuffled" if chosen.rates is None else f"pass rates {max(chosen.rates):.2f} down to {min(chosen.rates):.2f}"
+    )
+    return (
+        f"{domain} draws from {len(chosen)} of {total} prompts, {order}; {chosen.too_hard} too hard and "
+        f"{chosen.too_easy} too easy ones are left out"
+    )
+
+
 def has_variance(group: Group) -> bool:
     return len(set(group.rewards)) > 1
 
@@ -165,6 +183,7 @@ def _reward_metrics(scored: Sequence[Group]) -> dict[str, float]:
     rewards = [reward for rewards in by_domain.values() for reward in rewards]
     return {
         "reward/mean": sum(rewards) / len(rewards),
+        "reward/solved": sum(reward >= 1 for reward in rewards) / len(rewards),
         "groups/without_variance": sum(not has_variance(group) for group in scored) / len(scored),
         **{f"reward/{domain}": sum(each) / len(each) for domain, each in sorted(by_domain.items())},
     }

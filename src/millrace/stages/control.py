@@ -10,7 +10,7 @@ import signal
 from collections.abc import Callable
 from datetime import timedelta
 from types import FrameType
-from typing import TypeVar, cast
+from typing import Protocol, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -25,6 +25,19 @@ LONGEST_WAIT = timedelta(hours=24)
 
 class Stopped(Exception):
     """The run was asked to stop."""
+
+
+class Control(Protocol):
+    """What playing episodes needs of the ranks around it."""
+
+    def on_main_until_stopped(self, function: Callable[[], T]) -> T: ...
+
+
+class NoTrainer:
+    """The control of one process that plays episodes without a trainer. Ctrl-C is a KeyboardInterrupt there."""
+
+    def on_main_until_stopped(self, function: Callable[[], T]) -> T:
+        return function()
 
 
 class ControlGroup:

@@ -9,11 +9,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from millrace.config.schema import DomainConfig, SamplingConfig
+from millrace.config.schema import CurriculumConfig, DomainConfig, SamplingConfig
+from millrace.data.curriculum import ChosenRows, choose_rows, rates_of_rows, read_pass_rates
 from millrace.data.datasets import PromptDataset
 from millrace.data.errors import DataError
 from millrace.data.tokenizer import ChatTokenizer
@@ -23,8 +25,7 @@ from millrace.observe.console import Bar, RunConsole
 from millrace.rollout.fleet import Fleet
 from millrace.rollout.member import FleetNeedsSync
 from millrace.rollout.types import Request, Rollout, SamplingParams
-from millrace.rollout.weight_sync import WeightSync
-from millrace.stages.control import ControlGroup
+from millrace.stages.control import Control
 
 WAIT_LOG_SECONDS = 10.0
 
@@ -72,7 +73,7 @@ class Domain:
 
     def __init__(self, name: str, config: DomainConfig, environment: Environment, tokenizer: ChatTokenizer) -> None:
         self.name, self.environment = name, environment
-        self._system, self._tokenizer = config.system_prompt, tokenizer
+        self._system, self._tokenizer, self._pass_rates = config.system_prompt, tokenizer, config.pass_rates
         self.train = PromptDataset(config.train, environment.required_fields, environment.validate, plain_row)
         alone = (
             environment.held_out_fields if isinstance(environment, GroupEnvironment) else environment.required_fields
@@ -92,6 +93,32 @@ class Domain:
         prompt = tuple(self._tokenizer.render_prompt(messages))
         return Episode(dataset.row_id(index), self.name, row, messages, prompt, seed, scored)
 
+    def training_rows(self, curriculum: CurriculumConfig) -> int | ChosenRows:
+        """The training rows that a stage draws: how many there are, or those its curriculum chooses.
+
+        Raises DataError for a row without a pass rate, and when none is left.
+        """
+        if curriculum == CurriculumConfig():
+            return len(self.train)
+        assert self._pass_rates is not None, "the recipe's rules ask for pass rates"
+        path = Path(self._pass_rates)
+        chosen = choose_rows(
+            rates_of_rows(self.train, read_pass_rates(path), path),
+            above=curriculum.above,
+            below=curriculum.below,
+            easy_to_hard=curriculum.order == "easy_to_hard",
+        )
+        if not len(chosen):
+            bounds = ((chosen.too_hard, "above", curriculum.above), (chosen.too_easy, "below", curriculum.below))
+            why = " and ".join(
+                f"{count} are not {word} {bound:g}" for count, word, bound in bounds if bound is not None
+            )
+            raise DataError(
+                f"domain {self.name}: the curriculum leaves none of {len(self.train)} training prompts, for by {path} "
+                f"{why}; widen its bounds, or take other prompts"
+            )
+        return chosen
+
     def require_room(self, dataset: PromptDataset, context: int, answer: int) -> None:
         """Raises DataError, naming the row, for a prompt that leaves less than `answer` of `context` tokens."""
         for index in range(len(dataset)):
@@ -107,16 +134,17 @@ class Domain:
 class EpisodePlayer:
     def __init__(
         self,
-        control: ControlGroup,
-        sync: WeightSync,
+        control: Control,
+        resync: Callable[[], object],
         tokenizer: ChatTokenizer,
         fleet: Fleet | None,
         domains: Mapping[str, Domain],
         console: RunConsole | None,
     ) -> None:
-        """`fleet`, `domains` and `console` are rank 0's; elsewhere None, empty and None."""
+        """`fleet`, `domains` and `console` are rank 0's; elsewhere None, empty and None. `resync` gives engines that
+        were restarted the weights of the others; every rank calls it."""
         self.domains = domains
-        self._control, self._sync, self._tokenizer = control, sync, tokenizer
+        self._control, self._resync, self._tokenizer = control, resync, tokenizer
         self._fleet, self._console = fleet, console
         self._loop = asyncio.new_event_loop()
 
@@ -178,7 +206,7 @@ class EpisodePlayer:
             complete = self._control.on_main_until_stopped(lambda: self._try_generate(requests, what, rollouts))
             if complete:
                 return rollouts
-            self._sync.resync_if_needed()
+            self._resync()
 
     def _try_generate(self, requests: Sequence[Request], what: str, rollouts: list[list[Rollout]]) -> bool:
         assert self._fleet is not None and self._console is not None

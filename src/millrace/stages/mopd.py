@@ -113,14 +113,14 @@ class Lesson:
         """The teachers' log-probs, those on record for these answers where there are any."""
         recorded = self._ctx.control.on_main(lambda: self._collector.recorded_streams(step))
         if recorded is not None:
-            return _joined(batch, recorded)
+            return joined(batch, recorded)
         values = self._teachers.logprobs(batch, self._members(batch), self._stage.sampling.temperature)
         self._record(step, batch, values)
         return values
 
     def _record(self, step: int, batch: TokenBatch, teacher_logp: Tensor | None) -> None:
         if self._ctx.control.is_main:
-            self._collector.record_streams(step, _by_answer(batch, teacher_logp))
+            self._collector.record_streams(step, by_answer(batch, teacher_logp))
 
     def _divergence(self, teachers: ResidentTeachers | TimeSharedTeachers, batch: TokenBatch) -> Divergence:
         """What each teacher knows of its tokens; one that teaches several domains is looked at once for all."""
@@ -175,7 +175,7 @@ def per_teacher_means(values: Mapping[str, float], stage: MopdStage) -> dict[str
     return means
 
 
-def _by_answer(batch: TokenBatch, teacher_logp: Tensor | None) -> list[dict[str, object]]:
+def by_answer(batch: TokenBatch, teacher_logp: Tensor | None) -> list[dict[str, object]]:
     """One record an answer: its reward's advantage, or its teacher's log-probs of its own tokens."""
     lines: list[dict[str, object]] = []
     offsets, numbers = batch.offsets.tolist(), teacher_of_sequence(batch)
@@ -188,8 +188,8 @@ def _by_answer(batch: TokenBatch, teacher_logp: Tensor | None) -> list[dict[str,
     return lines
 
 
-def _joined(batch: TokenBatch, lines: Sequence[Mapping[str, list[float]]]) -> Tensor:
-    """The inverse of `_by_answer`: teachers' log-probs at their tokens, 0 elsewhere."""
+def joined(batch: TokenBatch, lines: Sequence[Mapping[str, list[float]]]) -> Tensor:
+    """The inverse of `by_answer`: teachers' log-probs at their tokens, 0 elsewhere."""
     values = torch.zeros(batch.tokens.numel())
     values[batch.streams["taught"] > 0] = torch.tensor([v for line in lines for v in line.get("teacher_logp", ())])
     return values

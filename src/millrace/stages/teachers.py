@@ -25,6 +25,7 @@ from millrace.megatron.export import export_hf
 from millrace.megatron.lent_weights import copy_to_host, put
 from millrace.megatron.policy import Policy
 from millrace.rollout.fleet import Fleet
+from millrace.rollout.placement import teacher_gpus
 from millrace.stages.context import StageContext
 from millrace.stages.control import ControlGroup
 from millrace.stages.sources import WeightSource
@@ -103,11 +104,12 @@ class ServedTeachers:
         self._control: ControlGroup = ctx.control
         self._fleets: dict[str, Fleet] = {}
         folders = _exported(ctx, sources)
-        for label, folder in folders.items() if ctx.control.is_main else ():
-            fleet = Fleet(stage.teacher_engine, str(folder / "hf"), folder)
-            stack.callback(fleet.close)
-            fleet.start()
-            self._fleets[label] = fleet
+        for number, (label, folder) in enumerate(folders.items()) if ctx.control.is_main else ():
+            gpus = teacher_gpus(ctx.recipe, stage.teacher_engine, number)
+            kind = f"teacher-{folder.name}"
+            self._fleets[label] = Fleet(stage.teacher_engine, str(folder), ctx.run_dir, gpus=gpus, kind=kind)
+            stack.callback(self._fleets[label].close)
+            self._fleets[label].start()
         ctx.say(f"{stage.name}: waiting for the servers of {len(folders)} teachers")
         ctx.control.on_main_until_stopped(self._wait_ready)
 
@@ -131,12 +133,12 @@ class ServedTeachers:
 
 
 def _exported(ctx: StageContext, sources: Sequence[WeightSource]) -> dict[str, Path]:
-    """Each teacher's folder under RUN_DIR/teachers, with its weights in `hf`. The policy's weights are as before."""
+    """Each teacher as a Hugging Face checkpoint under RUN_DIR/teachers. The policy's weights are as before."""
     own, folders = copy_to_host(ctx.policy), {}
     for source in sources:
         folders[source.label] = ctx.run_dir / "teachers" / source.label.replace("@", "-step-")
         source.load_into(ctx.policy, ctx.checkpointer)
-        export_hf(ctx.policy, ctx.recipe.model.path, folders[source.label] / "hf", overwrite=True)
+        export_hf(ctx.policy, ctx.recipe.model.path, folders[source.label], overwrite=True)
     put(ctx.policy, own)
     return folders
 

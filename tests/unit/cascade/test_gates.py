@@ -51,6 +51,13 @@ def test_against_best_each_domain_is_compared_with_its_own_best():
     assert found.compared_with == "best" and "against the best so far" in found.reason
 
 
+def test_a_domain_that_came_later_than_the_baseline_is_not_compared():
+    old = row("sft", 0.6, 0.3)
+    campaign = recipe(rl_if=GateConfig(min_gain=1, max_drop=1))
+    found = judge(campaign.stages[1], campaign, row("rl-if", 0.6, 0.4, 0.0), old, (), ())
+    assert [c.domain for c in found.checks] == ["if", "math"] and found.passed
+
+
 def test_named_domains_replace_the_stages_own():
     gate = GateConfig(min_gain=1, own=("chat",), max_drop=1, others=("math",))
     found = verdict(gate, row("rl-if", 0.6, 0.0, 0.3))

@@ -4,14 +4,13 @@ import socket
 import pytest
 from judge_server import Said, judge_server, verdict
 
-from millrace.cascade.judges import judge_gpus, start_judges, stop_token_ids
+from millrace.cascade.judges import start_judges, stop_token_ids
 from millrace.config.errors import ConfigError
 from millrace.config.schema import (
     DomainConfig,
     FleetConfig,
     JudgeConfig,
     ModelConfig,
-    ParallelConfig,
     Recipe,
     RlhfStage,
 )
@@ -26,21 +25,6 @@ def recipe(judges, **more):
     return Recipe(
         name="r", run_dir="r", model=ModelConfig(path="m"), domains=domains, judges=judges, stages=stages, **more
     )
-
-
-def test_the_judges_engines_come_behind_the_trainers_and_the_fleets(monkeypatch):
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    judges = {
-        "far": JudgeConfig(url="http://node7/v1"),
-        "big": JudgeConfig(model="b", engine=FleetConfig(engines=1, tensor_parallel=2)),
-        "small": JudgeConfig(model="s"),
-    }
-    shared = recipe(judges, parallel=ParallelConfig(dp=2), fleet=FleetConfig(engines=2))
-    assert (judge_gpus(shared, "big"), judge_gpus(shared, "small")) == ([4, 5], [6])
-    colocated = recipe(judges, parallel=ParallelConfig(dp=2), fleet=FleetConfig(engines=2, transport="ipc"))
-    assert (judge_gpus(colocated, "big"), judge_gpus(colocated, "small")) == ([2, 3], [4])
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2,3,6,7,9")
-    assert (judge_gpus(shared, "big"), judge_gpus(shared, "small")) == ([6, 7], [9])
 
 
 def test_a_judge_that_runs_elsewhere_is_waited_for_and_then_asked(tmp_path):

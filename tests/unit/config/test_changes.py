@@ -8,6 +8,7 @@ from millrace.config.schema import (
     DomainConfig,
     EvaluationConfig,
     FleetConfig,
+    GateConfig,
     JudgeConfig,
     ModelConfig,
     OptimizerConfig,
@@ -226,3 +227,11 @@ def test_the_lines_are_aligned_and_written_like_a_recipe() -> None:
         "stages.rl-if.dynamic_sampling  false -> true       future  stage rl-if has not begun",
         "stages.rl-if.domains           [if] -> [if, math]  future  stage rl-if has not begun",
     ]
+
+
+def test_a_gate_may_change_until_a_later_stage_has_started_from_its_verdict() -> None:
+    strict = dataclasses.replace(SFT, gate=GateConfig(max_drop=2.0))
+    judged = only(with_stages(strict, MATH, IF), begun=("start", "sft"))
+    assert (judged.effect, judged.reason) == ("future", "stage sft is judged by it when it is through")
+    started = only(with_stages(strict, MATH, IF))
+    assert started.effect == "past" and "rl-math started from the old verdict" in started.reason

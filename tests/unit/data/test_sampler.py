@@ -5,8 +5,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from millrace.data.curriculum import ChosenRows, choose_rows
 from millrace.data.errors import DataError
-from millrace.data.sampler import EpochSampler, MixedSampler
+from millrace.data.sampler import CurriculumSampler, EpochSampler, MixedSampler
 
 GOLDEN = [2, 4, 7, 5, 0, 6, 3, 1, 3, 1, 7, 4, 5, 0, 2, 6]
 
@@ -96,3 +97,66 @@ def test_domains_of_one_size_are_shuffled_apart() -> None:
 def test_a_mix_of_other_domains_is_refused() -> None:
     with pytest.raises(DataError, match="draws from a, b, the stage from a, c"):
         MixedSampler({"a": 1, "c": 1}, 1).load_state_dict(MixedSampler({"a": 1, "b": 1}, 1).state_dict())
+
+
+rates_st = st.lists(st.sampled_from([0.0, 0.25, 0.5, 0.75, 1.0]), min_size=1, max_size=12)
+
+
+def easy_to_hard(rates: list[float], above: float | None = None) -> ChosenRows:
+    return choose_rows(rates, above=above, below=None, easy_to_hard=True)
+
+
+@settings(deadline=None, max_examples=60)
+@given(rates_st, st.integers(1, 3), st.integers(1, 7))
+def test_a_curriculum_goes_from_easy_to_hard_and_then_starts_again(rates: list[float], epochs: int, n: int) -> None:
+    sampler = CurriculumSampler(easy_to_hard(rates), seed=3)
+    drawn: list[int] = []
+    while len(drawn) < epochs * len(rates):
+        drawn += sampler.next(n)
+    for start in range(0, epochs * len(rates), len(rates)):
+        epoch = drawn[start : start + len(rates)]
+        assert sorted(epoch) == list(range(len(rates)))
+        assert [rates[row] for row in epoch] == sorted(rates, reverse=True)
+
+
+def test_rows_of_one_pass_rate_are_shuffled_by_seed_and_epoch() -> None:
+    chosen = easy_to_hard([1.0] * 20 + [0.5] * 20)
+    sampler = CurriculumSampler(chosen, seed=3)
+    first, second = sampler.next(40), sampler.next(40)
+    assert first != second and first != CurriculumSampler(chosen, seed=4).next(40)
+    assert set(first[:20]) == set(second[:20]) == set(range(20))
+
+
+def test_rows_that_were_left_out_are_never_drawn() -> None:
+    chosen = choose_rows([0.0, 0.5, 1.0, 0.25], above=0, below=1, easy_to_hard=False)
+    assert set(CurriculumSampler(chosen, seed=3).next(20)) == {1, 3}
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.dictionaries(st.sampled_from("abc"), rates_st, min_size=1), st.integers(0, 40))
+def test_mixed_curricula_keep_their_shares_and_each_its_order(rates: dict[str, list[float]], n: int) -> None:
+    drawn = MixedSampler({name: easy_to_hard(rates[name]) for name in rates}, 3).next(n)
+    plain = MixedSampler({name: len(rates[name]) for name in rates}, 3).next(n)
+    assert [name for name, _ in drawn] == [name for name, _ in plain]
+    for name in rates:
+        rows = [row for domain, row in drawn if domain == name][: len(rates[name])]
+        assert [rates[name][row] for row in rows] == sorted(rates[name], reverse=True)[: len(rows)]
+
+
+@settings(deadline=None, max_examples=40)
+@given(rates_st, st.integers(0, 40))
+def test_a_restored_curriculum_goes_on_exactly(rates: list[float], before: int) -> None:
+    rows = {"a": easy_to_hard(rates), "b": 7}
+    sampler, restored = MixedSampler(rows, 3), MixedSampler(rows, 3)
+    sampler.next(before)
+    restored.load_state_dict(json.loads(json.dumps(sampler.state_dict())))
+    assert restored.next(30) == sampler.next(30)
+
+
+def test_a_state_of_another_curriculum_is_refused() -> None:
+    state = CurriculumSampler(easy_to_hard([0.5, 0.75]), 1).state_dict()
+    for other in (easy_to_hard([0.75, 0.5]), easy_to_hard([0.0, 0.5, 0.75], above=0)):
+        with pytest.raises(DataError, match="drew other rows or in another order"):
+            CurriculumSampler(other, 1).load_state_dict(state)
+    with pytest.raises(DataError, match="drew other rows or in another order"):
+        CurriculumSampler(easy_to_hard([0.5, 0.75]), 1).load_state_dict(EpochSampler(2, 1).state_dict())

@@ -3,10 +3,11 @@ import json
 import pytest
 from tiny_checkpoints import VOCABULARY, write_tokenizer
 
-from millrace.config.schema import DomainConfig
+from millrace.config.schema import CurriculumConfig, DomainConfig
 from millrace.data.errors import DataError
 from millrace.data.tokenizer import ChatTokenizer
 from millrace.environments.registry import make_environment
+from millrace.stages.collect import drawn_text
 from millrace.stages.episodes import Domain
 
 
@@ -24,6 +25,7 @@ def domain(tmp_path):
         train=str(tmp_path / "train.jsonl"),
         held_out=str(tmp_path / "held_out.jsonl"),
         system_prompt="be brief",
+        pass_rates=str(tmp_path / "rates.jsonl"),
     )
     return Domain("if", config, make_environment(config), ChatTokenizer(tmp_path, VOCABULARY))
 
@@ -41,3 +43,36 @@ def test_a_prompt_that_leaves_no_room_for_its_answer_is_named_before_the_run(dom
         DataError, match=rf"train\.jsonl:2: the prompt has {longest} tokens, .* lower max_response_tokens"
     ):
         domain.require_room(domain.train, context=longest + 7, answer=8)
+
+
+def rate(domain, tmp_path, *rates):
+    rows = [{"id": domain.train.row_id(index), "pass_rate": rate} for index, rate in enumerate(rates)]
+    (tmp_path / "rates.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def test_a_curriculum_chooses_among_the_training_rows_by_their_pass_rates(domain, tmp_path):
+    rate(domain, tmp_path, 0.0, 0.5)
+    assert domain.training_rows(CurriculumConfig()) == 2
+    assert domain.training_rows(CurriculumConfig(above=0)).rows == (1,)
+    assert domain.training_rows(CurriculumConfig(order="easy_to_hard")).rates == (0.0, 0.5)
+
+
+def test_what_a_curriculum_draws_and_leaves_out_is_said(domain, tmp_path):
+    rate(domain, tmp_path, 0.0, 0.5)
+    assert drawn_text("if", domain.training_rows(CurriculumConfig(above=0, order="easy_to_hard"))) == (
+        "if draws from 1 of 2 prompts, pass rates 0.50 down to 0.50; 1 too hard and 0 too easy ones are left out"
+    )
+
+
+def test_a_curriculum_that_leaves_nothing_is_refused_with_the_counts(domain, tmp_path):
+    rate(domain, tmp_path, 0.0, 1.0)
+    with pytest.raises(
+        DataError, match=r"leaves none of 2 training prompts, .* 1 are not above 0 and 1 are not below 1; widen"
+    ):
+        domain.training_rows(CurriculumConfig(above=0, below=1))
+
+
+def test_a_training_row_without_a_pass_rate_is_named(domain, tmp_path):
+    rate(domain, tmp_path, 0.5)
+    with pytest.raises(DataError, match=r"train\.jsonl:2: the row with the id \w+ has no pass rate"):
+        domain.training_rows(CurriculumConfig(above=0))

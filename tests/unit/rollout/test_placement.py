@@ -1,0 +1,55 @@
+"""Which GPUs the servers of a run get."""
+
+import pytest
+
+from millrace.config.schema import DomainConfig, FleetConfig, JudgeConfig, ModelConfig, ParallelConfig, Recipe
+from millrace.rollout.placement import fleet_gpus, judge_gpus, teacher_gpus
+
+JUDGES = {
+    "far": JudgeConfig(url="http://node7/v1"),
+    "big": JudgeConfig(model="b", engine=FleetConfig(tensor_parallel=2)),
+    "small": JudgeConfig(model="s"),
+}
+TEACHER = FleetConfig(tensor_parallel=2)
+
+
+def recipe(**fleet) -> Recipe:
+    """Two trainer ranks, two engines, three judges of which two are served."""
+    domains = {name: DomainConfig(environment="genrm", judge=name, train="t", held_out="h") for name in JUDGES}
+    return Recipe(
+        name="r",
+        run_dir="r",
+        model=ModelConfig(path="m"),
+        parallel=ParallelConfig(dp=2),
+        fleet=FleetConfig(engines=2, **fleet),
+        judges=JUDGES,
+        domains=domains,
+        stages=(),
+    )
+
+
+@pytest.fixture(autouse=True)
+def all_devices(monkeypatch):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+
+
+def places(recipe: Recipe) -> list[list[int]]:
+    judges = [judge_gpus(recipe, name) for name in ("big", "small")]
+    return [fleet_gpus(recipe), *judges, *(teacher_gpus(recipe, TEACHER, number) for number in range(2))]
+
+
+def test_fleet_judges_and_teachers_come_one_behind_the_other_behind_the_trainer():
+    assert places(recipe()) == [[2, 3], [4, 5], [6], [7, 8], [9, 10]]
+
+
+def test_a_colocated_fleet_leaves_its_places_to_the_others():
+    assert places(recipe(transport="ipc")) == [[0, 1], [2, 3], [4], [5, 6], [7, 8]]
+
+
+def test_places_count_among_the_devices_that_are_visible(monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2,3,6,7,9,11,12,13,14")
+    assert places(recipe()) == [[2, 3], [6, 7], [9], [11, 12], [13, 14]]
+
+
+def test_without_a_trainer_the_engines_get_the_first_ones():
+    assert fleet_gpus(recipe(), beside_trainer=False) == [0, 1]
