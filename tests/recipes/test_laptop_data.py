@@ -1,5 +1,5 @@
 import asyncio
-import importlib.util
+import importlib
 import json
 import sys
 from pathlib import Path
@@ -12,23 +12,26 @@ from millrace.config.loading import load_recipe
 from millrace.config.model_shape import ModelShape
 from millrace.config.schema import DomainConfig
 from millrace.data.tokenizer import ChatTokenizer
+from millrace.environments.judge import parse_judgement
+from millrace.environments.judge_prompt import judge_messages
 from millrace.environments.registry import make_environment
 
 RECIPES = Path(__file__).parents[2] / "recipes" / "laptop"
-DOMAINS = ("math", "instruction_following")
-
-
-def load_script():
-    spec = importlib.util.spec_from_file_location("laptop_make_data", RECIPES / "make_data.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
+SCORED = ("math", "instruction_following", "mcqa")
+"""Domains whose environments score an answer alone."""
 
 
 @pytest.fixture(scope="module")
-def make_data():
-    return load_script().main
+def scripts():
+    """Where the script finds its modules when it is run."""
+    sys.path.insert(0, str(RECIPES))
+    yield importlib.import_module
+    sys.path.remove(str(RECIPES))
+
+
+@pytest.fixture(scope="module")
+def make_data(scripts):
+    return scripts("make_data").main
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +49,7 @@ def environment(domain):
     return make_environment(DomainConfig(environment=domain, train="", held_out=""))
 
 
-@pytest.mark.parametrize("domain", DOMAINS)
+@pytest.mark.parametrize("domain", SCORED)
 def test_training_and_held_out_prompts_are_valid_and_disjoint(demo, domain):
     train, held_out = read(demo / domain / "train.jsonl"), read(demo / domain / "held_out.jsonl")
     env = environment(domain)
@@ -62,12 +65,10 @@ def ingredients(row):
     return frozenset(row["prompt"].rstrip(".?").split(". "))
 
 
-@pytest.mark.parametrize("domain", DOMAINS)
-def test_demonstrations_show_no_held_out_prompt_and_pass_about_half_of_the_time(demo, domain):
+def pass_rate(demo, domain, file):
+    """Of the demonstrations that `file` shows of a domain's training prompts, by the domain's own environment."""
     rows = {row["prompt"]: row for row in read(demo / domain / "train.jsonl")}
-    held_out = {row["prompt"] for row in read(demo / domain / "held_out.jsonl")}
-    conversations = [row["messages"] for row in read(demo / "sft.jsonl")]
-    assert not [question for question, _ in conversations if question["content"] in held_out]
+    conversations = [row["messages"] for row in read(demo / file)]
     pairs = [(rows[q["content"]], a["content"]) for q, a in conversations if q["content"] in rows][:600]
     env = environment(domain)
 
@@ -78,7 +79,61 @@ def test_demonstrations_show_no_held_out_prompt_and_pass_about_half_of_the_time(
             await env.close()
 
     rewards = [reward.value for reward in asyncio.run(score())]
-    assert 0.35 < sum(rewards) / len(rewards) < 0.75
+    return sum(rewards) / len(rewards)
+
+
+@pytest.mark.parametrize(
+    ("file", "domain", "least", "most"),
+    [
+        ("sft.jsonl", "math", 0.35, 0.75),
+        ("sft.jsonl", "instruction_following", 0.35, 0.75),
+        ("cascade/sft.jsonl", "math", 1.0, 1.0),
+        ("cascade/sft.jsonl", "instruction_following", 0.35, 0.75),
+        ("cascade/sft.jsonl", "mcqa", 0.35, 0.75),
+    ],
+)
+def test_demonstrations_pass_as_often_as_their_recipe_wants(demo, file, domain, least, most):
+    assert least <= pass_rate(demo, domain, file) <= most
+
+
+@pytest.mark.parametrize("file", ["sft.jsonl", "cascade/sft.jsonl", "judge/train.jsonl"])
+def test_conversations_show_no_held_out_prompt(demo, file):
+    held_out = {row["prompt"] for path in demo.glob("*/held_out.jsonl") for row in read(path) if "prompt" in row}
+    assert len(held_out) == 3 * 128 + 64
+    assert not [row for row in read(demo / file) if row["messages"][0]["content"] in held_out]
+
+
+def test_chat_prompts_are_disjoint_and_held_out_ones_have_a_reference_that_a_good_answer_beats(demo, scripts):
+    quality = scripts("tasks.notes").quality
+    train, held_out = read(demo / "chat" / "train.jsonl"), read(demo / "chat" / "held_out.jsonl")
+    assert not {row["prompt"] for row in train} & {row["prompt"] for row in held_out}
+    qualities = [quality(row["reference"]) for row in held_out]
+    assert set(qualities) <= {1, 2, 3, 4, 5} and 3 < sum(qualities) / len(qualities) < 4.5
+
+
+def test_quality_counts_the_parts_of_an_invitation(scripts):
+    quality = scripts("tasks.notes").quality
+    assert quality("Dear Ann. Please come to the park on Monday. Yours.") == 5
+    assert quality("Please come to the park. Goodbye.") == 3
+    assert quality("Come to the park.") == quality("") == 1
+
+
+def test_verdicts_follow_the_rule_and_are_read_as_judgements(demo, scripts):
+    quality = scripts("tasks.notes").quality
+    rows = read(demo / "judge" / "held_out.jsonl")
+    assert [m["role"] for m in rows[0]["messages"]] == ["user", "response_1", "response_2", "assistant"]
+    for row in rows:
+        _, first, second, verdict = (message["content"] for message in row["messages"])
+        judgement = parse_judgement(verdict)
+        assert (judgement.score_1, judgement.score_2) == (quality(first), quality(second))
+        assert (judgement.ranking <= 3) == (judgement.score_1 >= judgement.score_2)
+    assert {parse_judgement(row["messages"][-1]["content"]).ranking for row in rows} == {1, 2, 3, 4, 5, 6}
+
+
+def test_pairs_are_shown_to_the_judge_as_it_has_learnt_them(demo):
+    messages = read(demo / "judge" / "held_out.jsonl")[0]["messages"]
+    first, second = messages[1]["content"], messages[2]["content"]
+    assert list(judge_messages("roles", messages[:1], first, second)) == messages[:-1]
 
 
 @pytest.mark.parametrize("base", ["base", "base-moe"])
@@ -99,10 +154,11 @@ def test_any_text_survives_the_tokenizer(demo):
         assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
-def test_prompts_and_demonstrations_fit_the_recipes(demo):
+@pytest.mark.parametrize(("name", "file"), [("dense", "sft.jsonl"), ("cascade", "cascade/sft.jsonl")])
+def test_prompts_and_demonstrations_fit_the_recipes(demo, name, file):
     tokenizer = ChatTokenizer(demo / "base", ModelShape.from_hf(demo / "base").vocab_size)
-    recipe = load_recipe(RECIPES / "dense.yaml")
-    for row in read(demo / "sft.jsonl")[:1500]:
+    recipe = load_recipe(RECIPES / f"{name}.yaml")
+    for row in read(demo / file)[:1500]:
         tokens, mask = tokenizer.render_conversation(row["messages"])
         assert len(tokens) - sum(mask) <= 48
         assert sum(mask) <= recipe.evaluation.sampling.max_response_tokens
@@ -111,6 +167,7 @@ def test_prompts_and_demonstrations_fit_the_recipes(demo):
 def test_the_same_seed_writes_the_same_files(demo, make_data, tmp_path):
     make_data(["--out", str(tmp_path / "again"), "--seed", "3"])
     make_data(["--out", str(tmp_path / "other"), "--seed", "4"])
-    for name in ("sft.jsonl", "math/train.jsonl", "base/model.safetensors", "base/tokenizer.json"):
+    data = ("sft.jsonl", "cascade/sft.jsonl", "judge/train.jsonl", "math/train.jsonl", "chat/held_out.jsonl")
+    for name in (*data, "base/model.safetensors", "base/tokenizer.json"):
         assert (tmp_path / "again" / name).read_bytes() == (demo / name).read_bytes()
         assert (tmp_path / "other" / name).read_bytes() != (demo / name).read_bytes()

@@ -17,7 +17,7 @@ def test_the_recipe_of_the_readme_lacks_nothing_but_its_files(tmp_path):
     assert all("does not exist" in problem for problem in problems), problems
 
 
-@pytest.mark.parametrize("name", ["dense", "moe"])
+@pytest.mark.parametrize("name", ["dense", "moe", "cascade"])
 def test_the_laptop_recipes_load(name):
     recipe = load_recipe(ROOT / "recipes" / "laptop" / f"{name}.yaml")
     assert recipe.model.dtype == recipe.fleet.dtype == "float32"
