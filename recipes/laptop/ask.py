@@ -1,12 +1,13 @@
-"""Ask a Hugging Face checkpoint a few questions of a data set, with transformers alone.
+"""Ask a Hugging Face checkpoint the first questions of data sets, with transformers alone.
 
-python recipes/laptop/ask.py runs/laptop-dense/export demo/math/held_out.jsonl
+python recipes/laptop/ask.py runs/laptop-cascade/export demo/math/held_out.jsonl demo/chat/held_out.jsonl
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -17,8 +18,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", type=Path)
-    parser.add_argument("prompts", type=Path, help="JSONL file with a `prompt` in each row")
-    parser.add_argument("--questions", type=int, default=3)
+    parser.add_argument("prompts", type=Path, nargs="+", help="JSONL files with a `prompt` in each row")
+    parser.add_argument("--questions", type=int, default=1, help="questions from each file")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
 
@@ -26,7 +27,8 @@ def main() -> None:
     tokenizer = AutoTokenizer.from_pretrained(arguments.checkpoint)
     model = AutoModelForCausalLM.from_pretrained(arguments.checkpoint)
     torch.manual_seed(arguments.seed)
-    for line in arguments.prompts.read_text(encoding="utf-8").splitlines()[: arguments.questions]:
+    lines = (path.read_text(encoding="utf-8").splitlines()[: arguments.questions] for path in arguments.prompts)
+    for line in chain.from_iterable(lines):
         question = json.loads(line)["prompt"]
         console.print(f"[bold]{question}[/bold]")
         console.print(answer(model, tokenizer, question), markup=False)
