@@ -72,7 +72,8 @@ class _Answered:
 class Fleet:
     """`config.engines` vLLM servers on this machine, or those at `config.addresses`.
 
-    device: where the engines run; found out when absent. gpus: device numbers, `tensor_parallel` for each engine.
+    device: where the engines run; found out when absent. gpus: numbers or names as CUDA_VISIBLE_DEVICES takes them,
+    `tensor_parallel` for each engine.
     kind: what the engines are called in messages and log files. served_name: what chat requests call the model.
     """
 
@@ -84,7 +85,7 @@ class Fleet:
         log: logging.Logger | None = None,
         *,
         device: Device | None = None,
-        gpus: Sequence[int] = (),
+        gpus: Sequence[str] = (),
         kind: str = "engine",
         served_name: str = MODEL_NAME,
     ) -> None:
@@ -448,7 +449,7 @@ def _token(config: FleetConfig) -> str:
     return token
 
 
-def _engines(config: FleetConfig, gpus: Sequence[int], start: Callable[..., EngineProcess]) -> list[Engine]:
+def _engines(config: FleetConfig, gpus: Sequence[str], start: Callable[..., EngineProcess]) -> list[Engine]:
     if config.addresses:
         return [ExternalEngine(index, url) for index, url in enumerate(config.addresses)]
     width = config.tensor_parallel
