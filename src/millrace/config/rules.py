@@ -22,6 +22,7 @@ from millrace.config.model_shape import ModelShape
 from millrace.config.ranges import range_problems
 from millrace.config.schema import FleetConfig, MopdStage, Recipe, SamplingStage, SftStage
 from millrace.config.stage_rules import domain_problems, stage_problems
+from millrace.config.urls import holds_credentials
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 
@@ -230,6 +231,11 @@ def _observe(recipe: Recipe) -> Problems:
                 f"observe.{package} is set, but the package {package} is not installed; "
                 f"pip install 'millrace[{package}]', or leave observe.{package} out"
             )
+    if recipe.observe.mlflow is not None and holds_credentials(recipe.observe.mlflow.tracking_uri):
+        yield (
+            "observe.mlflow.tracking_uri holds credentials, which would stand in the run's files; take them out and "
+            "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD in the environment"
+        )
 
 
 def _names(recipe: Recipe) -> Problems:

@@ -21,6 +21,7 @@ from millrace.config.schema import (
     SftStage,
     StageConfig,
 )
+from millrace.config.urls import holds_credentials, http_problem
 
 Problems = Iterator[str]
 
@@ -274,8 +275,10 @@ def _judge(judge: JudgeConfig, key: str) -> Problems:
     if (judge.model is None) == (judge.url is None):
         given = "neither is given" if judge.model is None else "both are given"
         yield f"{key} needs exactly one of model and url, but {given}"
-    if judge.url is not None and not judge.url.startswith(("http://", "https://")):
-        yield f"{key}.url is {judge.url!r}, which is not a URL such as http://node7:8000/v1"
+    if judge.url is not None and holds_credentials(judge.url):
+        yield f"{key}.url holds credentials, which would stand in the run's files; give them by {key}.api_key_variable"
+    elif judge.url is not None and (problem := http_problem(judge.url)):
+        yield f"{key}.url {problem}"
     if judge.model is not None and Path(judge.model).is_dir():
         yield from (f"{key}.model: {problem}" for problem in checkpoint_problems(Path(judge.model)))
     elif judge.model is not None:

@@ -212,7 +212,8 @@ class HttpEndpoint:
     async def chat(self, body: Mapping[str, Any], limit_s: float) -> Any:
         if self._http is None:
             limits = httpx.Limits(max_connections=None, max_keepalive_connections=64)
-            self._http = httpx.AsyncClient(headers=self._headers, limits=limits, timeout=None)
+            # The environment's proxies are for the outside; neither prompts nor the key must reach them.
+            self._http = httpx.AsyncClient(headers=self._headers, limits=limits, timeout=None, trust_env=False)
         try:
             async with asyncio.timeout(limit_s):  # httpx's own limit is one between two bytes
                 response = await self._http.post(f"{self.where}/chat/completions", json=dict(body))

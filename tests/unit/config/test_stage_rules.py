@@ -233,6 +233,12 @@ def test_the_other_environments_of_the_paper_are_accepted(cascade_file: Path, en
         ),
         ("judges.genrm.url=null", "judges.genrm needs exactly one of model and url, but neither is given"),
         ("judges.genrm.url=node7", "judges.genrm.url is 'node7', which is not a URL such as http://node7:8000/v1"),
+        (
+            "judges.genrm.url='http://node7:x/v1'",
+            "judges.genrm.url is 'http://node7:x/v1', which is not a URL: Invalid",
+        ),
+        ("judges.genrm.url='http://[::1/v1'", "judges.genrm.url is 'http://[::1/v1', which is not a URL: Invalid"),
+        ("judges.genrm.url='http://'", "judges.genrm.url is 'http://', which is not a URL such as"),
         ("judges.genrm.max_tokens=0", "judges.genrm.max_tokens is 0; it must be at least 1"),
         ("judges.genrm.retries=-1", "judges.genrm.retries is -1; it must be at least 0"),
         ("judges.genrm={model: nowhere, max_tokens: 99}", "judges.genrm.model: the folder "),
@@ -256,6 +262,13 @@ def test_a_broken_rule_of_a_domain_or_judge_is_one_sentence(cascade_file: Path, 
     write_cut_checkpoint(cascade_file.parent / "cut")
     (problem,) = check(cascade_file, override)
     assert message in problem
+
+
+@pytest.mark.parametrize("user", ["me:s3cret", "s3cret"])
+def test_no_password_stands_in_the_url_of_a_judge(cascade_file: Path, user: str) -> None:
+    (problem,) = check(cascade_file, f"judges.genrm.url='http://{user}@node7:8000/v1'")
+    assert problem.startswith("judges.genrm.url holds credentials") and "s3cret" not in problem
+    assert problem.endswith("give them by judges.genrm.api_key_variable")
 
 
 def test_a_judge_that_the_run_starts_is_accepted(cascade_file: Path) -> None:

@@ -255,6 +255,16 @@ def test_no_more_verdicts_are_asked_for_at_one_time_than_the_recipe_says():
     assert len(server.requests) == 30
 
 
+def test_a_judge_is_asked_past_the_proxies_of_the_environment(monkeypatch):
+    for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    for name in ("NO_PROXY", "no_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    with judge_server(by_quality) as server:
+        rewards = score_group(environment(server.url), ["good 1", "bad 2"])
+    assert [reward.value for reward in rewards] == [5.0, 1.0]
+
+
 def test_the_api_key_goes_with_each_request():
     with judge_server(by_quality) as server:
         score_group(environment(server.url, api_key_variable="abc"), ["good 1", "bad 2"])
