@@ -56,16 +56,19 @@ def main(cases: list[dict[str, Any]], folder: Path) -> None:
 
 def results(policy: Policy, batch: TokenBatch, checkpoints: dict[str, str]) -> dict[str, Any]:
     alone = batch.select([1])  # of the second teacher; other data-parallel ranks have nothing
-    resident, states, states_alone, logps = policy.frozen_twin(), [], [], []
+    states, states_alone, logps, shared = [], [], [], []
     for number, name in enumerate(TEACHERS, start=1):
+        resident = policy.frozen_twin()
         resident.load_hf(checkpoints[name])
         logps.append(resident.logprobs(batch, temperature=TEMPERATURE)[0])
         states.append(resident.teacher_states(batch, number))
         states_alone.append(resident.teacher_states(alone, number))
+        shared.append(shares_head(resident, states[-1]))
     swapped = []
     for number, name in enumerate(TEACHERS, start=1):
         policy.load_hf(checkpoints[name])
         swapped.append(policy.teacher_states(batch, number))
+        shared.append(not shares_head(policy, swapped[-1]))
     policy.load_hf(checkpoints["student"])
     taught = batch.streams["taught"]
     sampled = batch.with_streams(teacher_logp=torch.where(taught == 1, logps[0], logps[1]))
@@ -75,7 +78,17 @@ def results(policy: Policy, batch: TokenBatch, checkpoints: dict[str, str]) -> d
     }
     for name, options in DIVERGENCES.items():
         found[name] = loss_and_gradient(policy, batch, "full", Divergence(states, **options))
-    return {"signals": found, "apart": max(map(apart, states, swapped)), "states": [s.hidden for s in states]}
+    return {
+        "signals": found,
+        "apart": max(map(apart, states, swapped)),
+        "states": [s.hidden for s in states],
+        "only swapped heads are copied": all(shared),
+    }
+
+
+def shares_head(policy: Policy, states: TeacherStates) -> bool:
+    """Whether the states' head is the model's own memory."""
+    return states.head_weight is not None and states.head_weight.data_ptr() == policy.module.head_weight.data_ptr()
 
 
 def apart(one: TeacherStates, other: TeacherStates) -> float:

@@ -166,3 +166,8 @@ def test_each_teacher_keeps_the_states_of_its_own_trained_tokens(layout: str, re
     wanted = [sum(n for n, by in zip(answers, TAUGHT, strict=True) if by == teacher) for teacher in (1, 2)]
     copies = LAYOUTS[layout][1].get("tp", 1)
     assert kept == [copies * n for n in wanted]
+
+
+@pytest.mark.parametrize("layout", ["one", "tp2", "ep2"])
+def test_a_resident_teachers_head_is_not_copied_and_a_swapped_ones_is(layout: str, results: dict[str, Any]) -> None:
+    assert all(rank["only swapped heads are copied"] for rank in results[layout])

@@ -147,7 +147,7 @@ def _wait_for_remote(name: str, config: JudgeConfig) -> None:
 def _probe(url: str, headers: Mapping[str, str]) -> str | None:
     """Why the server does not answer, or None. An error that it answers with is an answer."""
     try:
-        httpx.get(url, headers=dict(headers), timeout=WAIT_LOG_SECONDS)
+        httpx.get(url, headers=dict(headers), timeout=WAIT_LOG_SECONDS, trust_env=False)
     except httpx.HTTPError as error:
         return str(error) or type(error).__name__
     return None

@@ -20,8 +20,9 @@ from millrace.config.errors import ConfigError
 from millrace.config.graph import graph_problems
 from millrace.config.model_shape import ModelShape
 from millrace.config.ranges import range_problems
-from millrace.config.schema import MopdStage, Recipe, SamplingStage, SftStage
+from millrace.config.schema import FleetConfig, MopdStage, Recipe, SamplingStage, SftStage
 from millrace.config.stage_rules import domain_problems, stage_problems
+from millrace.config.urls import holds_credentials
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 
@@ -100,6 +101,8 @@ def _layout_of_model(recipe: Recipe, shape: ModelShape) -> Problems:
         yield from _must_divide("parallel.tp", p.tp, shape.ffn_hidden_size, "feed-forward columns")
     yield from _must_divide("parallel.pp", p.pp, shape.num_layers, "layers")
     yield from _must_divide("fleet.tensor_parallel", recipe.fleet.tensor_parallel, shape.num_heads, "attention heads")
+    for key, engine in _teacher_engines(recipe).items():
+        yield from _must_divide(f"{key}.tensor_parallel", engine.tensor_parallel, shape.num_heads, "attention heads")
     if not shape.num_experts:
         for key, ranks in (("ep", p.ep), ("etp", p.etp)):
             if ranks > 1:
@@ -139,6 +142,8 @@ def _lengths(recipe: Recipe, shape: ModelShape | None) -> Problems:
                 f"{key} is {length}, but a micro-batch holds {capacity} tokens; "
                 f"raise trainer.max_tokens_per_micro_batch to at least {length} or lower {key}"
             )
+    longest |= {f"{key}.max_model_len": engine.max_model_len for key, engine in _teacher_engines(recipe).items()}
+    for key, length in longest.items():
         if positions is not None and length > positions:
             yield f"{key} is {length}, but the model has {positions} positions (max_position_embeddings); lower {key}"
     if not recipe.samples:
@@ -188,11 +193,7 @@ def _servers(recipe: Recipe) -> Problems:
     """Every vLLM server that the run starts stays on one interface and behind its token."""
     servers = {"fleet": recipe.fleet} if recipe.samples else {}
     own = {f"judges.{name}.engine": judge.engine for name, judge in recipe.judges.items() if judge.model is not None}
-    own |= {
-        f"stages.{stage.name}.teacher_engine": stage.teacher_engine
-        for stage in recipe.stages
-        if isinstance(stage, MopdStage) and stage.placement == "served"
-    }
+    own |= _teacher_engines(recipe)
     for key, server in (servers | own).items():
         for taken in sorted(OWN_SERVER_ARGUMENTS & {argument.split("=")[0] for argument in server.extra_args}):
             yield f"{key}.extra_args: {taken} is set by Millrace and guards the engines; leave it out"
@@ -204,6 +205,15 @@ def _servers(recipe: Recipe) -> Problems:
     for key, server in own.items():
         if server.addresses:
             yield f"{key}.addresses are not used, for this server is started by Millrace; leave them out"
+
+
+def _teacher_engines(recipe: Recipe) -> dict[str, FleetConfig]:
+    """How the teachers are served, by the key that says so, for each stage that serves them."""
+    return {
+        f"stages.{stage.name}.teacher_engine": stage.teacher_engine
+        for stage in recipe.stages
+        if isinstance(stage, MopdStage) and stage.placement == "served"
+    }
 
 
 def _is_this_host(address: str) -> bool:
@@ -221,6 +231,11 @@ def _observe(recipe: Recipe) -> Problems:
                 f"observe.{package} is set, but the package {package} is not installed; "
                 f"pip install 'millrace[{package}]', or leave observe.{package} out"
             )
+    if recipe.observe.mlflow is not None and holds_credentials(recipe.observe.mlflow.tracking_uri):
+        yield (
+            "observe.mlflow.tracking_uri holds credentials, which would stand in the run's files; take them out and "
+            "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD in the environment"
+        )
 
 
 def _names(recipe: Recipe) -> Problems:

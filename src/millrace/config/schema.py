@@ -139,7 +139,8 @@ class JudgeConfig:
     model: str | None = None
     """Folder of a Hugging Face checkpoint that Millrace serves with vLLM as the judge; or `url`."""
     url: str | None = None
-    """OpenAI-compatible endpoint of a judge that already runs, such as http://node7:8000/v1; or `model`."""
+    """OpenAI-compatible endpoint of a judge that already runs, such as http://node7:8000/v1; or `model`. It is asked
+    directly: proxies that the environment names are not used."""
     served_name: str = "judge"
     """Name of the model at that endpoint."""
     api_key_variable: str | None = None
@@ -192,7 +193,9 @@ class DomainConfig:
     """JSONL file of the training prompts' pass rates, as `millrace data passrate` writes it; a stage's `curriculum`
     reads it."""
     verify_timeout_s: float = 10.0
-    """Longest time one verification may take; then it is killed and scores 0."""
+    """Longest time one verification may take (math, mcqa, structured_outputs); then its process is killed and it scores
+    0. Not read by instruction_following, which checks each constraint in time linear in the text, in no process of its
+    own."""
 
 
 @dataclass(frozen=True, kw_only=True)

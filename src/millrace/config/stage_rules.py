@@ -10,6 +10,7 @@ from millrace.config.checkpoint_files import checkpoint_problems
 from millrace.config.graph import nearest
 from millrace.config.schema import (
     EvaluateStage,
+    GateConfig,
     JudgeConfig,
     MopdStage,
     OptimizerConfig,
@@ -20,6 +21,7 @@ from millrace.config.schema import (
     SftStage,
     StageConfig,
 )
+from millrace.config.urls import holds_credentials, http_problem
 
 Problems = Iterator[str]
 
@@ -27,6 +29,7 @@ Problems = Iterator[str]
 def stage_problems(stage: StageConfig, recipe: Recipe) -> Problems:
     """Every broken rule of one stage."""
     key = f"stages.{stage.name}"
+    yield from _gate(stage.gate, f"{key}.gate")
     match stage:
         case SftStage():
             yield from _sft(stage, key, recipe)
@@ -37,6 +40,15 @@ def stage_problems(stage: StageConfig, recipe: Recipe) -> Problems:
         case EvaluateStage():
             if not recipe.domains:
                 yield f"{key} evaluates, but the recipe has no domains; name some with their held-out sets"
+
+
+def _gate(gate: GateConfig, key: str) -> Problems:
+    if gate.min_gain is not None or gate.max_drop is not None:
+        return
+    for field in ("against", "certain", "on_failure"):
+        if (value := getattr(gate, field)) != getattr(GateConfig(), field):
+            said = str(value).lower()
+            yield f"{key}.{field} is {said}, but the gate asks for nothing; set min_gain or max_drop, or leave it out"
 
 
 def _sft(stage: SftStage, key: str, recipe: Recipe) -> Problems:
@@ -100,7 +112,13 @@ def _judged(stage: RlStage, key: str, recipe: Recipe) -> Problems:
 
 
 def _mopd(stage: MopdStage, key: str, recipe: Recipe) -> Problems:
-    yield from _domains(stage.domains, f"{key}.teachers and rewarded", recipe)
+    if stage.domains:
+        yield from _domains(stage.domains, f"{key}.teachers and rewarded", recipe)
+    if not stage.teachers:
+        yield (
+            f"{key}.teachers is empty, so there is nothing to distil; name the teacher of at least one domain, or make "
+            "the stage type: rl"
+        )
     if stage.rewarded:
         yield from _group_size(stage, key)
     yield from _enough_answers(stage, key, recipe, 1)
@@ -109,25 +127,50 @@ def _mopd(stage: MopdStage, key: str, recipe: Recipe) -> Problems:
             yield f"{key}.rewarded names {domain}, whose answers a judge compares in pairs; give it a teacher"
     if stage.ratio_low >= stage.ratio_high:
         yield f"{key}: ratio_low {stage.ratio_low:g} must be below ratio_high {stage.ratio_high:g}"
-    if stage.placement == "served" and stage.signal != "sampled":
+    if stage.mismatch.mask_above is not None:
         yield (
-            f"{key}.signal is {stage.signal}, which needs the teacher's whole distribution, but a served teacher tells "
-            "the log-probs of given tokens alone; set placement to time_shared or resident, or signal to sampled"
+            f"{key}.mismatch.mask_above is {stage.mismatch.mask_above:g}, which a distillation does not read; its gate "
+            "is ratio_low and ratio_high, so set those and leave it out"
         )
-    if stage.placement == "served" and stage.sampling.temperature != 1.0:
+    if stage.advantage_clip is not None and stage.signal != "sampled":
         yield (
-            f"{key}.sampling.temperature is {stage.sampling.temperature:g}, but a served teacher scores at temperature "
-            "1; set it to 1, or placement to time_shared or resident"
+            f"{key}.advantage_clip is {stage.advantage_clip:g}, which bounds the advantage of the sampled token alone, "
+            f"but signal is {stage.signal}; leave it out, or set signal to sampled"
         )
-    if stage.placement == "served" and stage.teacher_engine.max_model_len < recipe.fleet.max_model_len:
-        yield (
-            f"{key}.teacher_engine.max_model_len is {stage.teacher_engine.max_model_len}, but a teacher scores whole "
-            f"sequences of up to fleet.max_model_len {recipe.fleet.max_model_len} tokens; raise it"
-        )
+    if stage.placement == "served":
+        yield from _served(stage, key, recipe)
     if stage.dynamic_sampling and not stage.rewarded:
         yield f"{key}.dynamic_sampling drops groups by their rewards, which teachers do not look at; leave it out"
     yield from _curriculum(stage, key, recipe)
     yield from _optimizer(stage.optimizer, f"{key}.optimizer", stage.steps)
+
+
+def _served(stage: MopdStage, key: str, recipe: Recipe) -> Problems:
+    """What teachers behind vLLM servers ask for besides."""
+    engine, longest = stage.teacher_engine, recipe.fleet.max_model_len
+    if stage.signal != "sampled":
+        yield (
+            f"{key}.signal is {stage.signal}, which needs the teacher's whole distribution, but a served teacher tells "
+            "the log-probs of given tokens alone; set placement to time_shared or resident, or signal to sampled"
+        )
+    if stage.sampling.temperature != 1.0:
+        yield (
+            f"{key}.sampling.temperature is {stage.sampling.temperature:g}, but a served teacher scores at temperature "
+            "1; set it to 1, or placement to time_shared or resident"
+        )
+    if not engine.engines:
+        yield f"{key}.teacher_engine.engines is 0, which starts no teacher; set it to 1 or more"
+    if engine.max_model_len < longest + 1:
+        yield (
+            f"{key}.teacher_engine.max_model_len is {engine.max_model_len}, but a teacher scores whole sequences of up "
+            f"to fleet.max_model_len {longest} tokens, and vLLM wants room for one more; set it to at least "
+            f"{longest + 1}"
+        )
+    if engine.dtype == "bfloat16" and recipe.model.dtype == "float32":
+        yield (
+            f"{key}.teacher_engine.dtype is bfloat16, but model.dtype is float32, so served teachers would say other "
+            "numbers than those on the trainer's ranks; set it to float32"
+        )
 
 
 def _domains(domains: Iterable[str], key: str, recipe: Recipe) -> Problems:
@@ -162,7 +205,14 @@ def _curriculum(stage: RlStage | MopdStage, key: str, recipe: Recipe) -> Problem
     if curriculum.order == "shuffled" and curriculum.above is None and curriculum.below is None:
         return
     for domain in stage.domains:
-        if domain in recipe.domains and recipe.domains[domain].pass_rates is None:
+        if domain not in recipe.domains:
+            continue
+        if recipe.domains[domain].environment == "genrm":
+            yield (
+                f"{key}.curriculum needs pass rates, but a judge compares the answers of {domain}, which solve nothing "
+                "alone; leave the curriculum out, or train the domain in another stage"
+            )
+        elif recipe.domains[domain].pass_rates is None:
             yield (
                 f"{key}.curriculum needs domains.{domain}.pass_rates; measure them with "
                 f"`millrace data passrate RECIPE --domain {domain}`"
@@ -216,6 +266,7 @@ def domain_problems(recipe: Recipe) -> Problems:
             yield f"{key}.judge is {domain.judge}, which is not among the judges{nearest(domain.judge, recipe.judges)}"
     for name, judge in recipe.judges.items():
         yield from _judge(judge, f"judges.{name}")
+        yield from _room_for_answers(name, judge, recipe)
     if recipe.evaluation.keep and not recipe.evaluation.every:
         yield "evaluation.keep keeps what evaluation.every measures, which is 0; set evaluation.every or leave keep out"
 
@@ -224,14 +275,44 @@ def _judge(judge: JudgeConfig, key: str) -> Problems:
     if (judge.model is None) == (judge.url is None):
         given = "neither is given" if judge.model is None else "both are given"
         yield f"{key} needs exactly one of model and url, but {given}"
-    if judge.url is not None and not judge.url.startswith(("http://", "https://")):
-        yield f"{key}.url is {judge.url!r}, which is not a URL such as http://node7:8000/v1"
+    if judge.url is not None and holds_credentials(judge.url):
+        yield f"{key}.url holds credentials, which would stand in the run's files; give them by {key}.api_key_variable"
+    elif judge.url is not None and (problem := http_problem(judge.url)):
+        yield f"{key}.url {problem}"
     if judge.model is not None and Path(judge.model).is_dir():
         yield from (f"{key}.model: {problem}" for problem in checkpoint_problems(Path(judge.model)))
     elif judge.model is not None:
         yield f"{key}.model: the folder {judge.model} does not exist; name a Hugging Face checkpoint"
-    if judge.model is not None and judge.max_tokens >= judge.engine.max_model_len:
+
+
+def _room_for_answers(name: str, judge: JudgeConfig, recipe: Recipe) -> Problems:
+    """A verdict and the answers it is about fit into a judge that Millrace serves, with the conversation besides."""
+    key, room = f"judges.{name}", judge.engine.max_model_len
+    if judge.model is None:
+        return
+    if judge.max_tokens >= room:
         yield (
             f"{key}.max_tokens is {judge.max_tokens}, which leaves no room for two answers within "
-            f"{key}.engine.max_model_len {judge.engine.max_model_len}; lower the one or raise the other"
+            f"{key}.engine.max_model_len {room}; lower the one or raise the other"
         )
+        return
+    needed = [
+        (judge.max_tokens + count * length, f"{count} x {whose}.sampling.max_response_tokens {length}")
+        for whose, count, length in _judged_answers(name, recipe)
+    ]
+    tokens, answers = max(needed, default=(0, ""))
+    if tokens >= room:
+        yield (
+            f"{key}.engine.max_model_len is {room}, but a verdict of max_tokens {judge.max_tokens} about {answers} "
+            f"takes up to {tokens} tokens and the conversation besides; raise the one or lower the others"
+        )
+
+
+def _judged_answers(name: str, recipe: Recipe) -> Iterator[tuple[str, int, int]]:
+    """Who shows answers to a judge, how many at one time, and of how many tokens each."""
+    domains = {domain for domain, config in recipe.domains.items() if config.judge == name}
+    for stage in recipe.stages:
+        if isinstance(stage, RlhfStage) and domains & set(stage.domains):
+            yield f"stages.{stage.name}", 2, stage.sampling.max_response_tokens
+    if domains:  # held out, an answer is compared with the reference of its row
+        yield "evaluation", 1, recipe.evaluation.sampling.max_response_tokens

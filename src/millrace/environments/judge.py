@@ -3,7 +3,7 @@
 A verdict is the last JSON object of the judge's final text: score_1 and score_2 from 1 to 5, and a ranking from 1 (the
 first answer is far better) to 6 (the second one is). A try fails when nothing comes back within its limit, when the
 server is broken, and when the text holds no such object; it is repeated with another seed. A verdict that no try has
-brought stands undecided and is counted. A judge that answers nothing at all ends the run instead: rewards of lengths
+brought stands undecided and is counted. A judge that decides nothing any more ends the run instead: rewards of lengths
 alone would teach the policy to be short.
 
 The seed of a try follows from what is asked, so the same answers get the same verdicts.
@@ -15,6 +15,7 @@ import asyncio
 import hashlib
 import json
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
@@ -30,8 +31,9 @@ from millrace.errors import MillraceError
 
 RETRY_SECONDS = 0.5
 """Pause before the second try of a request that failed; it doubles with each further one."""
-MOST_UNANSWERED = 64
-"""So many verdicts in a row without any answer, and the judge counts as lost."""
+MOST_UNDECIDED = 64
+"""So many verdicts in a row that no try has brought, and the judge counts as lost."""
+WAY_OUT_OF_UNPARSABLE = "raise its max_tokens if replies are cut, set its form to the other one, or take another judge"
 LONGEST_OBJECT = 4096
 """Characters at the end of a text in which its verdict is looked for."""
 
@@ -88,13 +90,14 @@ class Judge:
     def __init__(self, name: str, config: JudgeConfig, endpoint: Endpoint) -> None:
         self._name, self._config, self._endpoint = name, config, endpoint
         self._places = asyncio.Semaphore(config.concurrency)
-        self._unanswered = 0
+        self._in_a_row: Counter[Outcome] = Counter()
+        """What became of the verdicts since the last one that was judged."""
 
     async def compare(self, conversation: Sequence[Message], first: str, second: str) -> Verdict:
         """The judge's verdict of two final answers to a conversation.
 
         Raises:
-            JudgeError: the endpoint refuses Millrace, or has answered nothing for many verdicts.
+            JudgeError: the endpoint refuses Millrace, or many verdicts in a row stand undecided.
         """
         messages = judge_messages(self._config.form, conversation, first, second)
         seconds = 0.0
@@ -121,8 +124,12 @@ class Judge:
             return _Try("failed", reason=str(error))
         except Rejected as error:
             return _Try("failed", reason=str(error), again=False)
-        judgement = None if text is None else parse_judgement(text)
-        return _Try("unparsable" if judgement is None else "judged", judgement)
+        if text is None:
+            return _Try("unparsable", reason=f"its reply was cut at max_tokens {self._config.max_tokens}")
+        judgement = parse_judgement(text)
+        if judgement is None:
+            return _Try("unparsable", reason=f"its reply holds no verdict: {text[-200:]!r}")
+        return _Try("judged", judgement)
 
     def _body(self, messages: Sequence[Message], attempt: int) -> dict[str, Any]:
         return {
@@ -135,12 +142,17 @@ class Judge:
         }
 
     def _count(self, tried: _Try) -> None:
-        self._unanswered = self._unanswered + 1 if tried.outcome == "failed" else 0
-        if self._unanswered >= MOST_UNANSWERED:
+        if tried.judgement is not None:
+            self._in_a_row.clear()
+            return
+        self._in_a_row[tried.outcome] += 1
+        if self._in_a_row.total() >= MOST_UNDECIDED:
+            seen = self._in_a_row
+            way_out = f"; {WAY_OUT_OF_UNPARSABLE}" if seen["unparsable"] else "; see to it"
             raise JudgeError(
-                f"judge {self._name} at {self._endpoint.where} has left {self._unanswered} verdicts in a row "
-                f"unanswered, the last one because {tried.reason}; see to it and start the run again, which goes on "
-                "from its last checkpoint"
+                f"judge {self._name} at {self._endpoint.where} has left {seen.total()} verdicts in a row undecided "
+                f"({seen['failed']} unanswered, {seen['unparsable']} unparsable), the last one because {tried.reason}"
+                f"{way_out}, and start the run again, which goes on from its last checkpoint"
             )
 
 
@@ -200,7 +212,8 @@ class HttpEndpoint:
     async def chat(self, body: Mapping[str, Any], limit_s: float) -> Any:
         if self._http is None:
             limits = httpx.Limits(max_connections=None, max_keepalive_connections=64)
-            self._http = httpx.AsyncClient(headers=self._headers, limits=limits, timeout=None)
+            # The environment's proxies are for the outside; neither prompts nor the key must reach them.
+            self._http = httpx.AsyncClient(headers=self._headers, limits=limits, timeout=None, trust_env=False)
         try:
             async with asyncio.timeout(limit_s):  # httpx's own limit is one between two bytes
                 response = await self._http.post(f"{self.where}/chat/completions", json=dict(body))

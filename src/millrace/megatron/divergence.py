@@ -49,7 +49,7 @@ class TeacherStates:
     hidden: Sequence[Tensor]
     """[n, H] for each micro-batch of the student on this rank: its tokens that this teacher speaks about"""
     head_weight: Tensor | None
-    """[V / TP, H], a copy: the teacher's weights may leave the device afterwards"""
+    """[V / TP, H], of a teacher that shares the student's module a copy: its weights leave the device afterwards"""
 
 
 @dataclass(frozen=True)

@@ -215,7 +215,8 @@ class Policy:
         """What these weights know, as the `teacher`-th teacher, of the tokens whose stream `taught` is `teacher`.
 
         Called on the policy that holds the teacher's weights: a frozen twin of the student, or the student itself while
-        it has them. Only the sequences that it teaches run; `batch` is the whole one, whose cut the states follow.
+        it has them. Only the sequences that it teaches run; `batch` is the whole one, whose cut the states follow. The
+        states of a twin share its head, so they hold as long as it keeps its weights; of the student it is copied.
         """
         speaks = (batch.streams["taught"] == teacher) & (batch.streams["weight"] != 0)
         keep = torch.zeros(len(batch), dtype=torch.bool).index_fill(0, batch.segment_ids[speaks], True)
@@ -225,8 +226,10 @@ class Policy:
             return hidden.new_zeros(()), whole.index_select(0, micro_batch.taught_rows(teacher))
 
         states = self._run(self.cut(batch, keep), on_last_stage, training=False)
-        head_weight = self.module.head_weight.detach().clone() if self.topology.last_stage else None
-        return TeacherStates(states, head_weight)
+        if not self.topology.last_stage:
+            return TeacherStates(states, None)
+        head_weight = self.module.head_weight.detach()
+        return TeacherStates(states, head_weight if self._trained is None else head_weight.clone())
 
     @torch.no_grad()
     def logits(self, tokens: Tensor) -> Tensor:

@@ -48,7 +48,7 @@ class EngineProcess:
         run_dir: Path,
         token: str,
         device: Device,
-        gpus: Sequence[int] = (),
+        gpus: Sequence[str] = (),
         *,
         kind: str = "engine",
         served_name: str = MODEL_NAME,

@@ -72,7 +72,8 @@ class _Answered:
 class Fleet:
     """`config.engines` vLLM servers on this machine, or those at `config.addresses`.
 
-    device: where the engines run; found out when absent. gpus: device numbers, `tensor_parallel` for each engine.
+    device: where the engines run; found out when absent. gpus: numbers or names as CUDA_VISIBLE_DEVICES takes them,
+    `tensor_parallel` for each engine.
     kind: what the engines are called in messages and log files. served_name: what chat requests call the model.
     """
 
@@ -84,7 +85,7 @@ class Fleet:
         log: logging.Logger | None = None,
         *,
         device: Device | None = None,
-        gpus: Sequence[int] = (),
+        gpus: Sequence[str] = (),
         kind: str = "engine",
         served_name: str = MODEL_NAME,
     ) -> None:
@@ -155,7 +156,11 @@ class Fleet:
 
     def prompt_logprobs(self, tokens: Sequence[Sequence[int]]) -> list[list[float]]:
         """For each sequence log p of each token given those before it, at temperature 1; 0 for the first token."""
-        return self.call(self._prompt_logprobs([tuple(sequence) for sequence in tokens]))
+        return self.call(self._prompt_logprobs(tokens))
+
+    def submit_prompt_logprobs(self, tokens: Sequence[Sequence[int]]) -> concurrent.futures.Future[list[list[float]]]:
+        """Begin to score: a future of what `prompt_logprobs` returns."""
+        return self.begin(self._prompt_logprobs(tokens))
 
     @property
     def needs_sync(self) -> bool:
@@ -417,7 +422,7 @@ class Fleet:
             call=lambda client: client.generate(part.request.prompt, sampling, limit),
         )
 
-    async def _prompt_logprobs(self, tokens: Sequence[tuple[int, ...]]) -> list[list[float]]:
+    async def _prompt_logprobs(self, tokens: Sequence[Sequence[int]]) -> list[list[float]]:
         scores: dict[int, list[float]] = {}
 
         def job(sequence: tuple[int, ...], index: int) -> Job[list[float]]:
@@ -427,7 +432,7 @@ class Fleet:
         def take(index: int, values: list[float], url: str) -> None:
             scores[index] = values
 
-        await self._dispatch([job(sequence, index) for index, sequence in enumerate(tokens)], take)
+        await self._dispatch([job(tuple(sequence), index) for index, sequence in enumerate(tokens)], take)
         return [scores[index] for index in range(len(tokens))]
 
     async def _dispatch(self, jobs: Sequence[Job[T]], take: Callable[[int, T, str], None]) -> None:
@@ -448,7 +453,7 @@ def _token(config: FleetConfig) -> str:
     return token
 
 
-def _engines(config: FleetConfig, gpus: Sequence[int], start: Callable[..., EngineProcess]) -> list[Engine]:
+def _engines(config: FleetConfig, gpus: Sequence[str], start: Callable[..., EngineProcess]) -> list[Engine]:
     if config.addresses:
         return [ExternalEngine(index, url) for index, url in enumerate(config.addresses)]
     width = config.tensor_parallel

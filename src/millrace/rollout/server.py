@@ -89,7 +89,7 @@ def server_environment(
     token: str,
     host: str,
     device: Device,
-    gpus: Sequence[int] = (),
+    gpus: Sequence[str] = (),
 ) -> dict[str, str]:
     """Environment of one server: the inherited one without the trainer's ranks, with the token and vLLM's settings."""
     environment = {key: value for key, value in inherited.items() if key not in _LAUNCHER_VARIABLES}
@@ -107,7 +107,7 @@ def server_environment(
     if device == "cpu":
         environment |= _cpu_variables(config)
     elif gpus:
-        environment["CUDA_VISIBLE_DEVICES"] = ",".join(str(gpu) for gpu in gpus)
+        environment["CUDA_VISIBLE_DEVICES"] = ",".join(gpus)
     return environment
 
 

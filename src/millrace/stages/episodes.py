@@ -21,6 +21,7 @@ from millrace.data.errors import DataError
 from millrace.data.tokenizer import ChatTokenizer
 from millrace.environments.base import Comparison, Environment, GroupEnvironment, Message, Observation, Reward
 from millrace.environments.gym_rows import plain_row
+from millrace.environments.judge import WAY_OUT_OF_UNPARSABLE, JudgeError
 from millrace.observe.console import Bar, RunConsole
 from millrace.rollout.fleet import Fleet
 from millrace.rollout.member import FleetNeedsSync
@@ -174,7 +175,10 @@ class EpisodePlayer:
         what: str,
         comparison: Comparison | None = None,
     ) -> list[Group]:
-        """The answers with their rewards, on rank 0. Ctrl-C cancels what is under way."""
+        """The answers with their rewards, on rank 0. Ctrl-C cancels what is under way.
+
+        Raises JudgeError when a judge decided not one of several verdicts of a domain: their rewards tell nothing.
+        """
         assert self._console is not None
         with self._console.bar(f"{what}: rewards", len(episodes)) as bar:
             work = self._loop.create_task(self._score_all(episodes, rollouts, what, comparison, bar))
@@ -187,6 +191,8 @@ class EpisodePlayer:
                 raise
         if sentence := undecided(groups):
             self._console.say(f"{what}: {sentence}")
+        for name in self.domains:
+            _require_a_verdict(name, [group for group in groups if group.episode.domain == name], what)
         return groups
 
     def _request(self, episode: Episode, sampling: SamplingConfig, n: int) -> Request:
@@ -293,10 +299,7 @@ class EpisodePlayer:
 
 def undecided(groups: Sequence[Group]) -> str | None:
     """How many verdicts of judges could not be had, in a sentence; None where all could."""
-    details = [answer.reward.details for group in groups for answer in group.answers]
-    verdicts, failed, unparsable = (
-        sum(each.get(name, 0.0) for each in details) for name in ("verdicts", "failed", "unparsable")
-    )
+    verdicts, failed, unparsable = _verdicts(groups)
     if not failed + unparsable:
         return None
     lost = (failed + unparsable) / verdicts
@@ -304,3 +307,23 @@ def undecided(groups: Sequence[Group]) -> str | None:
         f"{100 * lost:.1f}% of the judge's verdicts stand undecided ({100 * failed / verdicts:.1f}% unanswered, "
         f"{100 * unparsable / verdicts:.1f}% unparsable)"
     )
+
+
+def _require_a_verdict(domain: str, groups: Sequence[Group], what: str) -> None:
+    """One verdict that could not be had may be bad luck (it is on record with both of its answers); several are not."""
+    verdicts, failed, unparsable = _verdicts(groups)
+    if verdicts > 2 and failed + unparsable == verdicts:
+        raise JudgeError(
+            f"{what}: the judge of {domain} decided not one verdict ({100 * failed / verdicts:.0f}% unanswered, "
+            f"{100 * unparsable / verdicts:.0f}% unparsable), so the rewards would tell nothing of the answers; "
+            f"see that it answers; {WAY_OUT_OF_UNPARSABLE}"
+        )
+
+
+def _verdicts(groups: Sequence[Group]) -> tuple[float, float, float]:
+    """Verdicts on record with the answers, and how many of them failed and were unparsable."""
+    details = [answer.reward.details for group in groups for answer in group.answers]
+    verdicts, failed, unparsable = (
+        sum(each.get(name, 0.0) for each in details) for name in ("verdicts", "failed", "unparsable")
+    )
+    return verdicts, failed, unparsable

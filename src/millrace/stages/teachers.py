@@ -4,15 +4,15 @@
     resident      a model of its own for each beside the policy
     served        a vLLM server for each, which gives the log-probs of prompts
 
-A checkpoint that teaches several domains is there once. Sequences are scored by their own teacher alone, one teacher
-after the other, so a step swaps as often as there are distinct teachers, and once back.
+A checkpoint that teaches several domains is there once. Sequences are scored by their own teacher alone: on the
+trainer's ranks one teacher after the other, so a step swaps as often as there are distinct teachers, and once back;
+served ones all at one time.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from functools import partial
 from pathlib import Path
 from typing import Protocol
 
@@ -121,15 +121,27 @@ class ServedTeachers:
     def logprobs(self, batch: TokenBatch, members: Members, temperature: float) -> Tensor:
         assert temperature == 1.0, "the recipe's rules ask for it"
         values = torch.zeros(batch.tokens.numel())
+        sequences = {
+            label: [tokens.tolist() for tokens in batch.select(indices).sequences()]
+            for label, indices in members.items()
+        }
+        scores = self._control.on_main_until_stopped(lambda: scored_together(self._fleets, sequences))
         for label, indices in members.items():
-            part = batch.select(indices)
-            scores = self._control.on_main_until_stopped(partial(self._score, label, part))
-            values[batch.positions(indices)] = torch.tensor(scores)
+            values[batch.positions(indices)] = torch.tensor([value for each in scores[label] for value in each])
         return values
 
-    def _score(self, label: str, part: TokenBatch) -> list[float]:
-        sequences = [tokens.tolist() for tokens in part.sequences()]
-        return [value for scores in self._fleets[label].prompt_logprobs(sequences) for value in scores]
+
+def scored_together(
+    fleets: Mapping[str, Fleet], sequences: Mapping[str, Sequence[Sequence[int]]]
+) -> dict[str, list[list[float]]]:
+    """What `Fleet.prompt_logprobs` says of each label's sequences, all fleets at one time. When one fails, or on
+    Ctrl-C, the others are left."""
+    futures = {label: fleets[label].submit_prompt_logprobs(asked) for label, asked in sequences.items()}
+    try:
+        return {label: future.result() for label, future in futures.items()}
+    finally:
+        for future in futures.values():
+            future.cancel()
 
 
 def _exported(ctx: StageContext, sources: Sequence[WeightSource]) -> dict[str, Path]:

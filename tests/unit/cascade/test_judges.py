@@ -35,6 +35,18 @@ def test_a_judge_that_runs_elsewhere_is_waited_for_and_then_asked(tmp_path):
         judges.close()
 
 
+def test_a_judge_is_waited_for_past_the_proxies_of_the_environment(tmp_path, monkeypatch):
+    for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    for name in ("NO_PROXY", "no_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    with judge_server(lambda request: Said(verdict(4, 2, 2))) as server:
+        judges = start_judges(
+            recipe({"far": JudgeConfig(url=server.url, engine=FleetConfig(start_timeout_s=0.1))}), tmp_path
+        )
+        judges.wait_ready()
+
+
 def test_a_judge_that_does_not_answer_at_the_start_is_named_with_its_key(tmp_path):
     with socket.socket() as taken:  # bound, and nobody listens
         taken.bind(("127.0.0.1", 0))

@@ -60,6 +60,24 @@ def test_what_is_wrong_with_a_judge_is_said_before_anything_starts(judged: Path,
     assert any(message in problem for problem in found), found
 
 
+def test_a_verdict_and_its_two_answers_fit_into_the_judge(judged: Path) -> None:
+    assert check(judged, "judges.j.engine.max_model_len=193") == []
+    (problem,) = check(judged, "judges.j.engine.max_model_len=192")
+    assert problem.startswith(
+        "judges.j.engine.max_model_len is 192, but a verdict of max_tokens 64 about 2 x "
+        "stages.please.sampling.max_response_tokens 64 takes up to 192 tokens"
+    )
+
+
+def test_a_verdict_and_a_held_out_answer_fit_into_the_judge(judged: Path) -> None:
+    (problem,) = check(judged, "evaluation.sampling.max_response_tokens=200")
+    assert "about 1 x evaluation.sampling.max_response_tokens 200 takes up to 264 tokens" in problem
+
+
+def test_a_judge_elsewhere_has_the_room_that_it_has(judged: Path) -> None:
+    assert check(judged, "judges.j={url: 'http://a/v1', engine: {max_model_len: 1}}") == []
+
+
 def test_held_out_rows_need_a_reference_and_training_rows_do_not(judged: Path) -> None:
     (judged.parent / "asked.jsonl").write_text('{"prompt": "hello"}\n')
     assert len(check(judged)) == 1 and "asked.jsonl:1 has no field 'reference'" in check(judged)[0]

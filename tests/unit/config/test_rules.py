@@ -163,3 +163,18 @@ def test_all_rules_are_looked_at(recipe_file: Path) -> None:
         "model.path=y",
     ]
     assert len(check(recipe_file, *overrides)) >= 4
+
+
+@pytest.mark.parametrize("uri", ["https://me:s3cret@host", "https://s3cret@host", "postgresql://me:s3cret@host/runs"])
+def test_no_password_stands_in_the_uri_of_a_tracker(recipe_file: Path, uri: str) -> None:
+    found = check(recipe_file, f"observe.mlflow={{tracking_uri: '{uri}', experiment: e}}")
+    assert any(
+        "tracking_uri holds credentials" in problem and "MLFLOW_TRACKING_PASSWORD" in problem for problem in found
+    )
+    assert not any("s3cret" in problem for problem in found)
+
+
+@pytest.mark.parametrize("uri", ["http://host:5000", "sqlite:///mlflow.db", "postgresql://me@host/runs"])
+def test_a_uri_without_a_password_is_accepted(recipe_file: Path, uri: str) -> None:
+    found = check(recipe_file, f"observe.mlflow={{tracking_uri: '{uri}', experiment: e}}")
+    assert not any("credentials" in problem for problem in found)

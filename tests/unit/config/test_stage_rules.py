@@ -8,6 +8,7 @@ from millrace.config.rules import check_recipe
 from millrace.config.stage_rules import UNBUILT
 
 MOPD = "stages.distil"
+SERVED = f"{MOPD}.placement=served {MOPD}.teacher_engine.max_model_len=257"
 
 
 def check(file: Path, *overrides: str) -> list[str]:
@@ -61,7 +62,7 @@ def test_a_broken_rule_of_a_stage_is_one_sentence(cascade_file: Path, override: 
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        (f"{MOPD}.teachers={{}}", f"{MOPD}.teachers and rewarded is empty; name at least one"),
+        (f"{MOPD}.teachers={{}}", f"{MOPD}.teachers is empty, so there is nothing to distil; name the teacher"),
         (
             f"{MOPD}.teachers.maths=stage(warm)",
             "names maths, which is not a domain of this recipe (did you mean math?)",
@@ -74,21 +75,47 @@ def test_a_broken_rule_of_a_stage_is_one_sentence(cascade_file: Path, override: 
         (f"{MOPD}.dynamic_sampling=true", "drops groups by their rewards, which teachers do not look at; leave it out"),
         (f"{MOPD}.optimizer.warmup_steps=6", f"{MOPD}.optimizer.warmup_steps 6 is more than the stage's updates (5)"),
         (
-            f"{MOPD}.placement=served {MOPD}.signal=top_k",
+            f"{SERVED} {MOPD}.signal=top_k",
             "signal is top_k, which needs the teacher's whole distribution",
         ),
-        (f"{MOPD}.placement=served {MOPD}.signal=full", "signal is full, which needs the teacher's whole distribution"),
-        (f"{MOPD}.placement=served {MOPD}.sampling.temperature=0.7", "temperature is 0.7, but a served teacher scores"),
+        (f"{SERVED} {MOPD}.signal=full", "signal is full, which needs the teacher's whole distribution"),
+        (f"{SERVED} {MOPD}.sampling.temperature=0.7", "temperature is 0.7, but a served teacher scores"),
         (
-            f"{MOPD}.placement=served {MOPD}.teacher_engine.max_model_len=255",
-            "teacher_engine.max_model_len is 255, but a teacher scores whole sequences of up to fleet.max_model_len",
+            f"{MOPD}.placement=served {MOPD}.teacher_engine.max_model_len=256",
+            "but a teacher scores whole sequences of up to fleet.max_model_len 256 tokens, and vLLM wants room for one "
+            "more; set it to at least 257",
         ),
         (
-            f"{MOPD}.placement=served {MOPD}.teacher_engine.interface=0.0.0.0",
+            f"{MOPD}.placement=served {MOPD}.teacher_engine.max_model_len=513",
+            f"{MOPD}.teacher_engine.max_model_len is 513, but the model has 512 positions",
+        ),
+        (f"{SERVED} {MOPD}.teacher_engine.engines=0", f"{MOPD}.teacher_engine.engines is 0, which starts no teacher"),
+        (
+            f"{SERVED} {MOPD}.teacher_engine.tensor_parallel=3",
+            f"{MOPD}.teacher_engine.tensor_parallel is 3, which does not divide the model's 4 attention heads",
+        ),
+        (
+            f"{SERVED} model.dtype=float32",
+            f"{MOPD}.teacher_engine.dtype is bfloat16, but model.dtype is float32",
+        ),
+        (
+            f"{MOPD}.mismatch.mask_above=1",
+            f"{MOPD}.mismatch.mask_above is 1, which a distillation does not read; its gate is ratio_low and",
+        ),
+        (
+            f"{MOPD}.advantage_clip=2 {MOPD}.signal=full",
+            f"{MOPD}.advantage_clip is 2, which bounds the advantage of the sampled token alone, but signal is full",
+        ),
+        (
+            f"{MOPD}.teachers={{}} {MOPD}.rewarded=[math]",
+            f"{MOPD}.teachers is empty, so there is nothing to distil; name the teacher of at least one domain",
+        ),
+        (
+            f"{SERVED} {MOPD}.teacher_engine.interface=0.0.0.0",
             f"{MOPD}.teacher_engine.interface is '0.0.0.0', which listens on every network",
         ),
         (
-            f"{MOPD}.placement=served {MOPD}.teacher_engine.addresses=['http://a:1']",
+            f"{SERVED} {MOPD}.teacher_engine.addresses=['http://a:1']",
             f"{MOPD}.teacher_engine.addresses are not used, for this server is started by Millrace",
         ),
         (
@@ -100,6 +127,24 @@ def test_a_broken_rule_of_a_stage_is_one_sentence(cascade_file: Path, override: 
 def test_a_broken_rule_of_distillation_is_one_sentence(cascade_file: Path, override: str, message: str) -> None:
     found = check(cascade_file, *override.split())
     assert len(found) == 1 and message in found[0], found
+
+
+@pytest.mark.parametrize("dtypes", ["bfloat16 float32", "float32 float32", "bfloat16 bfloat16"])
+def test_served_teachers_of_at_least_the_models_precision_are_accepted(cascade_file: Path, dtypes: str) -> None:
+    model, teacher = dtypes.split()
+    settings = f"{SERVED} model.dtype={model} {MOPD}.teacher_engine.dtype={teacher} {MOPD}.advantage_clip=2"
+    assert check(cascade_file, *settings.split()) == []
+
+
+@pytest.mark.parametrize("setting", ["on_failure=back", "certain=true", "against=best"])
+def test_a_gate_that_asks_for_nothing_decides_nothing(cascade_file: Path, setting: str) -> None:
+    field, value = setting.split("=")
+    (problem,) = check(cascade_file, f"stages.prefer.gate.{setting}")
+    assert problem == (
+        f"stages.prefer.gate.{field} is {value}, but the gate asks for nothing; set min_gain or max_drop, or leave "
+        "it out"
+    )
+    assert check(cascade_file, f"stages.prefer.gate.{setting}", "stages.prefer.gate.max_drop=1") == []
 
 
 def test_a_rewarded_domain_needs_a_group_and_rewards_of_its_own(cascade_file: Path) -> None:
@@ -145,6 +190,12 @@ def test_the_bounds_of_a_curriculum_leave_something_between_them(cascade_file: P
     assert outside == "stages.climb.curriculum.below is 2.0; it must be at least 0 and at most 1"
 
 
+def test_a_judged_domain_has_no_pass_rates_to_order_by(cascade_file: Path) -> None:
+    write_pass_rates(cascade_file)
+    (problem,) = check(cascade_file, "domains.chat.pass_rates=rates.jsonl", "stages.prefer.curriculum.above=0")
+    assert problem.startswith("stages.prefer.curriculum needs pass rates, but a judge compares the answers of chat")
+
+
 def test_pass_rates_are_looked_at_before_the_run(cascade_file: Path) -> None:
     (missing,) = check(cascade_file, "domains.math.pass_rates=nowhere.jsonl")
     assert missing.startswith("domains.math.pass_rates: the file ") and missing.endswith("does not exist")
@@ -182,6 +233,12 @@ def test_the_other_environments_of_the_paper_are_accepted(cascade_file: Path, en
         ),
         ("judges.genrm.url=null", "judges.genrm needs exactly one of model and url, but neither is given"),
         ("judges.genrm.url=node7", "judges.genrm.url is 'node7', which is not a URL such as http://node7:8000/v1"),
+        (
+            "judges.genrm.url='http://node7:x/v1'",
+            "judges.genrm.url is 'http://node7:x/v1', which is not a URL: Invalid",
+        ),
+        ("judges.genrm.url='http://[::1/v1'", "judges.genrm.url is 'http://[::1/v1', which is not a URL: Invalid"),
+        ("judges.genrm.url='http://'", "judges.genrm.url is 'http://', which is not a URL such as"),
         ("judges.genrm.max_tokens=0", "judges.genrm.max_tokens is 0; it must be at least 1"),
         ("judges.genrm.retries=-1", "judges.genrm.retries is -1; it must be at least 0"),
         ("judges.genrm={model: nowhere, max_tokens: 99}", "judges.genrm.model: the folder "),
@@ -205,6 +262,13 @@ def test_a_broken_rule_of_a_domain_or_judge_is_one_sentence(cascade_file: Path, 
     write_cut_checkpoint(cascade_file.parent / "cut")
     (problem,) = check(cascade_file, override)
     assert message in problem
+
+
+@pytest.mark.parametrize("user", ["me:s3cret", "s3cret"])
+def test_no_password_stands_in_the_url_of_a_judge(cascade_file: Path, user: str) -> None:
+    (problem,) = check(cascade_file, f"judges.genrm.url='http://{user}@node7:8000/v1'")
+    assert problem.startswith("judges.genrm.url holds credentials") and "s3cret" not in problem
+    assert problem.endswith("give them by judges.genrm.api_key_variable")
 
 
 def test_a_judge_that_the_run_starts_is_accepted(cascade_file: Path) -> None:

@@ -10,7 +10,7 @@ from millrace.algorithms.preferences import Judgement
 from millrace.config.schema import DomainConfig, JudgeConfig, RlhfStage
 from millrace.environments.base import GroupEnvironment
 from millrace.environments.genrm import NothingToCompare
-from millrace.environments.judge import MOST_UNANSWERED, HttpEndpoint, Judge, JudgeError, parse_judgement
+from millrace.environments.judge import MOST_UNDECIDED, HttpEndpoint, Judge, JudgeError, parse_judgement
 from millrace.environments.registry import make_environment
 from millrace.stages.rlhf import comparison
 
@@ -211,7 +211,31 @@ def test_an_endpoint_that_refuses_everything_ends_the_run(status, sentence):
 def test_a_judge_that_answers_nothing_any_more_ends_the_run():
     with (
         judge_server(lambda request: Said(status=503, raw="gone")) as server,
-        pytest.raises(JudgeError, match=rf"judge j at {server.url} has left {MOST_UNANSWERED} verdicts .*503: gone"),
+        pytest.raises(JudgeError, match=rf"judge j at {server.url} has left {MOST_UNDECIDED} verdicts .*503: gone"),
+    ):
+        score_group(environment(server.url), [f"answer {n}" for n in range(9)])
+
+
+@pytest.mark.parametrize(
+    ("said", "seen"),
+    [
+        (Said("I like both."), "its reply holds no verdict: 'I like both.'; raise its max_tokens"),
+        (Said(verdict(4, 2, 2), finish_reason="length"), "its reply was cut at max_tokens 77; raise its max_tokens"),
+    ],
+)
+def test_a_judge_without_a_verdict_in_any_reply_ends_the_run(said, seen):
+    with (
+        judge_server(lambda request: said) as server,
+        pytest.raises(JudgeError, match=rf"{MOST_UNDECIDED} verdicts in a row undecided \(0 unanswered, .*{seen}"),
+    ):
+        score_group(environment(server.url, max_tokens=77), [f"answer {n}" for n in range(9)])
+
+
+def test_unanswered_and_unparsable_verdicts_count_together():
+    count = iter(range(10**6))
+    with (
+        judge_server(lambda r: Said("hm") if next(count) % 2 else Said(status=503, raw="x")) as server,
+        pytest.raises(JudgeError, match=r"\(\d+ unanswered, \d+ unparsable\)"),
     ):
         score_group(environment(server.url), [f"answer {n}" for n in range(9)])
 
@@ -229,6 +253,16 @@ def test_no_more_verdicts_are_asked_for_at_one_time_than_the_recipe_says():
         score_group(environment(server.url, concurrency=3), [f"answer {n}" for n in range(6)])
     assert server.most_at_one_time == 3
     assert len(server.requests) == 30
+
+
+def test_a_judge_is_asked_past_the_proxies_of_the_environment(monkeypatch):
+    for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    for name in ("NO_PROXY", "no_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    with judge_server(by_quality) as server:
+        rewards = score_group(environment(server.url), ["good 1", "bad 2"])
+    assert [reward.value for reward in rewards] == [5.0, 1.0]
 
 
 def test_the_api_key_goes_with_each_request():

@@ -26,5 +26,12 @@ def test_the_interval_covers_the_truth_about_19_times_in_20():
     assert 920 <= covered <= 975
 
 
+@pytest.mark.parametrize("reward", [0.0, 1.0])
+def test_prompts_that_all_agree_are_not_certain(reward):
+    # Wilson's interval of 0 of 20 is 0 to 0.161
+    assert pass_rate([[reward] * 4] * 20).half_width == pytest.approx(0.161 / 2, abs=1e-3)
+    assert pass_rate([[reward]] * 2000).half_width == pytest.approx(0.00096, abs=1e-5)
+
+
 def test_one_prompt_has_no_known_spread():
     assert pass_rate([[1, 1, 0]]).half_width == 1.0

@@ -1,5 +1,6 @@
 """Answers on their way to rewards: groups that a judge compares, and a run that is stopped meanwhile."""
 
+import dataclasses
 import os
 import signal
 import threading
@@ -117,11 +118,33 @@ def test_what_the_judge_did_is_among_the_metrics_of_a_step(open_player):
 
 
 def test_undecided_verdicts_are_said_aloud(open_player, tmp_path):
+    texts = iter(["hm", verdict(4, 2, 2), "hm", "hm"])
+    with judge_server(lambda request: Said(next(texts))) as server:
+        player, domain, tokenizer = open_player(server.url)
+        player.score([domain.episode(domain.held_out, 0, seed=0)], [rollouts(tokenizer, ["c", "cc"])], "held-out chat")
+    said = (tmp_path / "logs" / "run.log").read_text()
+    assert "held-out chat: 75.0% of the judge's verdicts stand undecided (0.0% unanswered, 75.0% unparsable)" in said
+
+
+@pytest.mark.parametrize(
+    ("split", "how"),
+    [("train", comparison(STAGE)), ("held_out", None)],
+)
+def test_a_step_or_evaluation_without_one_verdict_is_refused(open_player, split, how):
     with judge_server(lambda request: Said("hm")) as server:
         player, domain, tokenizer = open_player(server.url)
-        player.score([domain.episode(domain.held_out, 0, seed=0)], [rollouts(tokenizer, ["c"])], "held-out chat")
-    said = (tmp_path / "logs" / "run.log").read_text()
-    assert "held-out chat: 100.0% of the judge's verdicts stand undecided (0.0% unanswered, 100.0% unparsable)" in said
+        episode = domain.episode(getattr(domain, split), 0, seed=0)
+        with pytest.raises(JudgeError, match=r"rlhf 3: the judge of chat decided not one verdict .*100% unparsable"):
+            player.score([episode], [rollouts(tokenizer, ["a", "aa"])], "rlhf 3", how)
+
+
+def test_one_verdict_that_cannot_be_had_ends_nothing(open_player):
+    with judge_server(lambda request: Said("hm")) as server:
+        player, domain, tokenizer = open_player(server.url)
+        once = comparison(dataclasses.replace(STAGE, both_orders=False))
+        episode = domain.episode(domain.train, 0, seed=0)
+        (group,) = player.score([episode], [rollouts(tokenizer, ["a", "aa"])], "rlhf 1/1", once)
+    assert all(answer.reward.details["unparsable"] == 1.0 for answer in group.answers)
 
 
 def test_a_stop_leaves_a_judge_that_hangs(open_player, control):
