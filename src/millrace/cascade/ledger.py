@@ -1,9 +1,9 @@
 """The ledger of a run: an append-only record of what was done, from which a run is explained and resumed.
 
 One JSON object a line in RUN_DIR/ledger.jsonl: `number` (1, 2, ...), `event`, `time` (seconds since the epoch), the
-event's facts, and `hash`, by which each line proves those before it (`chain`). RUN_DIR/ledger.head names the last
-entry, so that lines missing at the end are noticed as well. What does not fit is never read as a fact; `recover` moves
-it aside, and the run goes on from the last whole entry.
+event's facts, and `hash`, by which each line proves those before it (`observe.chain`). RUN_DIR/ledger.head names the
+last entry, so that lines missing at the end are noticed as well. What does not fit is never read as a fact; `recover`
+moves it aside, and the run goes on from the last whole entry.
 
 Events: `stage_started`, `evaluated`, `stage_finished`, `exported`, `finished`, `stopped`, and `rewound` with `to`: that
 stage and the later ones run again, so what was recorded of them before counts no more (`counted`).
@@ -20,12 +20,12 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-from millrace.cascade.chain import Entry, Proven, chained_line, first_problem, proven
 from millrace.config.graph import START
 from millrace.errors import MillraceError
+from millrace.observe.chain import Entry, Proven, chained_line, first_problem, proven
+from millrace.observe.entries import counted, stage_of_entry
 
 _OWN_KEYS = frozenset({"number", "event", "time", "hash"})
-_OF_THE_WHOLE_RUN = ("exported", "finished")
 
 
 class LedgerDamaged(MillraceError):
@@ -117,30 +117,12 @@ def standing(events: Sequence[Entry], stages: Sequence[str]) -> Standing:
     """How far a run has come through `stages`, in their order."""
     begun, finished = set(), set()
     for entry in counted(events, stages):
-        begun.add(_stage_of(entry))
+        begun.add(stage_of_entry(entry))
         if entry["event"] == "stage_finished":
             finished.add(entry["stage"])
     return Standing(
         tuple(name for name in (START, *stages) if name in begun), tuple(name for name in stages if name in finished)
     )
-
-
-def counted(events: Sequence[Entry], stages: Sequence[str]) -> list[Entry]:
-    """The events that still count: without what `rewound` events withdrew. `stages` in the order of the recipe."""
-    kept: list[Entry] = []
-    for entry in events:
-        if entry["event"] == "rewound":
-            to = entry["to"]
-            withdrawn = {to, *(stages[list(stages).index(to) :] if to in stages else ())}
-            kept = [e for e in kept if e["event"] not in _OF_THE_WHOLE_RUN and _stage_of(e) not in withdrawn]
-        kept.append(entry)
-    return kept
-
-
-def _stage_of(entry: Entry) -> str | None:
-    """The stage that an event speaks about; a measurement inside one is labelled STAGE@STEP."""
-    label = entry.get("stage") or entry.get("after")
-    return label.split("@")[0] if label else None
 
 
 def _what_follows(known: Proven) -> str:

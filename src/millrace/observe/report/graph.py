@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 from millrace.config.graph import START
+from millrace.observe.entries import stage_of
 from millrace.observe.report.matrix import outcome
-from millrace.observe.report.record import RunRecord, StageRecord, stage_of
+from millrace.observe.report.record import RunRecord, StageRecord
 from millrace.observe.report.texts import clipped, escaped
 
 WIDEST = 7

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from millrace.config.graph import START
-from millrace.observe.report.record import Event, RunRecord, Score, StageRecord, stage_of
+from millrace.observe.entries import stage_of
+from millrace.observe.report.record import Event, RunRecord, Score, StageRecord
 from millrace.observe.report.texts import escaped, percent, points
 
 Direction = Literal["gain", "drop", "same"]

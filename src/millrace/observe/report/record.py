@@ -1,4 +1,4 @@
-"""What a run has recorded, read into one object: the recipe, the ledger without what was rewound, the metrics.
+"""What a run has recorded, read into one object: the recipe, what counts of the ledger, the metrics.
 
 Made for runs in any state. A run that was killed a moment ago, that has no metrics yet or whose last line is torn is
 read as far as it goes; what could not be read at all is said in `notes`.
@@ -20,6 +20,8 @@ from millrace.config.model_shape import ModelShape
 from millrace.config.schema import MopdStage, Recipe, SamplingStage, SftStage, StageConfig
 from millrace.errors import MillraceError
 from millrace.launch.run_dir import RECIPE, VERSIONS, is_locked
+from millrace.observe.chain import Entry, first_problem, proven
+from millrace.observe.entries import counted, stage_of
 from millrace.observe.lines import read_lines
 
 Event = Mapping[str, Any]
@@ -91,7 +93,7 @@ class RunRecord:
     shape: ModelShape | None
     """None where no config.json of the model was found."""
     events: tuple[Event, ...]
-    """The ledger, without what was rewound."""
+    """What the ledger proves, without what was rewound."""
     stages: tuple[StageRecord, ...]
     """In the order of the recipe."""
     state: str
@@ -134,10 +136,10 @@ def read_run(folder: Path) -> RunRecord:
         raise NoRun(f"{folder}: no run has written here (no {RECIPE}, no ledger); name the run_dir of a recipe")
     notes: list[str] = []
     recipe = _recipe(folder, notes)
-    ledger = [event for event in read_lines(folder / "ledger.jsonl") if "event" in event]
+    ledger = _ledger(folder / "ledger.jsonl", notes)
     rows = [row for row in read_lines(folder / "metrics.jsonl") if "step" in row and "stage" in row]
     order = stage_names(recipe, ledger, rows)
-    events = without_rewound(ledger, order)
+    events = counted(ledger, order)
     running = is_locked(folder) and not _has_ended(events, folder)
     stages = tuple(_stage(name, order, recipe, events, rows, running) for name in order)
     return RunRecord(
@@ -153,36 +155,11 @@ def read_run(folder: Path) -> RunRecord:
     )
 
 
-def stage_of(label: str) -> str:
-    """The stage of a checkpoint's label: that of `STAGE@STEP` is STAGE."""
-    return label.split("@")[0]
-
-
 def stage_names(recipe: Recipe | None, events: Iterable[Event], rows: Iterable[Row]) -> list[str]:
     """The stages in the order in which they run."""
     planned = [stage.name for stage in recipe.stages] if recipe else []
     started = [event["stage"] for event in events if event["event"] == "stage_started"]
     return list(dict.fromkeys([*planned, *started, *(row["stage"] for row in rows)]))
-
-
-def without_rewound(events: Sequence[Event], order: Sequence[str]) -> list[Event]:
-    """The events that still count. `rewound` takes back what stood before it about its stage and all later ones."""
-    kept: list[Event] = []
-    for event in events:
-        if event["event"] != "rewound":
-            kept.append(event)
-            continue
-        undone = set(order[order.index(event["to"]) :]) if event["to"] in order else {event["to"]}
-        kept = [before for before in kept if not _is_about(before, undone)]
-    return kept
-
-
-def _is_about(event: Event, stages: set[str]) -> bool:
-    if event["event"] in ("finished", "stopped", "exported"):
-        return True  # the end of the run as it was
-    if event["event"] == "evaluated":
-        return stage_of(event["after"]) in stages
-    return event.get("stage") in stages
 
 
 def state_sentence(events: Sequence[Event], stages: Sequence[StageRecord], running: bool) -> str:
@@ -223,6 +200,15 @@ def _recipe(folder: Path, notes: list[str]) -> Recipe | None:
     except ConfigError as error:
         notes.append(f"The recipe could not be read, so what it alone knows is missing here: {error.problems[0]}")
         return None
+
+
+def _ledger(path: Path, notes: list[str]) -> Sequence[Entry]:
+    """The entries that the run itself would go on from."""
+    content = path.read_bytes() if path.exists() else b""
+    known = proven(content)
+    if known.size < len(content):
+        notes.append(f"{path.name}: {first_problem(content, known)}, so it and all behind it count no more.")
+    return known.entries
 
 
 def _versions(folder: Path) -> dict[str, str]:

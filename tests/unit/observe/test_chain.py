@@ -3,7 +3,7 @@ import json
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from millrace.cascade.chain import GENESIS, chained_line, first_problem, hash_of, proven
+from millrace.observe.chain import GENESIS, chained_line, first_problem, hash_of, proven
 
 UNCHAINED = b'{"event": "stage_started", "time": 1.0}\n{"event": "stage_finished", "time": 2.0}\n'
 
