@@ -8,10 +8,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from millrace.cascade.chain import Entry
-from millrace.cascade.ledger import counted
 from millrace.config.graph import START
 from millrace.evaluation.pass_rate import PassRate
+from millrace.observe.chain import Entry
+from millrace.observe.entries import counted
 
 Scores = Mapping[str, PassRate]
 """Held-out pass rate by domain."""
@@ -55,11 +55,6 @@ def read_history(events: Sequence[Entry], stages: Sequence[str]) -> History:
         rows={row.label: row for row in rows},
         gates={event["stage"]: event for event in kept if event["event"] == "gate"},
     )
-
-
-def stage_of(label: str) -> str:
-    """The stage whose weights a label names; `start` for the model itself."""
-    return label.partition("@")[0]
 
 
 def _row(event: Entry) -> Row:

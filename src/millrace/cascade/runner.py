@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from millrace.cascade.gates import has_gate, judge
-from millrace.cascade.history import History, Row, read_history, stage_of
+from millrace.cascade.history import History, Row, read_history
 from millrace.cascade.judges import Judges
 from millrace.cascade.labels import Labels
 from millrace.cascade.ledger import Ledger
@@ -32,6 +32,7 @@ from millrace.config.schema import EvaluateStage, MopdStage, Recipe, RlStage, Sf
 from millrace.errors import MillraceError
 from millrace.megatron.export import export_hf
 from millrace.megatron.topology import init_distributed
+from millrace.observe.entries import stage_of
 from millrace.observe.report import write_report
 from millrace.rollout.fleet import Fleet
 from millrace.stages.context import Progress, StageContext

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from millrace.cascade.history import History, Row, stage_of
+from millrace.cascade.history import History, Row
 from millrace.config.graph import START, StageGraph, TeacherRule, teacher_rule
 from millrace.config.schema import MopdStage
 from millrace.errors import MillraceError
+from millrace.observe.entries import stage_of
 
 
 class NoTeacher(MillraceError):

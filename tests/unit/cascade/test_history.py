@@ -1,4 +1,5 @@
-from millrace.cascade.history import read_history, stage_of
+from millrace.cascade.history import read_history
+from millrace.observe.entries import stage_of
 
 STAGES = ["sft", "rl", "mopd"]
 SCORE = {"pass_rate": 0.5, "half_width": 0.1, "prompts": 10, "answers": 20}
