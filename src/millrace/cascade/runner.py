@@ -149,7 +149,7 @@ class Cascade:
             self._record("exported", path="export", of=result, step=self.ctx.policy.step)
             self.ctx.say(f"exported {result} to {self.ctx.run_dir / 'export'}")
         self._record("finished", stages=self.names)
-        if self.ctx.console:
+        if self.ctx.console and history.rows:
             self.ctx.console.matrix("held-out pass rates", _matrix_texts(history))
 
     # ---- one stage ------------------------------------------------------------------------------------------------
