@@ -37,6 +37,8 @@ from millrace.converters.rules import Shape
 from millrace.converters.torch_dist import read_into
 
 INDEX = "model.safetensors.index.json"
+PLAN = "conversion.json"
+"""In a folder that is not finished: what a conversion is converting, so that it can go on after a kill."""
 DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -228,7 +230,7 @@ class Manifest:
     files: dict[str, dict[str, int]]
 
 
-def _unfinished(path: str | Path) -> Path:
+def unfinished(path: str | Path) -> Path:
     path = Path(path)
     return path.with_name(path.name + ".writing")
 
@@ -241,8 +243,8 @@ def prepare_export(path: str | Path, *, overwrite: bool = False) -> None:
     if Path(path).exists() and not overwrite:
         raise ConversionError(f"{path} exists already; remove it or name another folder for the export")
     try:
-        shutil.rmtree(_unfinished(path), ignore_errors=True)
-        _unfinished(path).mkdir(parents=True)
+        shutil.rmtree(unfinished(path), ignore_errors=True)
+        unfinished(path).mkdir(parents=True)
     except OSError as error:
         raise ConversionError(f"{path} cannot be written: {error.strerror}") from error
 
@@ -255,7 +257,7 @@ class HFWriter:
     """
 
     def __init__(self, path: str | Path, *, max_shard_bytes: int = 2 << 30, rank: int = 0) -> None:
-        self.folder = _unfinished(path)
+        self.folder = unfinished(path)
         self.max_shard_bytes = max_shard_bytes
         self.rank = rank
         self._files: dict[str, dict[str, int]] = {}
@@ -292,13 +294,14 @@ def publish(path: str | Path, manifests: Sequence[Manifest], *, source: str | Pa
     `dtype` is what config.json then names as the data type (None: as in the source). Raises ConversionError when two
     manifests hold the same tensor, or when there is none.
     """
-    path, folder = Path(path), _unfinished(path)
+    path, folder = Path(path), unfinished(path)
     try:
         index = _number_shards(folder, [pair for manifest in manifests for pair in manifest.files.items()])
         (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
         for file in folder.glob("*.safetensors"):
             file.chmod((folder / INDEX).stat().st_mode)  # save_file leaves them readable to their owner alone
         copy_companions(source, folder, dtype=dtype)
+        (folder / PLAN).unlink(missing_ok=True)
         _flush_to_disk(folder)
         replaced = path.with_name(path.name + ".replaced")
         if path.exists():

@@ -1,8 +1,8 @@
 """The files of torch.distributed.checkpoint, in which Megatron-Core keeps its checkpoints, one tensor at a time.
 
 A folder holds `.metadata`, a pickled table of what is stored where, and `.distcp` files, which are archives of
-`torch.save` one behind the other: one for each stored piece (chunk) of a tensor. Neither side here holds more than one
-tensor: `ShardFile` appends pieces to a file, `StoredTensors` reads any box of a tensor, whatever pieces it was saved in.
+`torch.save` one behind the other: one for each stored piece (chunk) of a tensor. `append_tensor` writes a piece,
+`read_box` reads any box of a tensor, whatever pieces it was saved in; neither holds more than that.
 """
 
 from __future__ import annotations
@@ -14,14 +14,15 @@ import os
 import pickle
 import zipfile
 import zlib
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.distributed.checkpoint import metadata as torch_metadata
+from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, MetadataIndex, TensorStorageMetadata
 
 from millrace.converters.errors import ConversionError
@@ -178,9 +179,7 @@ def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
     for key, described in table.state_dict_metadata.items():
         if isinstance(described, BytesStorageMetadata):
             continue
-        chunks = tuple(
-            _chunk(folder, table, sizes, key, tuple(c.offsets), tuple(c.sizes)) for c in described.chunks
-        )
+        chunks = tuple(_chunk(folder, table, sizes, key, tuple(c.offsets), tuple(c.sizes)) for c in described.chunks)
         found[key] = StoredTensor(tuple(described.size), described.properties.dtype, chunks)
     return found
 
@@ -212,20 +211,22 @@ def write_metadata(folder: Path, table: Metadata) -> None:
     aside.rename(folder / METADATA)
 
 
-def with_dtype(described: TensorStorageMetadata, dtype: torch.dtype) -> TensorStorageMetadata:
-    """The description of a tensor of another data type."""
-    properties = described.properties
-    return TensorStorageMetadata(
-        type(properties)(
-            dtype=dtype,
-            layout=properties.layout,
-            requires_grad=properties.requires_grad,
-            memory_format=properties.memory_format,
-            pin_memory=properties.pin_memory,
-        ),
-        described.size,
-        described.chunks,
-    )
+def with_places(
+    table: Metadata, dtypes: Mapping[str, torch.dtype], places: Mapping[tuple[str, Shape], tuple[str, int, int]]
+) -> Metadata:
+    """A table of tensors, completed: data type of each key, and file, first byte and length of each piece, which is
+    given by key and corner. Raises ConversionError for a piece that was not written."""
+    described, stored = {}, dict(table.storage_data or {})
+    for key, tensor in table.state_dict_metadata.items():
+        described[key] = tensor
+        if isinstance(tensor, TensorStorageMetadata):
+            described[key] = replace(tensor, properties=replace(tensor.properties, dtype=dtypes[key]))
+            for number, chunk in enumerate(tensor.chunks):
+                if (key, tuple(chunk.offsets)) not in places:
+                    raise ConversionError(f"{key} was not written at {list(chunk.offsets)}")
+                place = _StorageInfo(*places[key, tuple(chunk.offsets)])
+                stored[MetadataIndex(key, chunk.offsets, number)] = place
+    return Metadata(described, table.planner_data, stored)
 
 
 def overlap(one_at: Shape, one: Shape, other_at: Shape, other: Shape) -> tuple[Shape, Shape] | None:

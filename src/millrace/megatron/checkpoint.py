@@ -18,7 +18,6 @@ import os
 import time
 from collections.abc import Callable
 from dataclasses import asdict
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,9 +27,14 @@ import torch.distributed as dist
 from millrace.converters.safetensors_io import copy_companions
 from millrace.megatron.checkpoint_store import (
     FACTS,
+    FORMAT,
+    HF_FOLDER,
+    SHARDS,
     CheckpointError,
     CheckpointStore,
     FileRecord,
+    checkpoint_facts,
+    comparable,
     file_problem,
     file_record,
     flush_to_disk,
@@ -56,10 +60,6 @@ if TYPE_CHECKING:
     from millrace.megatron.policy import Policy
 
 log = logging.getLogger("millrace")
-
-FORMAT = 1
-HF_FOLDER = "hf"
-SHARDS = "shards"
 
 _RESERVE = "reserve"
 _RESERVE_BYTES = 1 << 20
@@ -194,7 +194,7 @@ class Checkpointer:
             raise CheckpointError(f"{damage}{self._way_out(folder)}") from None
         if facts["format"] != FORMAT:
             raise CheckpointError(f"{folder} has format {facts['format']}; this version reads format {FORMAT}")
-        mine = _comparable(asdict(policy.shape))
+        mine = comparable(policy.shape)
         differing = [key for key, value in facts["model"].items() if mine.get(key) != value]
         if differing:
             key = differing[0]
@@ -224,6 +224,8 @@ class Checkpointer:
             restore_random_state(torch.load(folder / _random_file(dist.get_rank()), weights_only=True))
             return
         reseed(policy.seed, facts["step"], dist.get_rank())
+        if facts["layout"] is None:
+            return
         log.info(
             "%s was written with layout %s; at %s the random states cannot be kept and are drawn anew",
             folder,
@@ -233,16 +235,9 @@ class Checkpointer:
 
 
 def _facts(policy: Policy, step: int) -> dict[str, Any]:
-    return {
-        "format": FORMAT,
-        "step": step,
-        "policy_step": policy.step,
-        "optimizer_step": _updates(policy),
-        "saved_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "layout": _layout(policy),
-        "model": _comparable(asdict(policy.shape)),
-        "versions": {package: version(package) for package in ("millrace", "megatron-core", "torch", "transformers")},
-    }
+    return checkpoint_facts(
+        policy.shape, _layout(policy), step=step, policy_step=policy.step, optimizer_step=_updates(policy)
+    )
 
 
 def _updates(policy: Policy) -> int:
@@ -267,11 +262,6 @@ def _load_module(policy: Policy, shards: Path) -> None:
 
 def _layout(policy: Policy) -> dict[str, Any]:
     return {**asdict(policy.parallel), "device": policy.topology.device.type}
-
-
-def _comparable(shape: dict[str, Any]) -> dict[str, Any]:
-    """As JSON gives it back."""
-    return {key: list(value) if isinstance(value, tuple) else value for key, value in shape.items()}
 
 
 def _random_file(rank: int) -> str:
