@@ -17,7 +17,7 @@ import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, cast
 
 import torch
 from torch import Tensor
@@ -117,7 +117,7 @@ def append_tensor(file: OutputFile, tensor: Tensor) -> tuple[int, int]:
     start = file.size
     # torch.save writes the whole storage: give it one that is this piece, without a copy.
     own = torch.frombuffer(memory_of(tensor), dtype=tensor.dtype).view(tensor.shape) if tensor.numel() else tensor
-    torch.save(own, file)
+    torch.save(own, cast(IO[bytes], file))  # of a file it only writes
     return start, file.size - start
 
 

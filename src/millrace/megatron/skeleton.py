@@ -66,7 +66,9 @@ class _Notes(FileSystemWriter):
             assert item.tensor_data is not None
             self.sizes[item.index.fqn] = tuple(item.tensor_data.size)
             at = tuple(item.tensor_data.chunk.offsets)
-            self.tensors.append((item.index.fqn, at, planner.resolve_data(item)))
+            tensor = planner.resolve_data(item)
+            assert isinstance(tensor, Tensor)
+            self.tensors.append((item.index.fqn, at, tensor))
         if not others:
             nothing: Future[list[WriteResult]] = Future()
             nothing.set_result([])
