@@ -13,7 +13,7 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from multiprocessing.connection import wait as wait_for
@@ -51,12 +51,14 @@ def advance(count: int) -> None:
 
 
 def run_jobs(
-    work: Callable[[Job], None],
+    work: Callable[[Job], Result],
     jobs: Iterable[Job],
     processes: int,
     progress: Callable[[int], None],
+    settle: Callable[[Job, Result], None],
 ) -> None:
-    """Do every job; `progress` is told the bytes that were counted since the last call.
+    """Do every job; `progress` is told the bytes that were counted since the last call. What waits for the disk is left
+    to `settle`, which threads of this process call with what a job returned, so that the processes go on.
 
     The first error ends all and is raised. Raises ConversionError when a process is killed, as by a system without
     memory.
@@ -65,17 +67,21 @@ def run_jobs(
     shared = (spawn.Value("q", 0), spawn.Event())
     counter, stop = shared
     pool = ProcessPoolExecutor(processes, mp_context=spawn, initializer=_start, initargs=shared)
+    threads = ThreadPoolExecutor(processes)
     told = 0
     try:
         with _deaf_to_interrupts():
-            waiting = {pool.submit(work, job) for job in jobs}
+            working = {pool.submit(work, job): job for job in jobs}
+        waiting: set[Future[Any]] = set(working)
         while waiting:
             ended, waiting = wait(waiting, timeout=_POLL_SECONDS, return_when=FIRST_COMPLETED)
             counted = counter.value
             progress(counted - told)
             told = counted
             for future in ended:
-                future.result()
+                result = future.result()
+                if future in working:
+                    waiting.add(threads.submit(settle, working[future], result))
     except BrokenProcessPool:
         raise ConversionError(
             "a process that was writing was killed, by the system when memory runs out; the same command goes on, "
@@ -84,6 +90,7 @@ def run_jobs(
     finally:
         stop.set()
         pool.shutdown(wait=True, cancel_futures=True)
+        threads.shutdown(wait=True)
 
 
 def run_alone(work: Callable[..., Result], *arguments: Any) -> Result:

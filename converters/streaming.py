@@ -39,7 +39,9 @@ from millrace.converters.torch_dist import (
     append_tensor,
     memory_of,
     overlap,
+    partial_of,
     read_box,
+    settle_file,
 )
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -178,8 +180,8 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def write_shard(job: ShardJob) -> None:
-    """Write one `.distcp` file, and behind it the record of it. Runs in a process of its own."""
+def write_shard(job: ShardJob) -> Written:
+    """Write one `.distcp` file, which `settle` then gives its name. Runs in a process of its own."""
     reader = _reader(job.source)
     pieces = []
     with _writing(job.path) as file:
@@ -188,11 +190,7 @@ def write_shard(job: ShardJob) -> None:
             for part in weight.parts:
                 start, length = append_tensor(file, part.of(parameter).contiguous())
                 pieces.append((part.key, part.at, start, length))
-    record = Written(file.size, file.crc32, tuple(pieces))
-    with saying_write_problems(job.record):
-        file = OutputFile(job.record)
-        file.write(json.dumps(asdict(record)).encode())
-        file.close()
+    return Written(file.size, file.crc32, tuple(pieces))
 
 
 def read_record(job: ShardJob) -> Written | None:
@@ -290,13 +288,15 @@ def _check_stored(part: Part, stored: StoredTensor, size: Shape, entry: Entry, f
         raise ConversionError(f"{folder} does not hold all of {part.key}: pieces of it are missing")
 
 
-def write_hf_file(job: HFJob) -> None:
-    """Write one safetensors file. Runs in a process of its own."""
-    with _writing(job.path) as file:
+def write_hf_file(job: HFJob) -> Written:
+    """Write one safetensors file, which `settle` then gives its name. Runs in a process of its own."""
+    with _writing(job.path, checksum=False) as file:
         file.write(header_of(job.tensors))
         for weight in job.weights:
             for tensor in weight.entry.to_hf([_stored_parameter(weight, job)]).values():
-                file.write(memory_of(tensor.to(weight.written).contiguous()))
+                values = tensor.to(weight.written).contiguous()
+                file.write(memory_of(values))
+    return Written(file.size, file.crc32, ())
 
 
 def _stored_parameter(weight: Weight, job: HFJob) -> Tensor:
@@ -309,11 +309,20 @@ def _stored_parameter(weight: Weight, job: HFJob) -> Tensor:
 # Files
 
 
+def settle(job: ShardJob | HFJob, written: Written) -> None:
+    """Wait until a file is on the disk, and give it its name; then a shard its record, without which it is none."""
+    with saying_write_problems(job.path):
+        settle_file(job.path)
+        if isinstance(job, ShardJob):
+            partial_of(job.record).write_text(json.dumps(asdict(written)), encoding="utf-8")
+            settle_file(job.record)
+
+
 @contextmanager
-def _writing(path: Path) -> Iterator[OutputFile]:
+def _writing(path: Path, *, checksum: bool = True) -> Iterator[OutputFile]:
     """An output file that counts for the progress of all processes, and that is removed when it cannot be finished."""
     with saying_write_problems(path):
-        file = OutputFile(path, processes.advance)
+        file = OutputFile(path, processes.advance, checksum=checksum)
         try:
             yield file
             file.close()

@@ -72,27 +72,36 @@ def read_into(file: Path, start: int, tensor: Tensor) -> None:
 
 
 class OutputFile:
-    """A file that is written from front to back, counted and checksummed on the way, and named when it is complete.
+    """A file that is written from front to back, counted and checksummed on the way.
 
-    What is there before `close` has the suffix `.partial`. `progress` is told the bytes as they are written, and may
-    raise to stop.
+    Until `settle_file` it has the suffix `.partial`. `progress` is told the bytes as they are written, and may raise to
+    stop.
     """
 
-    def __init__(self, path: Path, progress: Callable[[int], None] = lambda count: None) -> None:
-        self.path = path
+    def __init__(
+        self, path: Path, progress: Callable[[int], None] = lambda count: None, *, checksum: bool = True
+    ) -> None:
         self.size = 0
         self.crc32 = 0
+        self.problem: Exception | None = None
+        """What a write failed with; torch.save hides it behind an error of its own."""
         self._progress = progress
-        self._partial = path.with_name(path.name + ".partial")
+        self._checksum = checksum
+        self._partial = partial_of(path)
         self._stream = self._partial.open("wb", buffering=1 << 20)
 
     def write(self, data: Any) -> int:
         view = memoryview(data).cast("B")
-        for start in range(0, len(view), _WRITE_BYTES):
-            piece = view[start : start + _WRITE_BYTES]
-            self.crc32 = zlib.crc32(piece, self.crc32)
-            self._stream.write(piece)
-            self._progress(len(piece))
+        try:
+            for start in range(0, len(view), _WRITE_BYTES):
+                piece = view[start : start + _WRITE_BYTES]
+                if self._checksum:
+                    self.crc32 = zlib.crc32(piece, self.crc32)
+                self._stream.write(piece)
+                self._progress(len(piece))
+        except Exception as problem:
+            self.problem = problem
+            raise
         self.size += len(view)
         return len(view)
 
@@ -100,16 +109,27 @@ class OutputFile:
         self._stream.flush()
 
     def close(self) -> None:
-        """Flush to disk, and give the file its name."""
-        self._stream.flush()
-        os.fsync(self._stream.fileno())
         self._stream.close()
-        self._partial.rename(self.path)
 
     def give_up(self) -> None:
         """Remove what was written."""
-        self._stream.close()
         self._partial.unlink(missing_ok=True)
+        self._stream.close()
+
+
+def partial_of(path: Path) -> Path:
+    """What a file is called until it is settled."""
+    return path.with_name(path.name + ".partial")
+
+
+def settle_file(path: Path) -> None:
+    """Give a file that was written whole its name, when it is on the disk."""
+    descriptor = os.open(partial_of(path), os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+    partial_of(path).rename(path)
 
 
 def append_tensor(file: OutputFile, tensor: Tensor) -> tuple[int, int]:
@@ -117,7 +137,12 @@ def append_tensor(file: OutputFile, tensor: Tensor) -> tuple[int, int]:
     start = file.size
     # torch.save writes the whole storage: give it one that is this piece, without a copy.
     own = torch.frombuffer(memory_of(tensor), dtype=tensor.dtype).view(tensor.shape) if tensor.numel() else tensor
-    torch.save(own, cast(IO[bytes], file))  # of a file it only writes
+    try:
+        torch.save(own, cast(IO[bytes], file))  # of a file it only writes
+    except RuntimeError:
+        if file.problem is not None:
+            raise file.problem from None
+        raise
     return start, file.size - start
 
 

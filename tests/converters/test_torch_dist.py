@@ -19,6 +19,7 @@ from millrace.converters.torch_dist import (
     append_tensor,
     read_box,
     read_metadata,
+    settle_file,
     stored_tensors,
     with_places,
     write_metadata,
@@ -49,6 +50,7 @@ def test_a_box_is_put_together_from_several_pieces(tmp_path):
     file = OutputFile(tmp_path / "x.distcp")
     pieces = {(r, c): append_tensor(file, whole[r : r + 3, c : c + 4].contiguous()) for r in (0, 3) for c in (0, 4)}
     file.close()
+    settle_file(tmp_path / "x.distcp")
     chunks = tuple(Chunk(at, (3, 4), "x.distcp", *place) for at, place in pieces.items())
     stored = StoredTensor((6, 8), torch.bfloat16, chunks)
     box = torch.zeros(4, 5, dtype=torch.bfloat16)
@@ -64,6 +66,7 @@ def test_torch_reads_what_is_appended(tmp_path):
     append_tensor(file, torch.ones(3))
     place = append_tensor(file, whole)
     file.close()
+    settle_file(tmp_path / "after" / "a.distcp")
     table.storage_data = {}
     done = with_places(table, {"x": torch.float32}, {("x", (0, 0)): ("a.distcp", *place)})
     write_metadata(tmp_path / "after", done)

@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from rich.console import Console
@@ -32,6 +31,7 @@ from millrace.converters.streaming import (
     Layout,
     ShardJob,
     Weight,
+    Written,
     check_hf,
     dtype_name,
     identity_of,
@@ -40,6 +40,7 @@ from millrace.converters.streaming import (
     read_record,
     require_space,
     saying_write_problems,
+    settle,
     weights_of_checkpoint,
     weights_of_hf,
     write_hf_file,
@@ -158,7 +159,7 @@ def _write_table(shards: Path, jobs: Sequence[ShardJob]) -> None:
     write_metadata(shards, with_places(read_metadata(shards), dtypes, places))
 
 
-def _written(job: ShardJob) -> Any:
+def _written(job: ShardJob) -> Written:
     record = read_record(job)
     assert record is not None, job.path
     return record
@@ -265,7 +266,7 @@ def _unfinished(folder: Path, sources: Iterable[Path], options: Options) -> Iter
 
 
 def _run(
-    work: Callable[[Job], None], jobs: Sequence[Job], finished: Sequence[Job], options: Options, what: str
+    work: Callable[[Job], Written], jobs: Sequence[Job], finished: Sequence[Job], options: Options, what: str
 ) -> None:
     """Write the files that are missing, showing how far it is."""
     there = sum(job.nbytes for job in finished)
@@ -278,7 +279,7 @@ def _run(
         _say(f"{len(finished)} of {len(jobs)} files are finished already")
     try:
         with _progress(total, there) as progress:
-            run_jobs(work, missing, processes, progress)
+            run_jobs(work, missing, processes, progress, settle)
     except KeyboardInterrupt:
         raise ConversionError("stopped; the same command goes on where it stopped") from None
     seconds = time.monotonic() - started
