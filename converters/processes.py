@@ -8,6 +8,7 @@ tensor finds memory that is mapped already, which is worth more than the copies 
 from __future__ import annotations
 
 import ctypes
+import importlib
 import multiprocessing
 import os
 import signal
@@ -50,47 +51,60 @@ def advance(count: int) -> None:
         counter.value += count
 
 
-def run_jobs(
-    work: Callable[[Job], Result],
-    jobs: Iterable[Job],
-    processes: int,
-    progress: Callable[[int], None],
-    settle: Callable[[Job, Result], None],
-) -> None:
-    """Do every job; `progress` is told the bytes that were counted since the last call. What waits for the disk is left
-    to `settle`, which threads of this process call with what a job returned, so that the processes go on.
+class Workers:
+    """Processes that do jobs. They start with the block, which may do something else until it has jobs for them."""
 
-    The first error ends all and is raised. Raises ConversionError when a process is killed, as by a system without
-    memory.
-    """
-    spawn = multiprocessing.get_context("spawn")
-    shared = (spawn.Value("q", 0), spawn.Event())
-    counter, stop = shared
-    pool = ProcessPoolExecutor(processes, mp_context=spawn, initializer=_start, initargs=shared)
-    threads = ThreadPoolExecutor(processes)
-    told = 0
-    try:
+    def __init__(self, processes: int, module: str) -> None:
+        """`module` is what a process imports as it starts: that of the jobs."""
+        self.processes = processes
+        self.module = module
+
+    def __enter__(self) -> Workers:
+        spawn = multiprocessing.get_context("spawn")
+        self._counter, self._stop = shared = (spawn.Value("q", 0), spawn.Event())
+        self._pool = ProcessPoolExecutor(self.processes, mp_context=spawn, initializer=_start, initargs=shared)
+        self._threads = ThreadPoolExecutor(self.processes)
         with _deaf_to_interrupts():
-            working = {pool.submit(work, job): job for job in jobs}
-        waiting: set[Future[Any]] = set(working)
-        while waiting:
-            ended, waiting = wait(waiting, timeout=_POLL_SECONDS, return_when=FIRST_COMPLETED)
-            counted = counter.value
-            progress(counted - told)
-            told = counted
-            for future in ended:
-                result = future.result()
-                if future in working:
-                    waiting.add(threads.submit(settle, working[future], result))
-    except BrokenProcessPool:
-        raise ConversionError(
-            "a process that was writing was killed, by the system when memory runs out; the same command goes on, "
-            "with --processes 1 in the least memory"
-        ) from None
-    finally:
-        stop.set()
-        pool.shutdown(wait=True, cancel_futures=True)
-        threads.shutdown(wait=True)
+            for _ in range(self.processes):
+                self._pool.submit(importlib.import_module, self.module)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._stop.set()
+        self._pool.shutdown(wait=True, cancel_futures=True)
+        self._threads.shutdown(wait=True)
+
+    def run(
+        self,
+        work: Callable[[Job], Result],
+        jobs: Iterable[Job],
+        progress: Callable[[int], None],
+        settle: Callable[[Job, Result], None],
+    ) -> None:
+        """Do every job; `progress` is told the bytes that were counted since the last call. What waits for the disk is
+        left to `settle`, which threads of this process call with what a job returned, so that the processes go on.
+
+        The first error is raised. Raises ConversionError when a process is killed, as by a system without memory.
+        """
+        told = 0
+        try:
+            with _deaf_to_interrupts():
+                working = {self._pool.submit(work, job): job for job in jobs}
+            waiting: set[Future[Any]] = set(working)
+            while waiting:
+                ended, waiting = wait(waiting, timeout=_POLL_SECONDS, return_when=FIRST_COMPLETED)
+                counted = self._counter.value
+                progress(counted - told)
+                told = counted
+                for future in ended:
+                    result = future.result()
+                    if future in working:
+                        waiting.add(self._threads.submit(settle, working[future], result))
+        except BrokenProcessPool:
+            raise ConversionError(
+                "a process that was writing was killed, by the system when memory runs out; the same command goes on, "
+                "with --processes 1 in the least memory"
+            ) from None
 
 
 def run_alone(work: Callable[..., Result], *arguments: Any) -> Result:

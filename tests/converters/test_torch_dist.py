@@ -11,19 +11,8 @@ from torch.distributed import checkpoint
 from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
 
 from millrace.converters.errors import ConversionError
-from millrace.converters.torch_dist import (
-    METADATA,
-    Chunk,
-    OutputFile,
-    StoredTensor,
-    append_tensor,
-    read_box,
-    read_metadata,
-    settle_file,
-    stored_tensors,
-    with_places,
-    write_metadata,
-)
+from millrace.converters.torch_dist import Chunk, OutputFile, StoredTensor, append_tensor, read_box, settle_file
+from millrace.converters.torch_metadata import METADATA, read_metadata, stored_tensors, with_places, write_metadata
 
 
 def saved_by_torch(folder: Path, **tensors: torch.Tensor) -> Path:

@@ -14,7 +14,7 @@ from tiny_checkpoints import write_checkpoint
 from millrace.config.model_shape import ModelShape
 from millrace.converters.mapping import FAMILIES
 from millrace.converters.safetensors_io import HFReader
-from millrace.converters.torch_dist import stored_tensors
+from millrace.converters.torch_metadata import stored_tensors
 from millrace.megatron.convert import Options, hf_to_megatron, megatron_to_hf
 
 TINY = {"gemma3": "gemma3_text"}

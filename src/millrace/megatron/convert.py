@@ -23,7 +23,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeE
 from millrace.config.model_shape import ModelShape
 from millrace.converters.errors import ConversionError
 from millrace.converters.mapping import mapping_for
-from millrace.converters.processes import default_processes, run_alone, run_jobs
+from millrace.converters.processes import Workers, default_processes, run_alone
 from millrace.converters.safetensors_io import HFReader, Manifest, copy_companions, publish, unfinished
 from millrace.converters.streaming import (
     HFJob,
@@ -46,13 +46,7 @@ from millrace.converters.streaming import (
     write_hf_file,
     write_shard,
 )
-from millrace.converters.torch_dist import (
-    METADATA,
-    read_metadata,
-    stored_tensors,
-    with_places,
-    write_metadata,
-)
+from millrace.converters.torch_dist import StoredTensor
 from millrace.megatron.checkpoint_store import (
     FACTS,
     HF_FOLDER,
@@ -92,6 +86,9 @@ class Options:
     """Largest file, unless one parameter is larger."""
     overwrite: bool = False
 
+    def workers(self) -> Workers:
+        return Workers(self.processes or default_processes(), "millrace.converters.streaming")
+
     @property
     def torch_dtype(self) -> torch.dtype | None:
         return None if self.dtype is None else getattr(torch, self.dtype)
@@ -113,10 +110,10 @@ def hf_to_megatron(hf: Path, out: Path, options: Options) -> Path:
     final, folder = out / _STEP, out / f".{_STEP}.converting"
     _refuse_existing(final, options)
     check_hf(mapping, reader, options.torch_dtype)
-    layout, small = _ask_megatron(shape)
-    weights = weights_of_hf(mapping, layout, reader, options.torch_dtype)
     files = {reader.lazy(name).file for name in reader.names}
-    with _unfinished(folder, {hf / "config.json", *files}, options):
+    with _unfinished(folder, {hf / "config.json", *files}, options), options.workers() as workers:
+        layout, small = _ask_megatron(shape)
+        weights = weights_of_hf(mapping, layout, reader, options.torch_dtype)
         aside, records = folder / "checkpoint", folder / "records"
         for part in (aside / SHARDS, aside / HF_FOLDER, records):
             part.mkdir(parents=True, exist_ok=True)
@@ -125,7 +122,7 @@ def hf_to_megatron(hf: Path, out: Path, options: Options) -> Path:
             for number, group in enumerate(in_files(weights, options.shard_bytes), start=1)
         ]
         finished = [job for job in jobs if read_record(job) is not None]
-        _run(write_shard, jobs, finished, options, f"{hf} -> {final}")
+        _run(workers, write_shard, jobs, finished, f"{hf} -> {final}")
         with saying_write_problems(aside):
             for name, content in small.items():
                 (aside / SHARDS / name).write_bytes(content)
@@ -152,6 +149,8 @@ def _layout_in_process(shape: ModelShape, folder: Path) -> Layout:
 
 def _write_table(shards: Path, jobs: Sequence[ShardJob]) -> None:
     """Complete the table that Megatron-Core made: data types, and which file holds what."""
+    from millrace.converters.torch_metadata import read_metadata, with_places, write_metadata  # takes a second
+
     dtypes = {part.key: weight.written for job in jobs for weight in job.weights for part in weight.parts}
     places = {
         (key, at): (job.path.name, start, length) for job in jobs for key, at, start, length in _written(job).pieces
@@ -190,13 +189,14 @@ def megatron_to_hf(checkpoint: Path, out: Path, options: Options) -> Path:
     checkpoint = find_checkpoint(checkpoint)
     source, shards = checkpoint / HF_FOLDER, checkpoint / SHARDS
     shape = ModelShape.from_hf(source)
-    mapping, stored = mapping_for(shape), stored_tensors(shards)
+    mapping = mapping_for(shape)
     _check_sizes(checkpoint)
-    layout, _ = _ask_megatron(shape)
-    weights = weights_of_checkpoint(mapping, layout, stored, shards, options.torch_dtype)
     folder = unfinished(out)
-    files = {source / "config.json", shards / METADATA, *shards.glob("*.distcp")}
-    with _unfinished(folder, files, options):
+    files = {source / "config.json", *(path for path in shards.iterdir() if path.is_file())}
+    with _unfinished(folder, files, options), options.workers() as workers:
+        layout, _ = _ask_megatron(shape)
+        stored = _stored_tensors(shards)
+        weights = weights_of_checkpoint(mapping, layout, stored, shards, options.torch_dtype)
         groups = in_files(weights, options.shard_bytes)
         jobs = [
             HFJob(
@@ -208,10 +208,16 @@ def megatron_to_hf(checkpoint: Path, out: Path, options: Options) -> Path:
             for number, group in enumerate(groups, start=1)
         ]
         finished = [job for job in jobs if job.path.is_file() and job.path.stat().st_size == job.size]
-        _run(write_hf_file, jobs, finished, options, f"{checkpoint} -> {out}")
+        _run(workers, write_hf_file, jobs, finished, f"{checkpoint} -> {out}")
         manifest = {job.path.name: {name: _nbytes(*facts) for name, facts in job.tensors.items()} for job in jobs}
         publish(out, [Manifest(manifest)], source=source, dtype=_config_dtype(shape, weights))
     return out
+
+
+def _stored_tensors(shards: Path) -> dict[str, StoredTensor]:
+    from millrace.converters.torch_metadata import stored_tensors  # takes a second
+
+    return stored_tensors(shards)
 
 
 def _nbytes(dtype: torch.dtype, shape: Sequence[int]) -> int:
@@ -266,27 +272,26 @@ def _unfinished(folder: Path, sources: Iterable[Path], options: Options) -> Iter
 
 
 def _run(
-    work: Callable[[Job], Written], jobs: Sequence[Job], finished: Sequence[Job], options: Options, what: str
+    workers: Workers, work: Callable[[Job], Written], jobs: Sequence[Job], finished: Sequence[Job], what: str
 ) -> None:
     """Write the files that are missing, showing how far it is."""
     there = sum(job.nbytes for job in finished)
     total = sum(job.nbytes for job in jobs)
     missing = [job for job in jobs if job not in finished]
     require_space(jobs[0].path.parent, total - there + _SLACK_BYTES)
-    processes = min(options.processes or default_processes(), max(1, len(missing)))
     started = time.monotonic()
     if finished:
         _say(f"{len(finished)} of {len(jobs)} files are finished already")
     try:
         with _progress(total, there) as progress:
-            run_jobs(work, missing, processes, progress, settle)
+            workers.run(work, missing, progress, settle)
     except KeyboardInterrupt:
         raise ConversionError("stopped; the same command goes on where it stopped") from None
     seconds = time.monotonic() - started
     dtypes = sorted({dtype_name(weight.written) for job in jobs for weight in job.weights})
     _say(
         f"{what}: {readable_bytes(total - there)} of {' and '.join(dtypes)} in {seconds:.1f} s "
-        f"({readable_bytes((total - there) / max(seconds, 1e-9))}/s, {processes} processes)"
+        f"({readable_bytes((total - there) / max(seconds, 1e-9))}/s, {workers.processes} processes)"
     )
 
 

@@ -35,7 +35,7 @@ from torch.distributed import checkpoint as torch_checkpoint
 from torch.distributed.checkpoint import CheckpointException, FileSystemWriter
 
 from millrace.converters.errors import ConversionError
-from millrace.converters.torch_dist import read_metadata
+from millrace.converters.torch_metadata import read_metadata
 from millrace.megatron.checkpoint_store import CheckpointError
 
 SHARDING = {
