@@ -21,9 +21,9 @@ import math
 import os
 import shutil
 import struct
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +67,8 @@ class LazyTensor:
     dtype: torch.dtype
     start: int
     """Where its bytes start in the file."""
-    _handle: Any = field(repr=False, compare=False)
+    _handle: Callable[[], Any] = field(repr=False, compare=False)
+    """safetensors' view of the file, which maps it into memory."""
 
     @property
     def nbytes(self) -> int:
@@ -75,7 +76,7 @@ class LazyTensor:
 
     def __getitem__(self, index: Any) -> Tensor:
         try:
-            return self._handle.get_slice(self.name)[index]
+            return self._handle().get_slice(self.name)[index]
         except (SafetensorError, OSError) as error:
             raise ConversionError(f"{self.name} cannot be read from {self.file}: {error}") from error
 
@@ -122,15 +123,18 @@ class HFReader:
 
     def _open(self, file: Path) -> None:
         header = read_header(file)
-        handle = safe_open(file, framework="pt", device="cpu")
+        handle = cache(partial(safe_open, file, framework="pt", device="cpu"))
         data = _data_start(file)
         for name, facts in header.items():
             if facts["dtype"] not in DTYPES:
                 raise ConversionError(f"{name} in {file} has data type {facts['dtype']}, which is not supported")
             if name in self._tensors:
                 raise ConversionError(f"{name} is both in {self._tensors[name].file} and in {file}")
-            start = data + facts["data_offsets"][0]
-            self._tensors[name] = LazyTensor(file, name, tuple(facts["shape"]), DTYPES[facts["dtype"]], start, handle)
+            start, end = facts["data_offsets"]
+            tensor = LazyTensor(file, name, tuple(facts["shape"]), DTYPES[facts["dtype"]], data + start, handle)
+            if end - start != tensor.nbytes:
+                raise ConversionError(f"{file} is damaged: {name} has {end - start} bytes, not {tensor.nbytes}")
+            self._tensors[name] = tensor
 
     def __contains__(self, name: str) -> bool:
         return name in self._tensors
