@@ -264,7 +264,7 @@ def _files(recipe: Recipe) -> Problems:
     template = recipe.model.chat_template
     if template is not None and template not in BUILT_IN_TEMPLATES and not Path(template).is_file():
         yield (
-            f"model.chat_template: the file {template} does not exist; name a Jinja file, or a built-in template "
+            f"model.chat_template: the file {template} does not exist; name a Jinja file, or a built-in one "
             f"({', '.join(BUILT_IN_TEMPLATES)})"
         )
     for stage in recipe.stages:

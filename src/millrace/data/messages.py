@@ -69,12 +69,12 @@ def has_reasoning(message: Message) -> bool:
     return isinstance(content, str) and (bool(_split(content)[0]) or THINK_OPEN in _split(content)[1])
 
 
-def for_template(messages: Messages, *, reads_reasoning: bool, thinking: bool | None = None) -> list[dict[str, Any]]:
+def for_template(messages: Messages, *, reads_reasoning: bool, without_reasoning: bool = False) -> list[dict[str, Any]]:
     """The messages as a chat template is given them.
 
     Args:
         reads_reasoning: the template reads `reasoning_content`, so that reasoning goes there; else into the content.
-        thinking: False leaves all reasoning out.
+        without_reasoning: leave all reasoning out.
 
     Raises:
         DataError: content that is no text, arguments of a tool call that are no JSON object, or reasoning given twice.
@@ -82,13 +82,13 @@ def for_template(messages: Messages, *, reads_reasoning: bool, thinking: bool | 
     prepared = []
     for number, message in enumerate(messages):
         try:
-            prepared.append(_prepared(message, reads_reasoning, thinking))
+            prepared.append(_prepared(message, reads_reasoning, without_reasoning))
         except DataError as error:
             raise DataError(f"message {number}: {error}") from error
     return prepared
 
 
-def _prepared(message: Message, reads_reasoning: bool, thinking: bool | None) -> dict[str, Any]:
+def _prepared(message: Message, reads_reasoning: bool, without_reasoning: bool) -> dict[str, Any]:
     # A table format writes null where a message lacks a field that another one has.
     plain = {key: value for key, value in message.items() if value is not None and key not in MASK_FIELDS}
     plain["content"] = _text(message.get("content"))
@@ -96,17 +96,17 @@ def _prepared(message: Message, reads_reasoning: bool, thinking: bool | None) ->
         return plain
     if plain.get("tool_calls"):
         plain["tool_calls"] = [_call(call) for call in plain["tool_calls"]]
-    return _with_reasoning(plain, reads_reasoning, thinking)
+    return _with_reasoning(plain, reads_reasoning, without_reasoning)
 
 
-def _with_reasoning(message: dict[str, Any], reads_reasoning: bool, thinking: bool | None) -> dict[str, Any]:
+def _with_reasoning(message: dict[str, Any], reads_reasoning: bool, without_reasoning: bool) -> dict[str, Any]:
     content, field = message["content"], _reasoning_field(message)
     inside, rest = _split(content) if content is not None else ("", content)
     if field is not None and inside:
         raise DataError(f"it has {field} and a {THINK_CLOSE} in its content; keep one of them")
     reasoning = inside if field is None else message[field]
     plain = {key: value for key, value in message.items() if key not in REASONING_FIELDS}
-    if thinking is False:
+    if without_reasoning:
         return {**plain, "content": rest}
     if reads_reasoning:
         return {**plain, "content": rest, **({"reasoning_content": reasoning} if reasoning else {})}

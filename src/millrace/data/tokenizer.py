@@ -1,9 +1,9 @@
 """The tokenizer of a Hugging Face checkpoint: messages in, token ids and loss masks out.
 
 What is trained on is what would be sampled. A trained turn is the prompt that an engine would be given for it,
-tokenised as it is for the engine, and behind it the answer, tokenised for itself where the two would merge. A later turn
-goes on in the same sequence if its own prompt begins with all of that, token for token; where the template rewrites what
-has been (drops the reasoning of earlier turns, say), it begins a sequence of its own.
+tokenised as it is for the engine, and behind it the answer, tokenised for itself where the two would merge. A later
+turn goes on in the same sequence if its own prompt begins with all of that, token for token; where the template
+rewrites what has been (drops the reasoning of earlier turns, say), it begins a sequence of its own.
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ class ChatTokenizer:
                 f"thinking: {str(thinking).lower()} would change nothing; leave it out, or name another template with "
                 "model.chat_template"
             )
-        prepared = for_template(messages, reads_reasoning=self._reads_reasoning, thinking=thinking)
+        prepared = for_template(messages, reads_reasoning=self._reads_reasoning)
         return self.encode(self._render(prepared, tools, thinking, generation_prompt=True))
 
     def answer_opening(self, prompt: Sequence[int]) -> str:
@@ -129,7 +129,7 @@ class ChatTokenizer:
         turns = [n for n, message in enumerate(messages) if message.get("role") == "assistant" and is_trained(message)]
         if not turns:
             raise DataError("the conversation has no assistant message to train on")
-        prepared = for_template(messages, reads_reasoning=self._reads_reasoning, thinking=thinking)
+        prepared = for_template(messages, reads_reasoning=self._reads_reasoning, without_reasoning=thinking is False)
         encode = self._encode_by_turns()
         sequences: list[TrainingSequence] = []
         for turn in turns:

@@ -150,9 +150,7 @@ VALUE
 
 def test_tools_stand_in_the_system_block_behind_the_system_message(tokenizer: ChatTokenizer) -> None:
     text = prompt(tokenizer, [{"role": "system", "content": "Be brief."}, USER], tools=[SEARCH, NOW])
-    assert text == (
-        f"<|im_start|>system\nBe brief.\n\n{TOOL_BLOCK}<|im_end|>\n{ASKED}<|im_start|>assistant\n<think>\n"
-    )
+    assert text == (f"<|im_start|>system\nBe brief.\n\n{TOOL_BLOCK}<|im_end|>\n{ASKED}<|im_start|>assistant\n<think>\n")
     text = prompt(tokenizer, [USER], tools=[SEARCH, NOW], thinking=False)
     assert text == f"<|im_start|>system\n{TOOL_BLOCK}<|im_end|>\n{ASKED}<|im_start|>assistant\n<think></think>"
 
@@ -235,7 +233,7 @@ def test_thinking_false_leaves_reasoning_out_and_true_asks_for_it(tokenizer: Cha
     assert tokenizer.render_conversation([USER, THOUGHT], thinking=False) == tokenizer.render_conversation(
         [USER, PLAIN]
     )
-    with pytest.raises(DataError, match="renders message 1 otherwise .* no reasoning, so leave thinking out"):
+    with pytest.raises(DataError, match=r"renders message 1 otherwise .* no reasoning, so leave thinking out"):
         tokenizer.render_conversation([USER, PLAIN], thinking=True)
 
 
