@@ -1,16 +1,17 @@
 """`millrace verify card`: every verification of a checkpoint, one after the other, and the card that records them.
 
-Each check is the command of its own (`millrace verify roundtrip`, ...), started as ranks on this machine at the layouts
-that fit the model; this module chooses the layouts and puts the results together. It imports no torch.
+The checks are those of `millrace verify roundtrip` and its like, on ranks of this machine, at the layouts that fit the
+model; this module chooses the layouts and puts the results together. It imports no torch.
 """
 
 from __future__ import annotations
 
 import importlib.util
+import json
 import shlex
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -23,7 +24,7 @@ from millrace.config.model_shape import ModelShape
 from millrace.config.rules import layout_problems
 from millrace.config.schema import ParallelConfig, TrainerConfig
 from millrace.errors import MillraceError
-from millrace.launch.local import RankFailed, run_ranks, trainer_environment
+from millrace.launch.local import RankFailed, free_port, run_ranks, trainer_environment
 from millrace.launch.run_dir import versions
 
 LAYOUTS: dict[str, dict[str, Any]] = {
@@ -65,8 +66,20 @@ def fitting_layouts(shape: ModelShape) -> dict[str, ParallelConfig]:
     return {name: parallel for name, parallel in layouts.items() if not any(layout_problems(parallel, shape))}
 
 
-def planned_checks(shape: ModelShape, *, sync: bool, only: Sequence[str] = ()) -> list[tuple[str, str, ParallelConfig]]:
-    """Check, name of its layout, layout: in the order in which they run, the quickest to fail first.
+@dataclass(frozen=True)
+class Step:
+    """A check that is going to run."""
+
+    name: str
+    layout: str
+    parallel: ParallelConfig
+
+    def card(self, folder: Path) -> Path:
+        return folder / f"{self.name}-{self.layout.replace(' ', '-')}.yaml"
+
+
+def planned_steps(shape: ModelShape, *, sync: bool, only: Sequence[str] = ()) -> list[Step]:
+    """The checks in the order in which they run: those of one rank, of two, of four, and the swap of weights.
 
     `only` names the layouts that are wanted, all that fit when empty. Raises ConfigError for one that does not fit.
     """
@@ -74,57 +87,102 @@ def planned_checks(shape: ModelShape, *, sync: bool, only: Sequence[str] = ()) -
     if unfit := [name for name in only if name not in layouts]:
         raise ConfigError(f"--layout {unfit[0]!r} does not fit this model; those that do are {', '.join(layouts)}")
     layouts = {name: parallel for name, parallel in layouts.items() if name in only or not only}
-    checks = [("roundtrip", name, parallel) for name, parallel in layouts.items()]
-    checks.append(("logits", "one rank", ParallelConfig()))
-    checks += [("layout", name, parallel) for name, parallel in layouts.items() if parallel.world_size > 1]
-    return checks + ([("sync", "one rank", ParallelConfig())] if sync else [])
+    steps = [Step("logits", "one rank", ParallelConfig())]
+    for name, parallel in sorted(layouts.items(), key=lambda item: item[1].world_size):
+        steps.append(Step("roundtrip", name, parallel))
+        if parallel.world_size > 1:
+            steps.append(Step("layout", name, parallel))
+    return steps + ([Step("sync", "one rank", ParallelConfig())] if sync else [])
 
 
 def verify_all(hf: Path, *, sync: bool, only: Sequence[str], say: Callable[[str], None]) -> list[Check]:
-    """Run the checks of a checkpoint, all of them also when one fails; `say` hears of each before it starts.
+    """Run the checks of a checkpoint, all of them also when one fails; `say` hears of their progress.
 
     Raises ConfigError for a model that is not built.
     """
-    planned, found = planned_checks(ModelShape.from_hf(hf), sync=sync, only=only), []
-    with tempfile.TemporaryDirectory(prefix="millrace-") as folder:
-        reference = Path(folder) / "one-rank.safetensors"
-        for number, (name, layout, parallel) in enumerate(planned, start=1):
-            say(f"{number}/{len(planned)} {name} at {layout}")
-            if name == "layout" and not reference.exists():
-                _compute_reference(hf, reference)
-            found.append(_check(hf, name, layout, parallel, Path(folder), reference))
+    steps = planned_steps(ModelShape.from_hf(hf), sync=sync, only=only)
+    titles = {step: f"{number}/{len(steps)} {step.name} at {step.layout}" for number, step in enumerate(steps, 1)}
+    with tempfile.TemporaryDirectory(prefix="millrace-") as name:
+        folder = Path(name)
+        if any(step.name == "layout" for step in steps):
+            say("what one rank computes, for the layouts to be compared with")
+            _compute_reference(hf, _reference(folder))
+        found = []
+        for world in sorted({step.parallel.world_size for step in steps}):
+            together = [step for step in steps if step.parallel.world_size == world and step.name != "sync"]
+            found += _verify_together(hf, together, titles, folder)
+        for step in steps:
+            if step.name == "sync":
+                say(titles[step])
+                found.append(_verify_sync(hf, step, folder))
     return found
 
 
+def _reference(folder: Path) -> Path:
+    return folder / "one-rank.safetensors"
+
+
 def _compute_reference(hf: Path, reference: Path) -> None:
-    """What one rank computes, once for all layouts."""
-    arguments = ["layout-reference", "--hf", str(hf), "--reference", str(reference)]
-    code = _run("megatron.verify_worker", arguments, ParallelConfig(), reference.parent / "logs-reference")
-    if code:
-        raise MillraceError(f"one rank could not compute what layouts are compared with (exit code {code})")
+    step = {"title": "", "arguments": ["layout-reference", "--hf", str(hf), "--reference", str(reference)]}
+    if words := _run_steps([step], 1, reference.parent):
+        raise MillraceError(f"one rank could not compute what layouts are compared with: {words}")
 
 
-def _check(hf: Path, name: str, layout: str, parallel: ParallelConfig, folder: Path, reference: Path) -> Check:
-    card = folder / f"{name}-{layout.replace(' ', '-')}.yaml"
-    arguments = ["--hf", str(hf), "--card", str(card)]
-    module = "cascade.verify_sync"
-    if name != "sync":
-        module, arguments = "megatron.verify_worker", [name, *arguments]
-    if name == "layout":
-        arguments += ["--reference", str(reference)]
-    started, logs = time.monotonic(), folder / f"logs-{card.stem}"
-    try:
-        code = _run(module, arguments, parallel, logs)
-    except RankFailed:
-        return Check(name, layout, False, _last_words(logs), time.monotonic() - started)
-    seconds = time.monotonic() - started
-    if not card.exists():
-        return Check(name, layout, False, f"ended with exit code {code} and wrote no result", seconds)
-    facts = yaml.safe_load(card.read_text(encoding="utf-8"))
+def _verify_together(hf: Path, steps: Sequence[Step], titles: Mapping[Step, str], folder: Path) -> list[Check]:
+    """Run steps of as many ranks in one set of them; after an error the steps behind it get ranks of their own."""
+    found, left = [], list(steps)
+    while left:
+        described = [{"title": titles[step], "arguments": _arguments(hf, step, folder)} for step in left]
+        words = _run_steps(described, left[0].parallel.world_size, folder)
+        while left and left[0].card(folder).exists():
+            found.append(_read(left.pop(0), folder))
+        if left:
+            step = left.pop(0)
+            found.append(Check(step.name, step.layout, False, words or "wrote no result", 0.0))
+    return found
+
+
+def _verify_sync(hf: Path, step: Step, folder: Path) -> Check:
+    arguments = ["--hf", str(hf), "--card", str(step.card(folder)), *_sizes(step.parallel)]
+    started = time.monotonic()
+    words = _run("cascade.verify_sync", arguments, 1, folder)
+    if step.card(folder).exists():
+        return _read(step, folder)
+    return Check(step.name, step.layout, False, words or "wrote no result", time.monotonic() - started)
+
+
+def _arguments(hf: Path, step: Step, folder: Path) -> list[str]:
+    arguments = [step.name, "--hf", str(hf), "--card", str(step.card(folder)), *_sizes(step.parallel)]
+    return arguments + (["--reference", str(_reference(folder))] if step.name == "layout" else [])
+
+
+def _sizes(p: ParallelConfig) -> list[str]:
+    sizes = {"tp": p.tp, "pp": p.pp, "ep": p.ep, "etp": p.etp, "dp": p.dp}
+    return [text for key, size in sizes.items() for text in (f"--{key}", str(size))]
+
+
+def _read(step: Step, folder: Path) -> Check:
+    facts = yaml.safe_load(step.card(folder).read_text(encoding="utf-8"))
     own = {key: value for key, value in facts.items() if key not in _OWN_FACTS}
     if "logits" in facts:  # of the layout's check, beside its gradients
         own = {f"logits_{key}": value for key, value in facts["logits"].items()} | own
-    return Check(name, layout, code == 0, facts["summary"], seconds, own)
+    return Check(step.name, step.layout, facts["verdict"] == "passed", facts["summary"], facts["seconds"], own)
+
+
+def _run_steps(steps: Sequence[dict[str, Any]], ranks: int, folder: Path) -> str | None:
+    file = folder / "steps.json"
+    file.write_text(json.dumps([step | {"port": free_port()} for step in steps]), encoding="utf-8")
+    return _run("megatron.verify_steps", [str(file)], ranks, folder)
+
+
+def _run(module: str, arguments: Sequence[str], ranks: int, folder: Path) -> str | None:
+    """Run a module as ranks; what the first one that failed wrote last, None when none did."""
+    logs = Path(tempfile.mkdtemp(dir=folder))
+    try:
+        run_ranks(f"millrace.{module}", arguments, ranks, trainer_environment(TrainerConfig(), ranks), logs)
+    except RankFailed:
+        return _last_words(logs)
+    return None
 
 
 def _last_words(logs: Path) -> str:
@@ -133,13 +191,6 @@ def _last_words(logs: Path) -> str:
         if lines := log.read_text(encoding="utf-8", errors="replace").strip().splitlines():
             return f"{log.stem}: {lines[-1]}"
     return "a rank ended without a word"
-
-
-def _run(module: str, arguments: Sequence[str], p: ParallelConfig, logs: Path) -> int:
-    sizes = {"tp": p.tp, "pp": p.pp, "ep": p.ep, "etp": p.etp, "dp": p.dp}
-    layout = [text for key, size in sizes.items() for text in (f"--{key}", str(size))]
-    environment = trainer_environment(TrainerConfig(), p.world_size)
-    return run_ranks(f"millrace.{module}", [*arguments, *layout], p.world_size, environment, logs)
 
 
 # ---- the card
