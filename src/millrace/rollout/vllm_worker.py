@@ -32,10 +32,17 @@ from vllm.model_executor.layers.attention import is_deferred_attention_layer
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
+from vllm.platforms import current_platform
 
 from millrace.converters.fingerprint import fingerprint
 from millrace.rollout.transports.arrival import BucketReader
 from millrace.rollout.transports.nccl import Meeting
+
+if current_platform.is_cpu():
+    # vLLM imports this module before it builds the model.
+    from millrace.rollout import cpu_experts
+
+    cpu_experts.install()
 
 
 @dataclass
