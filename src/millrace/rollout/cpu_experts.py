@@ -1,8 +1,8 @@
 """Experts without a gate on vLLM's CPU engines: down(activation(up(x))), as the Nemotron-H hybrids have them.
 
 vLLM's CPU kernels compute gated experts only, and it refuses the others before it looks for a kernel (vLLM 0.32). Here
-is one in plain torch: the rows of all (token, expert) pairs are put in the order of their experts, so that each expert
-multiplies one contiguous block. `install` makes it known; it must run before the model is built.
+is one in plain torch: the (token, expert) pairs are sorted by expert, so that each expert that was chosen multiplies one
+block of rows. `install` makes it known; it must run before the model is built.
 """
 
 from __future__ import annotations
@@ -36,16 +36,13 @@ def apply_experts(
     """Each token's sum over its K experts, [T, H] float32. T tokens, E experts, H hidden, F expert width."""
     tokens, top = experts_TK.shape
     order = torch.argsort(experts_TK.flatten(), stable=True)
-    rows = x_TH[order // top]
     counts = torch.bincount(experts_TK.flatten(), minlength=len(up_EFH)).tolist()
-    blocks = [
-        functional.linear(activation(functional.linear(block, up)), down)
-        for block, up, down in zip(rows.split(counts), up_EFH, down_EHF, strict=True)
-        if len(block)
-    ]
-    chosen = torch.empty(tokens * top, down_EHF.shape[1])
-    chosen[order] = torch.cat(blocks).float() if blocks else chosen[order]
-    return torch.einsum("tkh,tk->th", chosen.view(tokens, top, -1), weights_TK.float())
+    answers = torch.empty(tokens * top, down_EHF.shape[1])
+    for expert, pairs in enumerate(order.split(counts)):
+        if len(pairs):
+            inner = activation(functional.linear(x_TH[pairs // top], up_EFH[expert]))
+            answers[pairs] = functional.linear(inner, down_EHF[expert]).float()
+    return torch.einsum("tkh,tk->th", answers.view(tokens, top, -1), weights_TK.float())
 
 
 class UngatedExperts(CPUUnquantizedExperts):  # type: ignore[misc]
@@ -109,4 +106,4 @@ def install() -> None:
                 raise
 
     unquantized.backend_to_kernel_cls = with_ungated
-    FusedMoEConfig.__post_init__ = check_all_but_the_gate
+    FusedMoEConfig.__post_init__ = check_all_but_the_gate  # type: ignore[method-assign]
