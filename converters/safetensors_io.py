@@ -281,20 +281,28 @@ def _number_shards(folder: Path, shards: Sequence[tuple[str, dict[str, int]]]) -
 
 
 def copy_companions(source: str | Path, target: str | Path, *, dtype: str | None = None) -> None:
-    """Copy config, tokenizer, chat template and generation config of a checkpoint; weights and their index stay."""
+    """Copy config, tokenizer, chat template and generation config of a checkpoint; weights and their index stay.
+
+    Layers for multi-token prediction are never exported, and config.json then says so.
+    """
     source, target = Path(source), Path(target)
     files = {file for pattern in COPIED for file in source.glob(pattern) if file.is_file()}
     for file in sorted(files):
         if not file.name.endswith(".index.json"):
             shutil.copyfile(file, target / file.name)
-    if dtype is not None:
-        _set_dtype(target / "config.json", dtype)
+    if (target / "config.json").is_file():
+        _describe_export(target / "config.json", dtype)
 
 
-def _set_dtype(file: Path, dtype: str) -> None:
+def _describe_export(file: Path, dtype: str | None) -> None:
     config = json.loads(file.read_text(encoding="utf-8"))
-    config["dtype" if "dtype" in config else "torch_dtype"] = dtype
-    file.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    changes: dict[str, Any] = {}
+    if dtype is not None:
+        changes["dtype" if "dtype" in config else "torch_dtype"] = dtype
+    if config.get("num_nextn_predict_layers"):
+        changes["num_nextn_predict_layers"] = 0
+    if changes:
+        file.write_text(json.dumps(config | changes, indent=2) + "\n", encoding="utf-8")
 
 
 def _flush_to_disk(folder: Path) -> None:

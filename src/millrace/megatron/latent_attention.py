@@ -29,10 +29,12 @@ class LatentAttention(MLASelfAttention):
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
+        if self.config.tensor_model_parallel_size > 1 and not self.config.sequence_parallel:
+            raise ValueError("latent attention under tensor parallelism needs sequence parallelism for right gradients")
         names = ("q_layernorm", "kv_layernorm", "linear_q_up_proj", "linear_kv_up_proj")
-        for module in (getattr(self, name, None) for name in names):
+        for module in (module for name, module in self.named_children() if name in names):
             if hasattr(module, "eps"):  # a norm, or Transformer Engine's linear with the norm fused into it
-                module.eps = LATENT_NORM_EPS
+                setattr(module, "eps", LATENT_NORM_EPS)  # noqa: B010
 
 
 def latent_attention_spec(provider: BackendSpecProvider) -> ModuleSpec:
