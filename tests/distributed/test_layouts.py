@@ -284,6 +284,16 @@ def test_the_distributed_optimizer_makes_the_same_update(model: str, layout: str
     assert off <= 1e-3 * sum(float(m.square().sum()) for m in moved.values()) ** 0.5
 
 
+@pytest.mark.parametrize("layout", ["one", "tp2ep2"])
+def test_an_update_leaves_the_routers_correction_bias_as_it_came(layout: str, results: Results) -> None:
+    for rank in results[f"deepseek_v3-{layout}"]:
+        for name in rank["updated"]:
+            if "e_score_correction_bias" in name:
+                assert torch.equal(rank["updated"][name], rank["weights"][name])
+    names = merged(results[f"deepseek_v3-{layout}"], lambda rank: rank["updated"]).keys()
+    assert sum("e_score_correction_bias" in name for name in names) == 3
+
+
 @pytest.mark.parametrize("layout", ["tp2-bfloat16", "dp2-bfloat16"])
 def test_bfloat16_follows_float32(layout: str, results: Results) -> None:
     one, found = results["qwen3-one"][0], results[f"qwen3-{layout}"][0]
