@@ -253,7 +253,8 @@ def publish(path: str | Path, manifests: Sequence[Manifest], *, source: str | Pa
         (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
         for file in folder.glob("*.safetensors"):
             file.chmod((folder / INDEX).stat().st_mode)  # save_file leaves them readable to their owner alone
-        copy_companions(source, folder, dtype=dtype)
+        copy_companions(source, folder)
+        _describe_export(folder / "config.json", dtype)
         _flush_to_disk(folder)
         replaced = path.with_name(path.name + ".replaced")
         if path.exists():
@@ -280,21 +281,19 @@ def _number_shards(folder: Path, shards: Sequence[tuple[str, dict[str, int]]]) -
     return {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
 
 
-def copy_companions(source: str | Path, target: str | Path, *, dtype: str | None = None) -> None:
-    """Copy config, tokenizer, chat template and generation config of a checkpoint; weights and their index stay.
-
-    Layers for multi-token prediction are never exported, and config.json then says so.
-    """
+def copy_companions(source: str | Path, target: str | Path) -> None:
+    """Copy config, tokenizer, chat template and generation config of a checkpoint; weights and their index stay."""
     source, target = Path(source), Path(target)
     files = {file for pattern in COPIED for file in source.glob(pattern) if file.is_file()}
     for file in sorted(files):
         if not file.name.endswith(".index.json"):
             shutil.copyfile(file, target / file.name)
-    if (target / "config.json").is_file():
-        _describe_export(target / "config.json", dtype)
 
 
 def _describe_export(file: Path, dtype: str | None) -> None:
+    """Layers for multi-token prediction are not exported; a config.json that announces them must not."""
+    if not file.is_file():
+        return
     config = json.loads(file.read_text(encoding="utf-8"))
     changes: dict[str, Any] = {}
     if dtype is not None:
