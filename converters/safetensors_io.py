@@ -292,7 +292,7 @@ def copy_companions(source: str | Path, target: str | Path) -> None:
 
 def _describe_export(file: Path, dtype: str | None) -> None:
     """Layers for multi-token prediction are not exported; a config.json that announces them must not."""
-    if not file.is_file():
+    if dtype is None and not file.is_file():
         return
     config = json.loads(file.read_text(encoding="utf-8"))
     changes: dict[str, Any] = {}
