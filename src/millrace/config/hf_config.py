@@ -325,7 +325,7 @@ class HFConfig:
     def check(self, shape: ModelShape) -> None:
         """What no family can do."""
         if self.facts.get("quantization_config"):
-            self.problem("the checkpoint is quantized; start from its float32 or bfloat16 original")
+            self.problem("the checkpoint is quantized; start from its float32 or bfloat16 original, or cast it first")
         if shape.num_heads % shape.num_kv_heads:
             self.problem(
                 f"{shape.num_heads} attention heads are not a multiple of {shape.num_kv_heads} key/value heads"
