@@ -71,6 +71,10 @@ def test_layouts_of_experts_that_megatron_trains_are_accepted(recipe_file: Path,
         ("domains.math.held_out=math.jsonl", "train and held_out are the same file"),
         ("domains.math.train=nowhere.jsonl", "nowhere.jsonl does not exist"),
         ("model.path=nowhere", "nowhere does not exist; name a Hugging Face checkpoint"),
+        (
+            "model.chat_template=no.jinja",
+            "no.jinja does not exist; name a Jinja file, or a built-in one (nemotron)",
+        ),
         ("run_dir=recipe.yaml", "recipe.yaml is a file; name a folder"),
     ],
 )
