@@ -22,12 +22,15 @@ LLAMA3_ROPE = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 64,
 }
+GEMMA3 = {"family": "gemma3_text", "rope_scaling": {"rope_type": "linear", "factor": 8.0}}
 MODELS: dict[str, dict[str, Any]] = {
     "llama": {"family": "llama", "rope_scaling": LLAMA3_ROPE},
     "qwen2": {"family": "qwen2"},
     "mixtral": {"family": "mixtral"},
     "qwen3": {"family": "qwen3", "tied": True},
     "qwen3_moe": {"family": "qwen3_moe"},
+    "gemma3_text": {**GEMMA3, "sliding_window": 12},
+    "gemma3_wide": {**GEMMA3, "sliding_window": 2048},
     "mixed_moe": {"family": "qwen3_moe", "norm_topk_prob": False, "mlp_only_layers": [1]},
     "deepseek_v3": {"family": "deepseek_v3", "num_hidden_layers": 4},
     "deepseek_yarn": {
@@ -69,6 +72,9 @@ MOE = {
 LAYOUTS = [(model, layout, DENSE[layout]) for model in ("llama", "qwen3") for layout in DENSE]
 LAYOUTS += [(model, layout, MOE[layout]) for model in ("qwen3_moe", "deepseek_v3") for layout in MOE]
 LAYOUTS += [("deepseek_yarn", layout, MOE[layout]) for layout in ("tp2etp2", "pp2")]
+LAYOUTS += [
+    ("gemma3_text", layout, DENSE[layout]) for layout in ("tp2", "tp2sp", "pp2", "dp2", "cp2", "tp2pp2", "tp2spcp2")
+]
 LAYOUTS += [("qwen2", "tp2sp", DENSE["tp2sp"]), ("mixtral", "tp2ep2", MOE["tp2ep2"])]
 IDS = [f"{model}-{layout}" for model, layout, _ in LAYOUTS]
 
@@ -172,6 +178,14 @@ def test_logits_and_logprobs_equal_those_of_transformers(
     torch.testing.assert_close(found["entropy"], entropy, atol=1e-4, rtol=0)
 
 
+def test_a_window_hides_what_is_farther_away_and_nothing_else(results: Results) -> None:
+    """The two models have the same weights. Within the window of the first token both see everything."""
+    narrow, wide = (results[f"{model}-one"][0]["logits"] for model in ("gemma3_text", "gemma3_wide"))
+    torch.testing.assert_close(narrow[:, :12], wide[:, :12], atol=1e-5, rtol=0)
+    apart = (narrow[:, 12:] - wide[:, 12:]).abs().amax(dim=-1)
+    assert (apart > 1e-2).all()
+
+
 def _logp(logits: Tensor, tokens: Tensor) -> Tensor:
     following = logits[:-1].log_softmax(-1).gather(1, tokens[1:, None])[:, 0]
     return torch.cat([torch.zeros(1), following])
@@ -182,7 +196,7 @@ def _entropy(logits: Tensor) -> Tensor:
     return torch.cat([torch.zeros(1), -(logp.exp() * logp).sum(-1)])
 
 
-@pytest.mark.parametrize("model", ["llama", "qwen2", "qwen3", "deepseek_v3", "deepseek_yarn"])
+@pytest.mark.parametrize("model", ["llama", "qwen2", "qwen3", "deepseek_v3", "deepseek_yarn", "gemma3_text"])
 def test_gradients_equal_those_of_transformers(
     model: str, results: Results, transformers_model: Callable[[str], Any], record_property: Callable[..., None]
 ) -> None:

@@ -79,6 +79,47 @@ def _mixtral(config: HFConfig) -> ModelShape:
     )
 
 
+def _gemma3_text(config: HFConfig) -> ModelShape:
+    config.refuse_true("attention_bias")
+    if config.facts.get("use_bidirectional_attention"):
+        config.problem("use_bidirectional_attention is true; a gemma3_text is built with causal attention only")
+    for key in ("attn_logit_softcapping", "final_logit_softcapping"):
+        if config.facts.get(key) is not None:
+            config.problem(f"{key} is {config.facts[key]!r}; a gemma3_text is built without soft-capping only")
+    local_theta, local_scaling = config.rope(layers="sliding_attention", theta_key="rope_local_base_freq")
+    if local_scaling is not None:
+        config.problem("the RoPE of the layers with a window is scaled; a gemma3_text is built with a plain one only")
+    return _decoder(
+        config,
+        positions=131072,
+        head_dim=256,
+        kv_heads=4,
+        layers=_layers_with_windows(config),
+        default_theta=1e6,
+        tied=True,
+        activation=config.activation("hidden_activation", "gelu_pytorch_tanh", ("gelu_pytorch_tanh",)),
+        qk_norm=True,
+        attention_scale=config.number("query_pre_attn_scalar", 256) ** -0.5,
+        rope_local_theta=local_theta,
+        embedding_scale=config.size("hidden_size") ** 0.5,
+        zero_centered_norms=True,
+        sandwich_norms=True,
+    )
+
+
+def _layers_with_windows(config: HFConfig) -> tuple[LayerShape, ...]:
+    """Dense layers, whose attention has a window where `layer_types` says so; without it every
+    `sliding_window_pattern`-th layer has none."""
+    number, window = config.size("num_hidden_layers"), config.size("sliding_window", 4096)
+    kinds = config.facts.get("layer_types")
+    if kinds is None:
+        pattern = config.size("sliding_window_pattern", 6)
+        kinds = ["sliding_attention" if (n + 1) % pattern else "full_attention" for n in range(number)]
+    if len(kinds) != number or set(kinds) - {"sliding_attention", "full_attention"}:
+        config.problem(f"layer_types must name sliding_attention or full_attention for each of the {number} layers")
+    return tuple(LayerShape(window=window if kind == "sliding_attention" else None) for kind in kinds)
+
+
 def _deepseek_v3(config: HFConfig) -> ModelShape:
     config.refuse_true("attention_bias")
     config.require("scoring_func", "sigmoid")
@@ -163,29 +204,34 @@ def _decoder(
     *,
     positions: int,
     head_dim: int | None = None,
+    kv_heads: int | None = None,
     layers: tuple[LayerShape, ...] | None = None,
     default_eps: float = 1e-6,
     rope_types: tuple[str, ...] = ("default", "linear", "llama3"),
+    default_theta: float = 1e4,
+    tied: bool = False,
+    activation: Activation | None = None,
     **own: Any,
 ) -> ModelShape:
     """A decoder of attention and feed-forward layers; `own` are the fields that its family sets otherwise."""
     hidden, heads = config.size("hidden_size"), config.size("num_attention_heads")
-    theta, scaling = config.rope(rope_types)
-    config.refuse_sliding_window()
+    theta, scaling = config.rope(rope_types, default_theta=default_theta)
+    if not any(layer.window for layer in layers or ()):
+        config.refuse_sliding_window()
     return ModelShape(
         family=config.family,
         layers=layers or (LayerShape(),) * config.size("num_hidden_layers"),
         hidden_size=hidden,
         num_heads=heads,
-        num_kv_heads=config.size("num_key_value_heads", heads),
+        num_kv_heads=config.size("num_key_value_heads", kv_heads or heads),
         head_dim=config.size("head_dim", head_dim or max(hidden // heads, 1)),
         ffn_hidden_size=config.size("intermediate_size"),
         vocab_size=config.size("vocab_size"),
-        tied_embeddings=config.flag("tie_word_embeddings"),
+        tied_embeddings=config.flag("tie_word_embeddings", tied),
         norm_eps=config.number("rms_norm_eps", default_eps),
         max_position_embeddings=config.size("max_position_embeddings", positions),
         torch_dtype=config.torch_dtype(),
-        activation=config.activation("hidden_act", "silu"),
+        activation=activation or config.activation("hidden_act", "silu"),
         rope_theta=theta,
         rope_scaling=scaling,
         **own,
@@ -199,6 +245,7 @@ _READERS: dict[str, Callable[[HFConfig], ModelShape]] = {
     "qwen3_moe": _qwen3_moe,
     "mixtral": _mixtral,
     "deepseek_v3": _deepseek_v3,
+    "gemma3_text": _gemma3_text,
 }
 """Family, which is also transformers' model_type -> its function."""
 
@@ -209,6 +256,7 @@ ARCHITECTURES = {
     "Qwen3MoeForCausalLM": "qwen3_moe",
     "MixtralForCausalLM": "mixtral",
     "DeepseekV3ForCausalLM": "deepseek_v3",
+    "Gemma3ForCausalLM": "gemma3_text",
 }
 """What config.json names in `architectures` -> family."""
 
@@ -218,6 +266,8 @@ NOT_BUILT = {
     "DeepseekV3ForCausalLM such as V3, R1 or V3.1",
     "DeepseekV2ForCausalLM": "its router (softmax scores, groups by their best expert) is not built; start from a "
     "DeepseekV3ForCausalLM",
+    "Gemma3ForConditionalGeneration": "Millrace trains text alone; save its text model as a checkpoint of its own with "
+    "transformers: Gemma3ForCausalLM.from_pretrained(FOLDER).save_pretrained(NEW_FOLDER)",
 }
 """Close relatives of supported architectures -> why they are refused."""
 
@@ -273,16 +323,28 @@ class HFConfig:
             name = supported[0]
         return ACTIVATIONS[name]
 
-    def rope(self, supported: tuple[str, ...]) -> tuple[float, dict[str, Any] | None]:
-        """RoPE base and scaling, from transformers 5's `rope_parameters` or the older pair of keys."""
+    def rope(
+        self,
+        supported: tuple[str, ...] = ("default", "linear", "llama3"),
+        *,
+        layers: str = "full_attention",
+        theta_key: str = "rope_theta",
+        default_theta: float = 1e4,
+    ) -> tuple[float, dict[str, Any] | None]:
+        """RoPE base and scaling of the layers of this type, from transformers 5's `rope_parameters` or the older pair
+        of keys, where sliding-window layers are not scaled."""
         parameters = self.facts.get("rope_parameters") or self.facts.get("rope_scaling") or {}
         if not isinstance(parameters, dict):
             self.problem(f"rope_parameters must be an object, not {parameters!r}")
             return 1e4, None
+        if any(isinstance(value, dict) for value in parameters.values()):
+            parameters = parameters.get(layers) or {}
+        elif layers != "full_attention":
+            parameters = {}
         kind = parameters.get("rope_type", parameters.get("type", "default"))
         if kind not in supported:
             self.problem(f"RoPE of type {kind!r} is not supported; the types are {', '.join(supported)}")
-        theta = parameters.get("rope_theta", self.facts.get("rope_theta", 1e4))
+        theta = parameters.get("rope_theta", self.facts.get(theta_key, default_theta))
         if not isinstance(theta, int | float) or isinstance(theta, bool):
             self.problem(f"rope_theta must be a number, not {theta!r}")
             theta = 1e4

@@ -15,6 +15,7 @@ from torch import Tensor
 from millrace.config.model_shape import ModelShape
 from millrace.config.schema import ParallelConfig, TrainerConfig
 from millrace.megatron.expert_groups import choose_groups_by_their_best_two
+from millrace.megatron.local_layers import make_local, needs_local_layers
 from millrace.megatron.model_config import rope_inverse_frequencies, transformer_config
 from millrace.megatron.specs import block_spec, transformer_engine_is_there
 from millrace.megatron.topology import LayoutError
@@ -49,9 +50,12 @@ def build_model(
     if shape.expert_groups > 1:
         choose_groups_by_their_best_two()
     first, last = layers_of_stage(shape, parallel.pp, parallel_state.get_pipeline_model_parallel_rank())
+    spec = block_spec(config, shape.layers[first:last], device)
+    if needs_local_layers(shape):
+        make_local(spec, shape, shape.layers[first:last])
     model = HiddenStateModel(
         config=config,
-        transformer_layer_spec=block_spec(config, shape.layers[first:last], device),
+        transformer_layer_spec=spec,
         vocab_size=shape.padded_vocab_size(parallel.tp),
         max_sequence_length=shape.max_position_embeddings,
         pre_process=parallel_state.is_pipeline_first_stage(),
@@ -63,8 +67,19 @@ def build_model(
     )
     if shape.latent_attention is None:  # whose layers have a RoPE of their own
         model.rotary_pos_emb.inv_freq = rope_inverse_frequencies(shape).to(device)
+    if shape.embedding_scale != 1.0 and model.pre_process:
+        scale_embeddings(model.embedding, shape.embedding_scale)
     reduce_expert_gradients_over_expert_ranks(model, parallel)
     return model.to(device)
+
+
+def scale_embeddings(embedding: torch.nn.Module, scale: float) -> None:
+    """Multiply what the module gives by `scale`, rounded to its data type as transformers does."""
+
+    def scaled(module: torch.nn.Module, inputs: Any, output: Tensor) -> Tensor:
+        return output * torch.tensor(scale, dtype=output.dtype, device=output.device)
+
+    embedding.register_forward_hook(scaled)
 
 
 def check_layout(shape: ModelShape, parallel: ParallelConfig) -> None:

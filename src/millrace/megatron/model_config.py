@@ -15,7 +15,7 @@ from torch import Tensor
 
 from millrace.config.model_shape import Activation, ModelShape
 from millrace.config.schema import ParallelConfig, TrainerConfig
-from millrace.megatron.specs import transformer_engine_is_there
+from millrace.megatron.specs import uses_transformer_engine
 
 ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
@@ -29,7 +29,7 @@ def transformer_config(
 ) -> TransformerConfig:
     """Megatron-Core's description of the model. Kernels that exist on CUDA with Transformer Engine only are off
     without."""
-    fused = device.type == "cuda" and transformer_engine_is_there()
+    fused = uses_transformer_engine(shape, device)
     describe = TransformerConfig if shape.latent_attention is None else MLATransformerConfig
     return describe(
         num_layers=shape.num_layers,
@@ -40,10 +40,12 @@ def transformer_config(
         ffn_hidden_size=shape.ffn_hidden_size,
         normalization="RMSNorm",
         layernorm_epsilon=shape.norm_eps,
+        layernorm_zero_centered_gamma=shape.zero_centered_norms,
         qk_layernorm=shape.qk_norm or shape.latent_attention is not None,
         add_bias_linear=False,
         add_qkv_bias=shape.attention_bias,
         gated_linear_unit=shape.gated,
+        softmax_scale=shape.attention_scale,
         activation_func=ACTIVATIONS[shape.activation],
         attention_dropout=0.0,
         hidden_dropout=0.0,
@@ -59,6 +61,7 @@ def transformer_config(
         variable_seq_lengths=True,  # packed micro-batches differ in length
         moe_token_dispatcher_type="alltoall",  # the one that takes unequal lengths
         calculate_per_token_loss=True,  # gradients are sums; the weights of the tokens hold every division
+        transformer_impl="transformer_engine" if fused else "local",
         use_cpu_initialization=device.type == "cpu",
         masked_softmax_fusion=False,
         persist_layer_norm=fused,
