@@ -1,11 +1,17 @@
-"""A policy as a Hugging Face checkpoint."""
+"""A policy as a Hugging Face checkpoint, and its adapters as a PEFT adapter."""
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
-from millrace.converters.safetensors_io import HFWriter, prepare_export, publish
-from millrace.megatron import weights
+import torch
+from safetensors.torch import save_file
+
+from millrace.converters.adapters import ADAPTER_FILE, write_adapter_config
+from millrace.converters.errors import ConversionError
+from millrace.converters.safetensors_io import HFReader, HFWriter, prepare_export, publish
+from millrace.megatron import lora, weights
 from millrace.megatron.policy import Policy
 from millrace.megatron.worker import bytes_bar, gather, on_rank_zero
 
@@ -15,7 +21,8 @@ SHARD_BYTES = 2 << 30
 def export_hf(
     policy: Policy, source: str | Path, out: Path, *, max_shard_bytes: int = SHARD_BYTES, overwrite: bool = False
 ) -> Path:
-    """Write `policy` to `out` in Hugging Face format, with tokenizer and configs of `source`. Collective.
+    """Write `policy`, adapters merged, to `out` in Hugging Face format, with tokenizer and configs of `source`.
+    Collective.
 
     Every rank writes the tensors it owns into files of its own, so that none holds the model. A folder of that name is
     always complete: it is renamed at the end. Raises ConversionError where `out` exists and is not to be overwritten.
@@ -29,4 +36,24 @@ def export_hf(
             advance(tensor.numel() * tensor.element_size())
     manifests = gather(writer.close())
     on_rank_zero(lambda: publish(out, manifests, source=source, dtype=policy.config.dtype))
+    return out
+
+
+def export_adapter(policy: Policy, base: str | Path, out: Path, *, overwrite: bool = False) -> Path:
+    """Write the adapters of `policy` to `out` in PEFT's format, as an adapter of the model in `base`. Collective.
+
+    Ranks write what they own into files of their own, which rank 0 joins: PEFT and vLLM read one file. Raises
+    ConversionError where `out` exists and is not to be overwritten, and for a policy without adapters.
+    """
+    config = policy.config.lora
+    if config is None:
+        raise ConversionError(f"{policy.config.path} was trained without adapters (model.lora); there are none to write")
+    on_rank_zero(lambda: prepare_export(out, overwrite=overwrite))
+    writer = HFWriter(out, rank=policy.topology.rank)
+    for name, tensor in policy.adapter_tensors():
+        writer.add(name, tensor.clone())
+    gather(writer.close())
+    entries = lora.entries(policy.shape, config)
+    settings = lora.settings(config)
+    on_rank_zero(lambda: _publish_adapter(out, lambda folder: write_adapter_config(folder, settings, base, entries)))
     return out
