@@ -13,26 +13,40 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib import import_module
 from typing import Any, Literal, Protocol
 
+import torch
 from torch import Tensor
 
 from millrace.converters.errors import ConversionError
-from millrace.converters.rules import Column, Replicated, Row, Rule, Shape, Source, Vocabulary
+from millrace.converters.rules import Column, Replicated, Row, Rule, Sections, Shape, Source, Vocabulary
 
-FAMILIES = ("qwen3", "qwen3_moe", "llama")
+FAMILIES = ("llama", "qwen2", "qwen3", "qwen3_moe", "mixtral")
 
-Kind = Literal["column", "gqa", "row", "vocabulary", "replicated"]
-"""How a line is cut: `gqa` is a column interleaved per key/value group."""
+Kind = Literal["column", "gqa", "sections", "row", "vocabulary", "replicated"]
+"""How a line is cut: `gqa` is a column interleaved per key/value group, `sections` a column in several blocks of rows,
+each of them cut by itself."""
+
+EMBEDDING = "embedding.word_embeddings.weight"
+OUTPUT = "output_layer.weight"
+
+
+class LayerFacts(Protocol):
+    """What a mapping must know about a layer; `LayerShape` has it."""
+
+    @property
+    def mixer(self) -> str | None: ...
+
+    @property
+    def ffn(self) -> str | None: ...
 
 
 class ModelFacts(Protocol):
-    """What a mapping must know about a model; `ModelShape` has it."""
+    """What a mapping must know about a model; `ModelShape` has it. A family's own sizes may be asked for besides."""
 
     family: str
-    num_layers: int
     hidden_size: int
     num_heads: int
     num_kv_heads: int
@@ -41,9 +55,18 @@ class ModelFacts(Protocol):
     vocab_size: int
     tied_embeddings: bool
     qk_norm: bool
+    attention_bias: bool
     num_experts: int
     moe_ffn_hidden_size: int
-    moe_layer_mask: tuple[bool, ...]
+    shared_ffn_hidden_size: int
+    moe_latent_size: int
+    mamba: Any
+    """`MambaShape` or None"""
+    latent_attention: Any
+    """`LatentAttentionShape` or None"""
+
+    @property
+    def layers(self) -> Sequence[LayerFacts]: ...
 
     def padded_vocab_size(self, tp: int) -> int: ...
 
@@ -52,13 +75,16 @@ class ModelFacts(Protocol):
 class Line:
     """One line of a family's table: a Megatron parameter and the HF tensors it is made of.
 
-    `hf` gives each HF name its dimensions as words ("q hidden"), see `dimensions`. Names are relative to the layer, or
-    to the expert, where the line stands in such a part of the table.
+    `hf` gives each HF name its dimensions as words ("q hidden"), see `dimensions`; in a line of kind `sections` the
+    first dimension names its blocks ("z+x hidden"). Names are relative to the layer, or to the expert, where the line
+    stands in such a part of the table.
     """
 
     megatron: str
     kind: Kind
     hf: dict[str, str]
+    dtype: torch.dtype | None = None
+    """What it is stored in on both sides, whatever the model's data type is; None: that."""
 
 
 @dataclass(frozen=True)
@@ -87,6 +113,7 @@ def dimensions(facts: ModelFacts) -> dict[str, int]:
         "ffn": facts.ffn_hidden_size,
         "experts": facts.num_experts,
         "expert_ffn": facts.moe_ffn_hidden_size,
+        "shared_ffn": facts.shared_ffn_hidden_size,
     }
 
 
@@ -104,6 +131,8 @@ class Entry:
     """Number of the expert; such a parameter is cut over the expert-tensor-parallel ranks."""
     is_copy: bool = False
     """Filled at import and left out at export: the last pipeline stage's copy of a tied embedding."""
+    dtype: torch.dtype | None = None
+    """What it is stored in whatever the model's data type is; None: that."""
 
     def local_shape(self, tp: int) -> Shape:
         """Shape of one rank's shard."""
@@ -202,15 +231,14 @@ def mapping_for(facts: ModelFacts) -> Mapping:
         raise ConversionError(f"model family {facts.family!r} is not known; known are {', '.join(FAMILIES)}")
     family: Family = import_module(f"millrace.converters.families.{facts.family}").FAMILY
     write_out = _Writer(facts, family.dimensions(facts))
-    entries = [
-        write_out(line, is_copy=facts.tied_embeddings and line.megatron == "output_layer.weight")
-        for line in family.model
-    ]
-    for layer in range(facts.num_layers):
+    entries = [write_out(line) for line in family.model]
+    if facts.tied_embeddings:
+        entries = _tie(entries)
+    for layer, kind in enumerate(facts.layers):
         hf_layer = family.hf_layer.format(layer=layer)
         here: dict[str, Any] = {"megatron_prefix": f"decoder.layers.{layer}.", "hf_prefix": hf_layer, "layer": layer}
         entries += [write_out(line, **here) for line in family.layer(facts, layer)]
-        for expert in range(facts.num_experts if facts.num_experts and facts.moe_layer_mask[layer] else 0):
+        for expert in range(facts.num_experts if kind.ffn == "experts" else 0):
             here = {
                 "megatron_prefix": f"decoder.layers.{layer}.mlp.experts.{expert}.",
                 "hf_prefix": family.hf_expert.format(layer=layer, expert=expert),
@@ -219,6 +247,12 @@ def mapping_for(facts: ModelFacts) -> Mapping:
             }
             entries += [write_out(line, **here) for line in family.expert]
     return Mapping(tuple(entries))
+
+
+def _tie(entries: list[Entry]) -> list[Entry]:
+    """The output layer as a copy of the embedding."""
+    embedding = next(entry for entry in entries if entry.name == EMBEDDING)
+    return [replace(entry, hf=embedding.hf, is_copy=True) if entry.name == OUTPUT else entry for entry in entries]
 
 
 class _Writer:
@@ -242,12 +276,15 @@ class _Writer:
         hf_prefix: str = "",
         layer: int | None = None,
         expert: int | None = None,
-        is_copy: bool = False,
     ) -> Entry:
-        hf = {hf_prefix + name: tuple(self.sizes[word] for word in words.split()) for name, words in line.hf.items()}
-        if is_copy:
-            hf = {"model.embed_tokens.weight": next(iter(hf.values()))}
-        return Entry(megatron_prefix + line.megatron, hf, self.rules[line.kind], layer, expert, is_copy)
+        blocks = {name: [self._blocks(word) for word in words.split()] for name, words in line.hf.items()}
+        hf = {hf_prefix + name: tuple(sum(sizes) for sizes in dims) for name, dims in blocks.items()}
+        first = next(iter(blocks.values()))[0]
+        rule = Sections(first) if line.kind == "sections" else self.rules[line.kind]
+        return Entry(megatron_prefix + line.megatron, hf, rule, layer, expert, dtype=line.dtype)
+
+    def _blocks(self, word: str) -> tuple[int, ...]:
+        return tuple(int(part) if part.isdecimal() else self.sizes[part] for part in word.split("+"))
 
 
 _LAYER = re.compile(r"^decoder\.layers\.(\d+)\.")

@@ -31,7 +31,7 @@ class Source(Protocol):
 
 class Rule(Protocol):
     kind: str
-    """column, row, vocabulary or replicated."""
+    """column, sections, row, vocabulary or replicated."""
 
     def local_shape(self, shapes: Sequence[Shape], tp: int) -> Shape:
         """Shape of one rank's shard, given the shapes of the HF tensors."""
@@ -103,6 +103,36 @@ class Column:
         sizes = [_divide(shape[0], tp, "rows") // blocks for shape in shapes]
         cut = [shard.unflatten(0, (blocks, sum(sizes))).split(sizes, dim=1) for shard in shards]
         return [_join([pieces[n].flatten(0, 1) for pieces in cut], dim=0) for n in range(len(shapes))]
+
+
+@dataclass(frozen=True)
+class Sections:
+    """One tensor of several blocks of rows; each block is cut over the ranks by itself.
+
+    A rank's shard of Mamba's input projection is its part of z, then of x, of B, of C and of the time steps.
+    """
+
+    sizes: tuple[int, ...]
+    """Rows of each block."""
+    kind: str = "sections"
+
+    def local_shape(self, shapes: Sequence[Shape], tp: int) -> Shape:
+        return (sum(_divide(size, tp, "rows of a block") for size in self.sizes), *shapes[0][1:])
+
+    def shard(self, sources: Sequence[Source], tp: int, rank: int) -> Tensor:
+        pieces, first = [], 0
+        for size in self.sizes:
+            rows = _divide(size, tp, "rows of a block")
+            pieces.append(sources[0][first + rank * rows : first + (rank + 1) * rows])
+            first += size
+        return _join(pieces, dim=0)
+
+    def merge(self, shards: Sequence[Tensor], shapes: Sequence[Shape]) -> list[Tensor]:
+        if len(shards) == 1:
+            return [shards[0]]
+        local = [size // len(shards) for size in self.sizes]
+        cut = [shard.split(local) for shard in shards]
+        return [torch.cat([pieces[n] for n in range(len(local)) for pieces in cut])]
 
 
 @dataclass(frozen=True)

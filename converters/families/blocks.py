@@ -32,6 +32,14 @@ ATTENTION = (
     Line("self_attention.linear_proj.weight", "row", {"self_attn.o_proj.weight": "hidden q"}),
 )
 
+ATTENTION_BIAS = (
+    Line(
+        "self_attention.linear_qkv.bias",
+        "gqa",
+        {"self_attn.q_proj.bias": "q", "self_attn.k_proj.bias": "kv", "self_attn.v_proj.bias": "kv"},
+    ),
+)
+
 QK_NORM = (
     Line("self_attention.q_layernorm.weight", "replicated", {"self_attn.q_norm.weight": "head"}),
     Line("self_attention.k_layernorm.weight", "replicated", {"self_attn.k_norm.weight": "head"}),
@@ -59,5 +67,5 @@ EXPERT = (
 
 
 def attention_layer(facts: ModelFacts) -> tuple[Line, ...]:
-    """Norms and attention of one layer, with the head norms where the family has them."""
-    return NORMS + ATTENTION + (QK_NORM if facts.qk_norm else ())
+    """Norms and attention of one layer, with biases and head norms where the family has them."""
+    return NORMS + ATTENTION + (ATTENTION_BIAS if facts.attention_bias else ()) + (QK_NORM if facts.qk_norm else ())

@@ -7,7 +7,7 @@ from millrace.converters.mapping import Family, Line, ModelFacts
 
 
 def layer(facts: ModelFacts, layer: int) -> tuple[Line, ...]:
-    return attention_layer(facts) + (ROUTER if facts.moe_layer_mask[layer] else SWIGLU)
+    return attention_layer(facts) + (ROUTER if facts.layers[layer].ffn == "experts" else SWIGLU)
 
 
 FAMILY = Family(model=MODEL, layer=layer, expert=EXPERT)

@@ -178,11 +178,10 @@ def _rank(rank: int, recipe: Recipe, shape: ModelShape) -> RankPlan:
 
 def _parameters(shape: ModelShape, p: ParallelConfig, pp_rank: int) -> tuple[int, int]:
     """Parameters of one rank: those shared by all tokens, and those of its experts."""
-    layers = shape.num_layers // p.pp
-    moe_layers = sum(shape.moe_layer_mask[pp_rank * layers : (pp_rank + 1) * layers])
-    shared = layers * (shape.attention_parameters() // p.tp + shape.norm_parameters())
-    shared += (layers - moe_layers) * shape.dense_ffn_parameters() // p.tp + moe_layers * shape.router_parameters()
-    experts = moe_layers * (shape.num_experts // p.ep) * shape.expert_parameters() // p.etp
+    each = shape.num_layers // p.pp
+    layers = [shape.layer_parameters(layer) for layer in range(pp_rank * each, (pp_rank + 1) * each)]
+    shared = sum(layer.cut // p.tp + layer.replicated for layer in layers)
+    experts = sum((shape.num_experts // p.ep) * layer.expert // p.etp for layer in layers)
     vocabulary = shape.padded_vocab_size(p.tp) * shape.hidden_size // p.tp
     first, last = pp_rank == 0, pp_rank == p.pp - 1
     if first:

@@ -97,7 +97,7 @@ def _layout_of_model(recipe: Recipe, shape: ModelShape) -> Problems:
     p = recipe.parallel
     yield from _must_divide("parallel.tp", p.tp, shape.num_heads, "attention heads")
     yield from _must_divide("parallel.tp", p.tp, shape.num_kv_heads, "key/value heads")
-    if not all(shape.moe_layer_mask):
+    if shape.has_dense_ffn:
         yield from _must_divide("parallel.tp", p.tp, shape.ffn_hidden_size, "feed-forward columns")
     yield from _must_divide("parallel.pp", p.pp, shape.num_layers, "layers")
     yield from _must_divide("fleet.tensor_parallel", recipe.fleet.tensor_parallel, shape.num_heads, "attention heads")

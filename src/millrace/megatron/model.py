@@ -5,19 +5,17 @@ Legend: T tokens of a packed micro-batch (padded to a multiple of TP), H hidden 
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from megatron.core import parallel_state
 from megatron.core.models.gpt.gpt_model import GPTModel
-from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from millrace.config.model_shape import ModelShape
 from millrace.config.schema import ParallelConfig, TrainerConfig
-from millrace.megatron.specs import block_spec, transformer_engine_is_there
+from millrace.megatron.model_config import rope_inverse_frequencies, transformer_config
+from millrace.megatron.specs import block_spec
 from millrace.megatron.topology import LayoutError
 
 
@@ -49,7 +47,7 @@ def build_model(
     first, last = layers_of_stage(shape, parallel.pp, parallel_state.get_pipeline_model_parallel_rank())
     model = HiddenStateModel(
         config=config,
-        transformer_layer_spec=block_spec(config, shape.moe_layer_mask[first:last], device),
+        transformer_layer_spec=block_spec(config, shape.layers[first:last], device),
         vocab_size=shape.padded_vocab_size(parallel.tp),
         max_sequence_length=shape.max_position_embeddings,
         pre_process=parallel_state.is_pipeline_first_stage(),
@@ -97,99 +95,6 @@ def layers_of_stage(shape: ModelShape, pp: int, pp_rank: int) -> tuple[int, int]
     """The layers [first, last) of one pipeline stage; all stages have the same number."""
     each = shape.num_layers // pp
     return pp_rank * each, (pp_rank + 1) * each
-
-
-def transformer_config(
-    shape: ModelShape, parallel: ParallelConfig, trainer: TrainerConfig, dtype: torch.dtype, device: torch.device
-) -> TransformerConfig:
-    """Megatron-Core's description of the model. Kernels that exist on CUDA with Transformer Engine only are off
-    without."""
-    fused = device.type == "cuda" and transformer_engine_is_there()
-    return TransformerConfig(
-        num_layers=shape.num_layers,
-        hidden_size=shape.hidden_size,
-        num_attention_heads=shape.num_heads,
-        num_query_groups=shape.num_kv_heads,
-        kv_channels=shape.head_dim,
-        ffn_hidden_size=shape.ffn_hidden_size,
-        normalization="RMSNorm",
-        layernorm_epsilon=shape.norm_eps,
-        qk_layernorm=shape.qk_norm,
-        add_bias_linear=False,
-        add_qkv_bias=shape.attention_bias,
-        gated_linear_unit=True,
-        activation_func=F.silu,
-        attention_dropout=0.0,
-        hidden_dropout=0.0,
-        tensor_model_parallel_size=parallel.tp,
-        pipeline_model_parallel_size=parallel.pp,
-        context_parallel_size=parallel.cp,
-        expert_model_parallel_size=parallel.ep,
-        expert_tensor_parallel_size=parallel.etp,
-        sequence_parallel=parallel.sequence_parallel and parallel.tp > 1,
-        params_dtype=dtype,
-        pipeline_dtype=dtype,
-        bf16=dtype == torch.bfloat16,
-        variable_seq_lengths=True,  # packed micro-batches differ in length
-        moe_token_dispatcher_type="alltoall",  # the one that takes unequal lengths
-        calculate_per_token_loss=True,  # gradients are sums; the weights of the tokens hold every division
-        use_cpu_initialization=device.type == "cpu",
-        masked_softmax_fusion=False,
-        persist_layer_norm=fused,
-        bias_dropout_fusion=False,
-        bias_activation_fusion=fused,
-        apply_rope_fusion=fused,
-        gradient_accumulation_fusion=False,
-        **_recompute_options(trainer, shape, parallel),
-        **_expert_options(shape, fused),
-    )
-
-
-def _recompute_options(trainer: TrainerConfig, shape: ModelShape, parallel: ParallelConfig) -> dict[str, Any]:
-    if trainer.recompute == "selective":
-        return {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]}
-    if trainer.recompute == "full":
-        return {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
-    return {}
-
-
-def _expert_options(shape: ModelShape, fused: bool) -> dict[str, Any]:
-    if not shape.num_experts:
-        return {}
-    return {
-        "num_moe_experts": shape.num_experts,
-        "moe_layer_freq": [int(moe) for moe in shape.moe_layer_mask],
-        "moe_ffn_hidden_size": shape.moe_ffn_hidden_size,
-        "moe_router_topk": shape.experts_per_token,
-        "moe_router_score_function": "softmax",
-        # Softmax over the chosen experts equals softmax over all, then scaled to sum to one (norm_topk_prob).
-        "moe_router_pre_softmax": not shape.norm_topk_prob,
-        "moe_router_dtype": "fp32",
-        "moe_router_load_balancing_type": "none",
-        "moe_aux_loss_coeff": 0.0,
-        "moe_grouped_gemm": fused,
-        "moe_permute_fusion": False,
-    }
-
-
-def rope_inverse_frequencies(shape: ModelShape) -> Tensor:
-    """Angular frequency of each pair of channels [head_dim / 2], float32, on the CPU.
-
-    Plain: theta^(-2i / D) (Su et al., 2021). `linear` divides all by `factor`. `llama3` keeps wavelengths shorter than
-    original_max_position_embeddings / high_freq_factor, divides those longer than original_max_position_embeddings /
-    low_freq_factor by `factor`, and interpolates between (Llama 3.1).
-    """
-    exponents = torch.arange(0, shape.head_dim, 2, dtype=torch.float32) / shape.head_dim
-    frequencies = 1.0 / (shape.rope_theta**exponents)
-    scaling = shape.rope_scaling
-    if scaling is None:
-        return frequencies
-    if scaling["rope_type"] == "linear":
-        return frequencies / scaling["factor"]
-    low, high, factor = scaling["low_freq_factor"], scaling["high_freq_factor"], scaling["factor"]
-    turns = scaling["original_max_position_embeddings"] * frequencies / (2 * math.pi)
-    keep = ((turns - low) / (high - low)).clamp(0, 1)
-    return (1 - keep) * frequencies / factor + keep * frequencies
 
 
 def reduce_expert_gradients_over_expert_ranks(model: torch.nn.Module, parallel: ParallelConfig) -> None:

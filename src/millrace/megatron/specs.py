@@ -34,6 +34,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 from torch import Tensor
 
+from millrace.config.model_shape import LayerShape
+
 log = logging.getLogger(__name__)
 
 
@@ -141,12 +143,9 @@ def transformer_engine_is_there() -> bool:
 
 
 def block_spec(
-    config: TransformerConfig, moe_layers: Sequence[bool], device: torch.device
+    config: TransformerConfig, layers: Sequence[LayerShape], device: torch.device
 ) -> TransformerBlockSubmodules:
-    """Specification of one pipeline stage.
-
-    `moe_layers` has an entry for each layer of the stage: whether its feed-forward part is a mixture of experts.
-    """
+    """Specification of one pipeline stage, of these layers."""
     use_te = device.type == "cuda" and transformer_engine_is_there()
     if device.type == "cuda" and not use_te:
         log.warning(
@@ -154,9 +153,9 @@ def block_spec(
             "no FP8"
         )
     make = _transformer_engine_layer if use_te else _torch_layer
-    specs = {moe: make(config, moe) for moe in set(moe_layers)}
+    specs = {layer: make(config, layer.ffn == "experts") for layer in set(layers)}
     norm = _transformer_engine_norm() if use_te else RMSNorm
-    return TransformerBlockSubmodules(layer_specs=[specs[moe] for moe in moe_layers], layer_norm=norm)
+    return TransformerBlockSubmodules(layer_specs=[specs[layer] for layer in layers], layer_norm=norm)
 
 
 def _transformer_engine_layer(config: TransformerConfig, moe: bool) -> ModuleSpec:

@@ -32,7 +32,7 @@ def problems(folder: Path, **facts: object) -> list[str]:
     return caught.value.problems
 
 
-@pytest.mark.parametrize("family", ["Qwen3", "Qwen3Moe", "Llama"])
+@pytest.mark.parametrize("family", ["Llama", "Mixtral", "Qwen2", "Qwen3", "Qwen3Moe"])
 @pytest.mark.parametrize("tied", [False, True])
 def test_parameters_are_counted_as_transformers_counts_them(tmp_path: Path, family: str, tied: bool) -> None:
     import torch
@@ -47,7 +47,8 @@ def test_parameters_are_counted_as_transformers_counts_them(tmp_path: Path, fami
     shape = ModelShape.from_hf(tmp_path)
     assert shape.parameter_count() == sum(p.numel() for p in model.parameters())
     assert shape.tied_embeddings is tied
-    assert shape.moe_layer_mask == (family == "Qwen3Moe",) + (False,) + (family == "Qwen3Moe",) * 2
+    moe = "experts" if family in ("Qwen3Moe", "Mixtral") else "dense"
+    assert [layer.ffn for layer in shape.layers] == [moe, "dense" if family == "Qwen3Moe" else moe, moe, moe]
 
 
 def test_both_spellings_of_rope_are_read(tmp_path: Path) -> None:

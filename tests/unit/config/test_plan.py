@@ -61,7 +61,7 @@ def test_bytes_follow_the_data_type_and_the_distributed_optimizer(recipe_file: P
 def test_experts_are_divided_over_expert_parallel_ranks(recipe_file: Path) -> None:
     shape = ModelShape.from_hf(recipe_file.parent / "moe")
     one, two = plan(recipe_file, "model.path=moe"), plan(recipe_file, "model.path=moe", "parallel={dp: 2, ep: 2}")
-    assert one.ranks[0].parameters - two.ranks[0].parameters == 4 * 2 * shape.expert_parameters()
+    assert one.ranks[0].parameters - two.ranks[0].parameters == 4 * 2 * shape.layer_parameters(0).expert
     assert [rank.ep for rank in two.ranks] == [0, 1]
 
 

@@ -1,0 +1,248 @@
+"""Hugging Face's config.json, family by family: from its keys to a `ModelShape`.
+
+A family is one function. Defaults of keys that a config.json leaves out are those of the transformers classes of the
+family. What Millrace does not build is refused here, all of it at once.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from millrace.config.errors import ConfigError
+from millrace.config.model_shape import Activation, LayerShape, ModelShape
+
+ACTIVATIONS: dict[str, Activation] = {"silu": "silu", "relu2": "relu2", "gelu_pytorch_tanh": "gelu_tanh"}
+
+
+def read_model_shape(path: Path) -> ModelShape:
+    """Read `path`, a checkpoint's folder or its config.json. Raises ConfigError naming every problem."""
+    file, facts = _read(path)
+    family = _family(file, facts)
+    config = HFConfig(file, facts, family)
+    shape = _READERS[family](config)
+    config.check(shape)
+    if config.problems:
+        raise ConfigError(config.problems)
+    return shape
+
+
+# ---- families --------------------------------------------------------------------------------------------------------
+
+
+def _llama(config: HFConfig) -> ModelShape:
+    config.refuse_true("attention_bias", "mlp_bias")
+    return _decoder(config, positions=2048)
+
+
+def _qwen2(config: HFConfig) -> ModelShape:
+    return _decoder(config, positions=32768, attention_bias=True)
+
+
+def _qwen3(config: HFConfig) -> ModelShape:
+    config.refuse_true("attention_bias")
+    return _decoder(config, positions=32768, head_dim=128, qk_norm=True)
+
+
+def _qwen3_moe(config: HFConfig) -> ModelShape:
+    config.refuse_true("attention_bias")
+    step, dense = config.size("decoder_sparse_step", 1), config.facts.get("mlp_only_layers") or []
+    sparse = [n not in dense and (n + 1) % step == 0 for n in range(config.size("num_hidden_layers"))]
+    return _decoder(
+        config,
+        positions=32768,
+        layers=tuple(LayerShape(ffn="experts" if moe else "dense") for moe in sparse),
+        qk_norm=True,
+        # transformers 5 writes num_local_experts, transformers 4 wrote num_experts.
+        num_experts=config.size("num_experts" if "num_experts" in config.facts else "num_local_experts", 128),
+        experts_per_token=config.size("num_experts_per_tok", 8),
+        moe_ffn_hidden_size=config.size("moe_intermediate_size"),
+        norm_topk_prob=config.flag("norm_topk_prob"),
+    )
+
+
+def _mixtral(config: HFConfig) -> ModelShape:
+    if config.facts.get("sliding_window"):
+        config.problem("sliding-window attention is in use; a mixtral is built with full attention only")
+    return _decoder(
+        config,
+        positions=131072,
+        layers=(LayerShape(ffn="experts"),) * config.size("num_hidden_layers"),
+        num_experts=config.size("num_local_experts", 8),
+        experts_per_token=config.size("num_experts_per_tok", 2),
+        moe_ffn_hidden_size=config.size("intermediate_size"),
+        norm_topk_prob=True,
+        default_eps=1e-5,
+    )
+
+
+def _decoder(
+    config: HFConfig,
+    *,
+    positions: int,
+    head_dim: int | None = None,
+    layers: tuple[LayerShape, ...] | None = None,
+    default_eps: float = 1e-6,
+    **own: Any,
+) -> ModelShape:
+    """A decoder of attention and feed-forward layers; `own` are the fields that its family sets otherwise."""
+    hidden, heads = config.size("hidden_size"), config.size("num_attention_heads")
+    theta, scaling = config.rope()
+    config.refuse_sliding_window()
+    return ModelShape(
+        family=config.family,
+        layers=layers or (LayerShape(),) * config.size("num_hidden_layers"),
+        hidden_size=hidden,
+        num_heads=heads,
+        num_kv_heads=config.size("num_key_value_heads", heads),
+        head_dim=config.size("head_dim", head_dim or max(hidden // heads, 1)),
+        ffn_hidden_size=config.size("intermediate_size"),
+        vocab_size=config.size("vocab_size"),
+        tied_embeddings=config.flag("tie_word_embeddings"),
+        norm_eps=config.number("rms_norm_eps", default_eps),
+        max_position_embeddings=config.size("max_position_embeddings", positions),
+        torch_dtype=config.torch_dtype(),
+        activation=config.activation("hidden_act", "silu"),
+        rope_theta=theta,
+        rope_scaling=scaling,
+        **own,
+    )
+
+
+_READERS: dict[str, Callable[[HFConfig], ModelShape]] = {
+    "llama": _llama,
+    "qwen2": _qwen2,
+    "qwen3": _qwen3,
+    "qwen3_moe": _qwen3_moe,
+    "mixtral": _mixtral,
+}
+"""Family, which is also transformers' model_type -> its function."""
+
+ARCHITECTURES = {
+    "LlamaForCausalLM": "llama",
+    "Qwen2ForCausalLM": "qwen2",
+    "Qwen3ForCausalLM": "qwen3",
+    "Qwen3MoeForCausalLM": "qwen3_moe",
+    "MixtralForCausalLM": "mixtral",
+}
+"""What config.json names in `architectures` -> family."""
+
+
+# ---- reading ---------------------------------------------------------------------------------------------------------
+
+
+class HFConfig:
+    """Takes facts out of a config.json and collects what is wrong with them."""
+
+    def __init__(self, file: Path, facts: Mapping[str, Any], family: str) -> None:
+        self.file = file
+        self.facts = facts
+        self.family = family
+        self.problems: list[str] = []
+
+    def problem(self, text: str) -> None:
+        message = f"{self.file}: {text}"
+        if message not in self.problems:
+            self.problems.append(message)
+
+    def size(self, key: str, default: int | None = None) -> int:
+        value = self.facts.get(key)
+        value = default if value is None else value
+        if isinstance(value, int) and not isinstance(value, bool) and value > 0:
+            return value
+        self.problem(
+            f"{key} is {'missing' if value is None else repr(value)}; a {self.family} needs a positive integer"
+        )
+        return 1
+
+    def number(self, key: str, default: float) -> float:
+        value = self.facts.get(key, default)
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            return float(value)
+        self.problem(f"{key} must be a number, not {value!r}")
+        return default
+
+    def flag(self, key: str, default: bool = False) -> bool:
+        return bool(self.facts.get(key, default))
+
+    def torch_dtype(self) -> str:
+        return str(self.facts.get("dtype") or self.facts.get("torch_dtype") or "float32")
+
+    def activation(self, key: str, default: str, supported: tuple[str, ...] = ("silu",)) -> Activation:
+        name = self.facts.get(key) or default
+        if name not in supported:
+            self.problem(f"{key} is {name!r}; a {self.family} is built with {' or '.join(supported)} only")
+            name = supported[0]
+        return ACTIVATIONS[name]
+
+    def rope(self, supported: tuple[str, ...] = ("default", "linear", "llama3")) -> tuple[float, dict[str, Any] | None]:
+        """RoPE base and scaling, from transformers 5's `rope_parameters` or the older pair of keys."""
+        parameters = self.facts.get("rope_parameters") or self.facts.get("rope_scaling") or {}
+        if not isinstance(parameters, dict):
+            self.problem(f"rope_parameters must be an object, not {parameters!r}")
+            return 1e4, None
+        kind = parameters.get("rope_type", parameters.get("type", "default"))
+        if kind not in supported:
+            self.problem(f"RoPE of type {kind!r} is not supported; the types are {', '.join(supported)}")
+        theta = parameters.get("rope_theta", self.facts.get("rope_theta", 1e4))
+        if not isinstance(theta, int | float) or isinstance(theta, bool):
+            self.problem(f"rope_theta must be a number, not {theta!r}")
+            theta = 1e4
+        if kind == "default":
+            return float(theta), None
+        scaling = {k: v for k, v in parameters.items() if k not in ("rope_theta", "type")} | {"rope_type": kind}
+        return float(theta), scaling
+
+    def refuse_true(self, *keys: str) -> None:
+        for key in keys:
+            if self.facts.get(key):
+                self.problem(f"{key} is true; a {self.family} is built without these biases only")
+
+    def refuse_sliding_window(self) -> None:
+        if self.facts.get("use_sliding_window") or "sliding_attention" in (self.facts.get("layer_types") or []):
+            self.problem(f"sliding-window attention is in use; a {self.family} is built with full attention only")
+
+    def check(self, shape: ModelShape) -> None:
+        """What no family can do."""
+        if self.facts.get("quantization_config"):
+            self.problem("the checkpoint is quantized; start from its float32 or bfloat16 original")
+        if shape.num_heads % shape.num_kv_heads:
+            self.problem(
+                f"{shape.num_heads} attention heads are not a multiple of {shape.num_kv_heads} key/value heads"
+            )
+        if shape.position == "rope" and shape.head_dim % 2:
+            self.problem(f"head_dim {shape.head_dim} is odd; RoPE needs an even one")
+        if shape.experts_per_token > shape.num_experts:
+            self.problem(
+                f"num_experts_per_tok {shape.experts_per_token} is larger than the {shape.num_experts} experts"
+            )
+
+
+def _family(file: Path, facts: Mapping[str, Any]) -> str:
+    architectures = facts.get("architectures") or []
+    for name in architectures if isinstance(architectures, list) else [architectures]:
+        if name in ARCHITECTURES:
+            return ARCHITECTURES[name]
+    if not architectures and facts.get("model_type") in _READERS:
+        return str(facts["model_type"])
+    named = ", ".join(map(str, architectures)) or f"model_type {facts.get('model_type')!r}"
+    raise ConfigError(f"{file}: {named} is not supported; the families are {', '.join(ARCHITECTURES)}")
+
+
+def _read(path: Path) -> tuple[Path, dict[str, Any]]:
+    file = path if path.suffix == ".json" else path / "config.json"
+    try:
+        facts = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(
+            f"{file} does not exist: the model must be the folder of a Hugging Face checkpoint, with its config.json"
+        ) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{file} cannot be read: {error}") from None
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"{file} is not valid JSON (line {error.lineno}: {error.msg}); fetch it again") from None
+    if not isinstance(facts, dict):
+        raise ConfigError(f"{file} must hold a JSON object, not a {type(facts).__name__}")
+    return file, facts

@@ -1,0 +1,135 @@
+"""Megatron-Core's description of a model, from the facts of a Hugging Face config.json."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.activations import squared_relu
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from millrace.config.model_shape import Activation, ModelShape
+from millrace.config.schema import ParallelConfig, TrainerConfig
+from millrace.megatron.specs import transformer_engine_is_there
+
+ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
+    "silu": F.silu,
+    "relu2": squared_relu,
+    "gelu_tanh": partial(F.gelu, approximate="tanh"),
+}
+
+
+def transformer_config(
+    shape: ModelShape, parallel: ParallelConfig, trainer: TrainerConfig, dtype: torch.dtype, device: torch.device
+) -> TransformerConfig:
+    """Megatron-Core's description of the model. Kernels that exist on CUDA with Transformer Engine only are off
+    without."""
+    fused = device.type == "cuda" and transformer_engine_is_there()
+    return TransformerConfig(
+        num_layers=shape.num_layers,
+        hidden_size=shape.hidden_size,
+        num_attention_heads=shape.num_heads,
+        num_query_groups=shape.num_kv_heads,
+        kv_channels=shape.head_dim,
+        ffn_hidden_size=shape.ffn_hidden_size,
+        normalization="RMSNorm",
+        layernorm_epsilon=shape.norm_eps,
+        qk_layernorm=shape.qk_norm,
+        add_bias_linear=False,
+        add_qkv_bias=shape.attention_bias,
+        gated_linear_unit=shape.gated,
+        activation_func=ACTIVATIONS[shape.activation],
+        attention_dropout=0.0,
+        hidden_dropout=0.0,
+        tensor_model_parallel_size=parallel.tp,
+        pipeline_model_parallel_size=parallel.pp,
+        context_parallel_size=parallel.cp,
+        expert_model_parallel_size=parallel.ep,
+        expert_tensor_parallel_size=parallel.etp,
+        sequence_parallel=parallel.sequence_parallel and parallel.tp > 1,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=dtype == torch.bfloat16,
+        variable_seq_lengths=True,  # packed micro-batches differ in length
+        moe_token_dispatcher_type="alltoall",  # the one that takes unequal lengths
+        calculate_per_token_loss=True,  # gradients are sums; the weights of the tokens hold every division
+        use_cpu_initialization=device.type == "cpu",
+        masked_softmax_fusion=False,
+        persist_layer_norm=fused,
+        bias_dropout_fusion=False,
+        bias_activation_fusion=fused and shape.gated and shape.activation == "silu",
+        apply_rope_fusion=fused,
+        gradient_accumulation_fusion=False,
+        **_recompute_options(trainer, shape, parallel),
+        **_expert_options(shape, fused),
+    )
+
+
+def _recompute_options(trainer: TrainerConfig, shape: ModelShape, parallel: ParallelConfig) -> dict[str, Any]:
+    if trainer.recompute == "selective":
+        return {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]}
+    if trainer.recompute == "full":
+        return {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+    return {}
+
+
+def _expert_options(shape: ModelShape, fused: bool) -> dict[str, Any]:
+    if not shape.num_experts:
+        return {}
+    return {
+        "num_moe_experts": shape.num_experts,
+        "moe_layer_freq": [int(layer.ffn == "experts") for layer in shape.layers],
+        "moe_ffn_hidden_size": shape.moe_ffn_hidden_size,
+        "moe_shared_expert_intermediate_size": shape.shared_ffn_hidden_size or None,
+        "moe_router_dtype": "fp32",
+        "moe_router_load_balancing_type": "none",
+        "moe_aux_loss_coeff": 0.0,
+        "moe_grouped_gemm": fused,
+        "moe_permute_fusion": False,
+        **_router_options(shape),
+    }
+
+
+def _router_options(shape: ModelShape) -> dict[str, Any]:
+    options: dict[str, Any] = {
+        "moe_router_topk": shape.experts_per_token,
+        "moe_router_score_function": shape.router_score,
+        "moe_router_topk_scaling_factor": shape.router_scale if shape.router_scale != 1.0 else None,
+    }
+    if shape.router_score == "softmax":
+        # Softmax over the chosen experts equals softmax over all, then scaled to sum to one (norm_topk_prob).
+        options["moe_router_pre_softmax"] = not shape.norm_topk_prob
+    if shape.router_bias:
+        # The bias comes with the checkpoint; at a rate of 0 a step leaves it as it is.
+        options |= {"moe_router_enable_expert_bias": True, "moe_router_bias_update_rate": 0.0}
+    if shape.expert_groups > 1:
+        options |= {
+            "moe_router_num_groups": shape.expert_groups,
+            "moe_router_group_topk": shape.groups_per_token,
+        }
+    return options
+
+
+def rope_inverse_frequencies(shape: ModelShape) -> Tensor:
+    """Angular frequency of each pair of channels [head_dim / 2], float32, on the CPU.
+
+    Plain: theta^(-2i / D) (Su et al., 2021). `linear` divides all by `factor`. `llama3` keeps wavelengths shorter than
+    original_max_position_embeddings / high_freq_factor, divides those longer than original_max_position_embeddings /
+    low_freq_factor by `factor`, and interpolates between (Llama 3.1).
+    """
+    exponents = torch.arange(0, shape.head_dim, 2, dtype=torch.float32) / shape.head_dim
+    frequencies = 1.0 / (shape.rope_theta**exponents)
+    scaling = shape.rope_scaling
+    if scaling is None:
+        return frequencies
+    if scaling["rope_type"] == "linear":
+        return frequencies / scaling["factor"]
+    low, high, factor = scaling["low_freq_factor"], scaling["high_freq_factor"], scaling["factor"]
+    turns = scaling["original_max_position_embeddings"] * frequencies / (2 * math.pi)
+    keep = ((turns - low) / (high - low)).clamp(0, 1)
+    return (1 - keep) * frequencies / factor + keep * frequencies
