@@ -6,14 +6,14 @@ v; gate and up), PEFT adapts each module by itself, and so does this: the module
 rows of the fused B belong to one module each, in the order that the base parameter's own rule gives them. Names,
 shapes, cuts and fusing all come from the base entry, so that a family's table is the only list of them.
 
-Adapters hold, for a base parameter `x.linear_qkv.weight`, the parameters `x.linear_qkv.lora.A` and `x.linear_qkv.lora.B`.
+The factors of `x.linear_qkv.weight` are the parameters `x.linear_qkv.lora.A` and `x.linear_qkv.lora.B`.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from torch import Tensor
 from millrace.converters.errors import ConversionError
 from millrace.converters.mapping import Entry, Mapping
 from millrace.converters.rules import Replicated, Row, Shape, Source
+from millrace.converters.safetensors_io import HFReader, write_hf
 
 ADAPTER_FILE = "adapter_model.safetensors"
 ADAPTER_CONFIG = "adapter_config.json"
@@ -62,6 +63,8 @@ class AdapterEntry:
     def row_owners(self, tp: int, rank: int) -> Tensor:
         """For each row of the base's shard the place in `modules` of the module it belongs to; -1 for a module without
         an adapter."""
+        if self.base.rule.kind == "row":
+            return torch.zeros(self.base.local_shape(tp)[0], dtype=torch.long)
         places = {module: place for place, module in enumerate(self.modules)}
         markers = [
             torch.full((shape[0], 1), places.get(name.removesuffix(_WEIGHT), -1), dtype=torch.long)
@@ -87,7 +90,7 @@ def adapter_entries(mapping: Mapping, rank: int, targets: Collection[str]) -> di
 def is_linear(entry: Entry) -> bool:
     """Whether the entry is the weight of a linear that is cut over tensor-parallel ranks: what can have an adapter."""
     matrices = all(len(shape) == 2 for shape in entry.hf.values())
-    return entry.rule.kind in ("column", "row") and entry.name.endswith(_WEIGHT) and matrices
+    return entry.rule.kind in ("column", "sections", "row") and entry.name.endswith(_WEIGHT) and matrices
 
 
 def hf_modules(entry: Entry) -> list[str]:
@@ -210,3 +213,40 @@ def check_adapter_names(names: Collection[str], entries: Iterable[AdapterEntry],
         raise ConversionError(f"{file} lacks {missing[0]}, which the targets ask for ({len(missing)} in all)")
     if extra := sorted(set(names) - expected):
         raise ConversionError(f"{file} holds {extra[0]}, for which the model has no adapter ({len(extra)} in all)")
+
+
+def merge_adapter(
+    hf: str | Path, adapter: str | Path, out: str | Path, *, max_shard_bytes: int = 2 << 30, overwrite: bool = False
+) -> Path:
+    """Write the checkpoint `hf` with a PEFT adapter merged into it to `out`, one tensor at a time.
+
+    Products are taken in float32 at least, and each weight is rounded once to its own type. Raises ConversionError for
+    an adapter that is not plain LoRA, or whose factors do not fit the checkpoint.
+    """
+    settings = read_adapter_config(adapter)
+    factor = scaling(settings.rank, settings.alpha, rank_stabilised=settings.rank_stabilised)
+    base, factors = HFReader(hf), HFReader(Path(adapter) / ADAPTER_FILE)
+    left = set(factors.names)
+
+    def merged() -> Iterator[tuple[str, Tensor]]:
+        for name in base.names:
+            a, b = (f"{PEFT_PREFIX}{name.removesuffix(_WEIGHT)}.lora_{x}.weight" for x in "AB")
+            weight = base.tensor(name)
+            if a in factors and b in factors:
+                weight = _with_adapter(name, weight, factors.tensor(a), factors.tensor(b), factor)
+                left.difference_update((a, b))
+            yield name, weight
+        if left:
+            raise ConversionError(f"{adapter} holds {min(left)}, for which {hf} has no weight, or not both factors")
+
+    return write_hf(out, merged(), source=hf, max_shard_bytes=max_shard_bytes, overwrite=overwrite)
+
+
+def _with_adapter(name: str, weight: Tensor, a: Tensor, b: Tensor, factor: float) -> Tensor:
+    if (b.shape[0], a.shape[-1]) != tuple(weight.shape) or b.shape[-1] != a.shape[0]:
+        raise ConversionError(
+            f"{name} has shape {list(weight.shape)}, which an adapter of shapes {list(b.shape)} and {list(a.shape)} "
+            "does not fit"
+        )
+    dtype = torch.promote_types(a.dtype, torch.float32)
+    return (weight.to(dtype) + (b.to(dtype) @ a.to(dtype)) * factor).to(weight.dtype)

@@ -264,6 +264,7 @@ def _facts(policy: Policy, step: int) -> dict[str, Any]:
         "model": _comparable(asdict(policy.shape)),
         "lora": _lora_facts(policy),
         "base": str(Path(policy.config.path).resolve()) if policy.config.lora else None,
+        "dtype": policy.config.dtype,
         "versions": {package: version(package) for package in ("millrace", "megatron-core", "torch", "transformers")},
     }
 

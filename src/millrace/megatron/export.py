@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import shutil
+from collections.abc import Callable
 from pathlib import Path
 
-import torch
 from safetensors.torch import save_file
 
-from millrace.converters.adapters import ADAPTER_FILE, write_adapter_config
+from millrace.converters.adapters import ADAPTER_CONFIG, ADAPTER_FILE, write_adapter_config
 from millrace.converters.errors import ConversionError
-from millrace.converters.safetensors_io import HFReader, HFWriter, prepare_export, publish
+from millrace.converters.safetensors_io import HFReader, HFWriter, prepare_export, publish, put_in_place, unfinished
 from millrace.megatron import lora, weights
 from millrace.megatron.policy import Policy
 from millrace.megatron.worker import bytes_bar, gather, on_rank_zero
@@ -47,7 +46,7 @@ def export_adapter(policy: Policy, base: str | Path, out: Path, *, overwrite: bo
     """
     config = policy.config.lora
     if config is None:
-        raise ConversionError(f"{policy.config.path} was trained without adapters (model.lora); there are none to write")
+        raise ConversionError(f"{policy.config.path} was trained without adapters (model.lora)")
     on_rank_zero(lambda: prepare_export(out, overwrite=overwrite))
     writer = HFWriter(out, rank=policy.topology.rank)
     for name, tensor in policy.adapter_tensors():
@@ -57,3 +56,19 @@ def export_adapter(policy: Policy, base: str | Path, out: Path, *, overwrite: bo
     settings = lora.settings(config)
     on_rank_zero(lambda: _publish_adapter(out, lambda folder: write_adapter_config(folder, settings, base, entries)))
     return out
+
+
+def _publish_adapter(out: Path, write_config: Callable[[Path], None]) -> None:
+    """Join the ranks' files, write the config, and rename the folder."""
+    folder = unfinished(out)
+    written = sorted(folder.glob("*.safetensors"))
+    readers = [HFReader(file) for file in written]
+    tensors = {name: reader.tensor(name) for reader in readers for name in reader.names}
+    if not tensors:
+        raise ConversionError(f"no linear of the model has an adapter; {out} would be empty")
+    save_file(dict(sorted(tensors.items())), folder / ADAPTER_FILE, metadata={"format": "pt"})
+    write_config(folder)
+    (folder / ADAPTER_FILE).chmod((folder / ADAPTER_CONFIG).stat().st_mode)  # save_file leaves it to its owner alone
+    for file in written:
+        file.unlink()
+    put_in_place(folder, out)

@@ -56,6 +56,7 @@ from millrace.converters.adapters import (
 )
 from millrace.converters.errors import ConversionError
 from millrace.converters.mapping import Entry, mapping_for
+from millrace.converters.rules import Sections
 from millrace.converters.safetensors_io import HFReader
 from millrace.megatron.topology import Topology
 from millrace.megatron.weights import ADAPTER, BoundParameter, CanonicalNames, bind_one
@@ -151,16 +152,26 @@ class LoraAdapter(torch.nn.Module):
             return F.dropout(x, self.dropout)
 
 
+def entries(shape: ModelShape, config: LoraConfig) -> list[AdapterEntry]:
+    """The adapters of the whole model. Raises ConversionError for a target that it does not have."""
+    return list(adapter_entries(mapping_for(shape), config.rank, config.targets).values())
+
+
+def adapts_experts(shape: ModelShape, config: LoraConfig | None) -> bool:
+    """Whether routed experts get adapters, for which each must be a module of its own."""
+    return config is not None and any(entry.base.expert is not None for entry in entries(shape, config))
+
+
 def attach(model: torch.nn.Module, shape: ModelShape, config: LoraConfig, topology: Topology) -> list[LoraAdapter]:
     """Give the targeted linears of this rank's stage their adapters, whose factors are 0 until `reset`; freeze all
     other parameters. Raises ConversionError for a target that the model does not have."""
-    entries = adapter_entries(mapping_for(shape), config.rank, config.targets)
+    waiting = {entry.base.name: entry for entry in entries(shape, config)}
     names = CanonicalNames(shape, topology)
     model.requires_grad_(False)
     adapters = []
     for name, linear in list(model.named_modules()):
         for parameter, _ in linear.named_parameters(recurse=False):
-            entry = entries.get(names(f"{name}.{parameter}"))
+            entry = waiting.pop(names(f"{name}.{parameter}"), None)
             if entry is None:
                 continue
             if parameter != "weight":
@@ -169,6 +180,8 @@ def attach(model: torch.nn.Module, shape: ModelShape, config: LoraConfig, topolo
                     "leave the experts' modules out of model.lora.targets"
                 )
             adapters.append(_attach_one(linear, entry, config, topology))
+    if left := [entry.base.name for entry in waiting.values() if names.here(entry.base)]:
+        raise ConversionError(f"the model on rank {topology.rank} has no linear {left[0]} to adapt")
     if isinstance(embedding := getattr(model, "embedding", None), torch.nn.Module):
         # With a frozen embedding nothing before the first adapter needs a gradient; recomputed layers and pipeline
         # stages find out from their inputs whether they have one to compute.
@@ -259,8 +272,7 @@ def load(adapters: list[LoraAdapter], config: LoraConfig, shape: ModelShape, top
         if own != other:
             raise ConversionError(f"{folder} has {key} {other}, but model.lora.{key} is {own}; make them equal")
     reader = HFReader(file)
-    entries = adapter_entries(mapping_for(shape), config.rank, config.targets)
-    check_adapter_names(reader.names, entries.values(), file)
+    check_adapter_names(reader.names, entries(shape, config), file)
     for bound in bind(adapters, topology):
         bound.tensor.copy_(bound.entry.to_megatron([reader.lazy(n) for n in bound.entry.hf], bound.shards, bound.rank))
 
@@ -317,6 +329,7 @@ def _cut_by_rows(bound: BoundParameter, replica: tuple[int, int, int]) -> Sharde
 def _block_markers(entry: Entry) -> tuple[list[Tensor], int]:
     """For each Hugging Face tensor the number of the block that each of its rows belongs to, and the number of
     blocks."""
-    sizes = [shape[0] for shape in entry.hf.values()]
+    rows = [shape[0] for shape in entry.hf.values()]
+    sizes = entry.rule.sizes if isinstance(entry.rule, Sections) else rows
     numbers = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes))
-    return list(numbers[:, None].split(sizes)), len(sizes)
+    return list(numbers[:, None].split(rows)), len(sizes)

@@ -38,12 +38,18 @@ class HiddenStateModel(GPTModel):
 
 
 def build_model(
-    shape: ModelShape, parallel: ParallelConfig, trainer: TrainerConfig, dtype: torch.dtype, device: torch.device
+    shape: ModelShape,
+    parallel: ParallelConfig,
+    trainer: TrainerConfig,
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    grouped_experts: bool = True,
 ) -> HiddenStateModel:
-    """This rank's pipeline stage, on `device`, with random weights. Raises LayoutError for a layout that cannot hold
-    it."""
+    """This rank's pipeline stage, on `device`, with random weights; `grouped_experts` as for `transformer_config`.
+    Raises LayoutError for a layout that cannot hold it."""
     check_layout(shape, parallel)
-    config = transformer_config(shape, parallel, trainer, dtype, device)
+    config = transformer_config(shape, parallel, trainer, dtype, device, grouped_experts=grouped_experts)
     first, last = layers_of_stage(shape, parallel.pp, parallel_state.get_pipeline_model_parallel_rank())
     model = HiddenStateModel(
         config=config,

@@ -25,10 +25,16 @@ ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
 
 
 def transformer_config(
-    shape: ModelShape, parallel: ParallelConfig, trainer: TrainerConfig, dtype: torch.dtype, device: torch.device
+    shape: ModelShape,
+    parallel: ParallelConfig,
+    trainer: TrainerConfig,
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    grouped_experts: bool = True,
 ) -> TransformerConfig:
     """Megatron-Core's description of the model. Kernels that exist on CUDA with Transformer Engine only are off
-    without."""
+    without. `grouped_experts`: compute all experts of a rank in one grouped product, where that is possible."""
     fused = device.type == "cuda" and transformer_engine_is_there()
     return TransformerConfig(
         num_layers=shape.num_layers,
@@ -66,7 +72,7 @@ def transformer_config(
         apply_rope_fusion=fused,
         gradient_accumulation_fusion=False,
         **_recompute_options(trainer, shape, parallel),
-        **_expert_options(shape, fused),
+        **_expert_options(shape, fused and grouped_experts),
     )
 
 
@@ -78,7 +84,7 @@ def _recompute_options(trainer: TrainerConfig, shape: ModelShape, parallel: Para
     return {}
 
 
-def _expert_options(shape: ModelShape, fused: bool) -> dict[str, Any]:
+def _expert_options(shape: ModelShape, grouped: bool) -> dict[str, Any]:
     if not shape.num_experts:
         return {}
     return {
@@ -89,7 +95,7 @@ def _expert_options(shape: ModelShape, fused: bool) -> dict[str, Any]:
         "moe_router_dtype": "fp32",
         "moe_router_load_balancing_type": "none",
         "moe_aux_loss_coeff": 0.0,
-        "moe_grouped_gemm": fused,
+        "moe_grouped_gemm": grouped,
         "moe_permute_fusion": False,
         **_router_options(shape),
     }

@@ -71,7 +71,8 @@ class Policy:
         self.step = 0
         """Updates made since the policy was built; checkpoints carry it on."""
         self.dtype = DTYPES[model.dtype]
-        self.module = build_model(shape, parallel, trainer, self.dtype, topology.device)
+        grouped = not lora.adapts_experts(shape, model.lora)
+        self.module = build_model(shape, parallel, trainer, self.dtype, topology.device, grouped_experts=grouped)
         self.adapters = [] if model.lora is None else lora.attach(self.module, shape, model.lora, topology)
         """Of this rank's linears, with `model.lora`; then they alone are trained."""
         self._base: str | None = None
