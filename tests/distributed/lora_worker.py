@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections.abc import Callable
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
@@ -80,7 +81,88 @@ def frozen_weights(policy: Policy) -> list[Tensor]:
     return [p.detach().clone() for name, p in policy.module.named_parameters() if ".lora." not in name]
 
 
-WORK = {"layout": layout}
+def resume(case: dict[str, Any], parallel: ParallelConfig, trainer: TrainerConfig, topology: Topology) -> Any:
+    """Two updates, a checkpoint, two more; and the last two again from the checkpoint, by a policy of its own."""
+    checkpoints = Checkpointer(Path(case["folder"]) / case["name"], keep=2)
+    straight = build(case, parallel, trainer, topology)
+    straight.load_hf(case["model"])
+    train(straight, 2)
+    saved = checkpoints.save(straight, 2, {"at": 2})
+    found: dict[str, Any] = {"straight": train(straight, 2), "adapters": copied(straight.adapter_tensors())}
+    resumed = build(case, parallel, trainer, topology)
+    assert checkpoints.load(resumed) == {"at": 2}
+    found |= {"resumed": train(resumed, 2), "adapters again": copied(resumed.adapter_tensors())}
+    found["same base"] = all(map(torch.equal, frozen_weights(straight), frozen_weights(resumed)))
+    found["bytes"] = sum(file.stat().st_size for file in (saved / "shards").glob("*.distcp"))
+    for change in ({"rank": 8}, {"targets": ["q_proj"]}):
+        found[f"refused {next(iter(change))}"] = refusal(
+            lambda change=change: checkpoints.load(build(case, parallel, trainer, topology, **change))
+        )
+    if not case["lora"].get("dropout"):
+        found["lent"] = lend(resumed, checkpoints, saved)
+    return found
+
+
+def train(policy: Policy, steps: int) -> list[float]:
+    return [policy.train_step(example_batch(), negative_log_likelihood)["loss"] for _ in range(steps)]
+
+
+def lend(policy: Policy, checkpoints: Checkpointer, saved: Path) -> dict[str, Tensor]:
+    """Log-probs with the weights of a checkpoint in a model's own, and in a frozen twin; and after giving back."""
+    batch = example_batch()
+    own, before = copy_to_host(policy), policy.logprobs(batch)[0]
+    checkpoints.load_weights(policy, saved)
+    theirs = policy.logprobs(batch)[0]
+    put(policy, own)
+    twin = policy.frozen_twin()
+    checkpoints.load_weights(twin, saved)
+    return {"before": before, "theirs": theirs, "after": policy.logprobs(batch)[0], "twin": twin.logprobs(batch)[0]}
+
+
+def elsewhere(case: dict[str, Any], parallel: ParallelConfig, trainer: TrainerConfig, topology: Topology) -> Any:
+    """The next losses from the checkpoint that another layout wrote."""
+    policy = build(case, parallel, trainer, topology)
+    Checkpointer(Path(case["folder"]) / case["source"], keep=2).load(policy)
+    return {"losses": train(policy, 2)}
+
+
+def export(case: dict[str, Any], parallel: ParallelConfig, trainer: TrainerConfig, topology: Topology) -> Any:
+    """Write adapter and merged checkpoint; read the adapter back; and what is refused."""
+    folder = Path(case["folder"]) / case["name"]
+    policy = build(case, parallel, trainer, topology)
+    policy.load_hf(case["model"])
+    fill_b(policy)
+    export_adapter(policy, case["model"], folder / "adapter")
+    export_hf(policy, case["model"], folder / "merged")
+    again = build(case, parallel, trainer, topology, adapter=str(folder / "adapter"))
+    again.load_hf(case["model"])
+    return {
+        "written": copied(policy.adapter_tensors()),
+        "read": copied(again.adapter_tensors()),
+        "logits": policy.logits(example_tokens()),
+        "another alpha": refusal(
+            lambda: build(case, parallel, trainer, topology, alpha=3.0, adapter=str(folder / "adapter")).load_hf(
+                case["model"]
+            )
+        ),
+        "more targets": refusal(
+            lambda: build(
+                case, parallel, trainer, topology, targets=["all-linear"], adapter=str(folder / "adapter")
+            ).load_hf(case["model"])
+        ),
+        "unknown target": refusal(lambda: build(case, parallel, trainer, topology, targets=["c_attn"])),
+    }
+
+
+def refusal(work: Callable[[], Any]) -> str | None:
+    try:
+        work()
+    except (CheckpointError, ConversionError) as error:
+        return str(error)
+    return None
+
+
+WORK = {"layout": layout, "resume": resume, "elsewhere": elsewhere, "export": export}
 
 
 if __name__ == "__main__":

@@ -46,7 +46,7 @@ class RankPlan:
     parameters: int
     """Weights this rank holds, vocabulary padding and adapters included."""
     trained: int
-    """Those of them that are trained: all, or with LoRA the adapters' alone. They have gradients and optimizer state."""
+    """Those of them that are trained, with LoRA the adapters alone. They have gradients and optimizer state."""
     weight_bytes: int
     gradient_bytes: int
     optimizer_bytes: int
