@@ -34,6 +34,7 @@ LAYOUTS = {
     "tp2_sp": ("qwen3", "float32", ParallelConfig(tp=2, sequence_parallel=True), False),
     "dp2_distributed": ("tied", "bfloat16", ParallelConfig(dp=2), True),
     "moe_ep2": ("qwen3_moe", "float32", ParallelConfig(dp=2, ep=2), False),
+    "cp2_distributed": ("qwen3", "float32", ParallelConfig(cp=2), True),
 }
 """Base model (a folder), data type, layout, distributed optimizer of each run that is saved."""
 

@@ -27,6 +27,7 @@ LAYOUTS: dict[str, dict[str, dict[str, Any]]] = {
         "tp2sp": {"tp": 2, "sequence_parallel": True},
         "pp2": {"pp": 2},
         "dp2": {"dp": 2},
+        "cp2": {"cp": 2},
         "tp2pp2": {"tp": 2, "pp": 2},
     },
     "qwen3_moe": {
@@ -87,7 +88,7 @@ def cases() -> list[dict[str, Any]]:
 
 
 def ranks_of(parallel: dict[str, Any]) -> int:
-    return parallel.get("tp", 1) * parallel.get("pp", 1) * parallel.get("dp", 1)
+    return ParallelConfig(**parallel).world_size
 
 
 @pytest.fixture(scope="module")
@@ -204,7 +205,7 @@ def test_the_plan_counts_what_is_trained(name: str, found: Found, checkpoints: d
     parallel = ParallelConfig(**LAYOUTS[model].get(layout, {}))
     shape = ModelShape.from_hf(checkpoints[model])
     for rank, results in enumerate(found[name]):
-        stage = rank // (parallel.tp * parallel.dp)
+        stage = rank // (parallel.tp * parallel.cp * parallel.dp)
         assert results["trained"] == sum(_adapter_parameters(LoraConfig(**LORA), shape, parallel, stage))
 
 

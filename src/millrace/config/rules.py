@@ -21,7 +21,7 @@ from millrace.config.graph import graph_problems
 from millrace.config.linears import ALL_LINEAR, linear_names
 from millrace.config.model_shape import ModelShape
 from millrace.config.ranges import range_problems
-from millrace.config.schema import FleetConfig, MopdStage, Recipe, SamplingStage, SftStage
+from millrace.config.schema import FleetConfig, MopdStage, ParallelConfig, Recipe, SamplingStage, SftStage
 from millrace.config.stage_rules import domain_problems, stage_problems
 from millrace.config.urls import holds_credentials
 
@@ -84,8 +84,6 @@ def _layout(recipe: Recipe, world_size: int | None) -> Problems:
             f"parallel: {asked} = {p.world_size} ranks, but there are {world_size}; "
             "set parallel.dp to fill them or start as many as the layout needs"
         )
-    if p.cp > 1:
-        yield f"parallel.cp is {p.cp}, but context parallelism is not supported; set parallel.cp=1"
     if p.sequence_parallel and p.tp == 1:
         yield "parallel.sequence_parallel needs parallel.tp of at least 2; switch it off or raise tp"
     if p.ep > 0 and p.etp > 0 and (p.tp * p.cp * p.dp) % (p.ep * p.etp):
@@ -96,15 +94,24 @@ def _layout(recipe: Recipe, world_size: int | None) -> Problems:
 
 
 def _layout_of_model(recipe: Recipe, shape: ModelShape) -> Problems:
-    p = recipe.parallel
+    yield from layout_problems(recipe.parallel, shape)
+    if recipe.parallel.cp > 1 and shape.mamba is not None and recipe.trainer.device == "cpu":
+        yield (
+            f"parallel.cp is {recipe.parallel.cp} on CPU, but Megatron-Core shares the sequences of Mamba layers "
+            "through Transformer Engine only; set parallel.cp=1"
+        )
+    yield from _must_divide("fleet.tensor_parallel", recipe.fleet.tensor_parallel, shape.num_heads, "attention heads")
+    for key, engine in _teacher_engines(recipe).items():
+        yield from _must_divide(f"{key}.tensor_parallel", engine.tensor_parallel, shape.num_heads, "attention heads")
+
+
+def layout_problems(p: ParallelConfig, shape: ModelShape) -> Problems:
+    """Why a layout cannot hold a model, a sentence each."""
     yield from _must_divide("parallel.tp", p.tp, shape.num_heads, "attention heads")
     yield from _must_divide("parallel.tp", p.tp, shape.num_kv_heads, "key/value heads")
     if shape.has_dense_ffn:
         yield from _must_divide("parallel.tp", p.tp, shape.ffn_hidden_size, "feed-forward columns")
     yield from _must_divide("parallel.pp", p.pp, shape.num_layers, "layers")
-    yield from _must_divide("fleet.tensor_parallel", recipe.fleet.tensor_parallel, shape.num_heads, "attention heads")
-    for key, engine in _teacher_engines(recipe).items():
-        yield from _must_divide(f"{key}.tensor_parallel", engine.tensor_parallel, shape.num_heads, "attention heads")
     if not shape.num_experts:
         for key, ranks in (("ep", p.ep), ("etp", p.etp)):
             if ranks > 1:
@@ -116,11 +123,6 @@ def _layout_of_model(recipe: Recipe, shape: ModelShape) -> Problems:
         yield (
             f"parallel.tp is {p.tp} with a mixture of experts, which needs sequence parallelism; "
             "set parallel.sequence_parallel=true"
-        )
-    if p.tp > 1 and p.ep == 1 and p.etp != p.tp:
-        yield (
-            f"parallel.etp is {p.etp} with tp {p.tp} and ep 1, where Megatron-Core computes wrong expert gradients "
-            f"without saying so; set parallel.etp={p.tp}, or use ep > 1"
         )
 
 

@@ -47,7 +47,7 @@ class ParallelConfig:
     pp: int = 1
     """Pipeline-parallel stages: the layers are cut over them."""
     cp: int = 1
-    """Context-parallel ranks: each sequence is cut over them. Not supported: must be 1."""
+    """Context-parallel ranks: each sequence is cut over them."""
     dp: int = 1
     """Data-parallel replicas of the model. World size = tp * pp * cp * dp."""
     ep: int = 1
@@ -92,7 +92,8 @@ class TrainerConfig:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where the trainer runs: CUDA with NCCL, or CPU ranks over gloo. `auto` takes CUDA where there is one."""
     max_tokens_per_micro_batch: int = 4096
-    """Capacity of one packed micro-batch in tokens; the longest sequence of any stage must fit."""
+    """Capacity of one packed micro-batch in tokens, over all its context-parallel ranks; the longest sequence of any
+    stage must fit."""
     recompute: Literal["none", "selective", "full"] = "none"
     """Activation recomputation: core attention only (selective) or whole layers (full)."""
     distributed_optimizer: bool = False

@@ -1,6 +1,6 @@
 """A Megatron-Core GPT from the facts of a Hugging Face config.json.
 
-Legend: T tokens of a packed micro-batch (padded to a multiple of TP), H hidden size.
+Legend: T tokens of a packed micro-batch that this rank computes (a multiple of TP), H hidden size.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor
 from millrace.config.model_shape import ModelShape
 from millrace.config.schema import ParallelConfig, TrainerConfig
 from millrace.megatron.model_config import rope_inverse_frequencies, transformer_config
-from millrace.megatron.specs import block_spec
+from millrace.megatron.specs import block_spec, transformer_engine_is_there
 from millrace.megatron.topology import LayoutError
 
 
@@ -49,6 +49,7 @@ def build_model(
     """This rank's pipeline stage, on `device`, with random weights; `grouped_experts` as for `transformer_config`.
     Raises LayoutError for a layout that cannot hold it."""
     check_layout(shape, parallel)
+    check_context_parallelism(shape, parallel, device)
     config = transformer_config(shape, parallel, trainer, dtype, device, grouped_experts=grouped_experts)
     first, last = layers_of_stage(shape, parallel.pp, parallel_state.get_pipeline_model_parallel_rank())
     model = HiddenStateModel(
@@ -84,6 +85,15 @@ def check_layout(shape: ModelShape, parallel: ParallelConfig) -> None:
         problems.append(f"parallel.ep {p.ep} and parallel.etp {p.etp} must be 1: the model has no experts")
     if problems:
         raise LayoutError("; ".join(problems))
+
+
+def check_context_parallelism(shape: ModelShape, parallel: ParallelConfig, device: torch.device) -> None:
+    """Raises LayoutError where the model's layers cannot share a sequence on this device."""
+    if parallel.cp > 1 and shape.mamba is not None and not (device.type == "cuda" and transformer_engine_is_there()):
+        raise LayoutError(
+            f"parallel.cp is {parallel.cp}, but Megatron-Core shares the sequences of Mamba layers through Transformer "
+            "Engine only, which is not there; use parallel.cp=1"
+        )
 
 
 def _expert_problems(shape: ModelShape, p: ParallelConfig) -> list[str]:

@@ -124,7 +124,7 @@ def is_adapter_parameter(name: str) -> bool:
 def bind_one(entry: Entry, tensor: Tensor, t: Topology, adapter: Adapter | None = None) -> BoundParameter:
     """A parameter of this rank, or what takes its shape, with its place among the ranks."""
     if entry.expert is None:
-        return BoundParameter(entry, tensor, t.tp, t.tp_rank, t.dp, t.dp_rank, adapter)
+        return BoundParameter(entry, tensor, t.tp, t.tp_rank, t.dp * t.cp, t.dp_rank * t.cp + t.cp_rank, adapter)
     return BoundParameter(entry, tensor, t.etp, t.etp_rank, t.edp, t.edp_rank, adapter)
 
 
