@@ -22,7 +22,8 @@ class LoraConfig:
     """Scale by alpha / sqrt(r) instead (rsLoRA), which keeps high ranks learning."""
     targets: tuple[str, ...] = ("all-linear",)
     """Linear layers that get an adapter, by the last part of their Hugging Face names, such as q_proj or down_proj;
-    all-linear: every one, those of experts included, but neither router, embedding nor output layer."""
+    all-linear: every one that tensor-parallel ranks cut, those of experts included. Routers, embeddings and the output
+    layer get none."""
     dropout: float = 0.0
     """Share of an adapter's inputs that is zeroed in training."""
     adapter: str | None = None

@@ -215,9 +215,13 @@ class Checkpointer:
         theirs, mine = facts.get("lora"), _lora_facts(policy)
         if theirs is None and mine is None:
             return
-        if theirs is None or mine is None:
-            holds, has = ("all weights", "adapters") if theirs is None else ("adapters alone", "none")
-            raise CheckpointError(f"{folder} holds {holds}, but the policy has {has} (model.lora); make them agree")
+        if theirs is None:
+            raise CheckpointError(f"{folder} holds all weights, but the policy trains adapters; leave model.lora out")
+        if mine is None:
+            raise CheckpointError(
+                f"{folder} holds adapters alone; a policy needs model.lora to load them, and `millrace convert adapter` "
+                "writes them out"
+            )
         for key, value in theirs.items():
             if mine[key] != value:
                 raise CheckpointError(
