@@ -219,8 +219,8 @@ class Checkpointer:
             raise CheckpointError(f"{folder} holds all weights, but the policy trains adapters; leave model.lora out")
         if mine is None:
             raise CheckpointError(
-                f"{folder} holds adapters alone; a policy needs model.lora to load them, and `millrace convert adapter` "
-                "writes them out"
+                f"{folder} holds adapters alone; `millrace convert adapter` writes them out, and a policy needs "
+                "model.lora to load them"
             )
         for key, value in theirs.items():
             if mine[key] != value:
