@@ -21,7 +21,15 @@ from millrace.config.graph import graph_problems
 from millrace.config.linears import ALL_LINEAR, linear_names
 from millrace.config.model_shape import ModelShape
 from millrace.config.ranges import range_problems
-from millrace.config.schema import FleetConfig, MopdStage, ParallelConfig, Recipe, SamplingStage, SftStage
+from millrace.config.schema import (
+    BUILT_IN_TEMPLATES,
+    FleetConfig,
+    MopdStage,
+    ParallelConfig,
+    Recipe,
+    SamplingStage,
+    SftStage,
+)
 from millrace.config.stage_rules import domain_problems, stage_problems
 from millrace.config.urls import holds_credentials
 
@@ -281,6 +289,12 @@ def _files(recipe: Recipe) -> Problems:
     run_dir = Path(recipe.run_dir)
     if run_dir.exists() and not run_dir.is_dir():
         yield f"run_dir: {run_dir} is a file; name a folder"
+    template = recipe.model.chat_template
+    if template is not None and template not in BUILT_IN_TEMPLATES and not Path(template).is_file():
+        yield (
+            f"model.chat_template: the file {template} does not exist; name a Jinja file, or a built-in one "
+            f"({', '.join(BUILT_IN_TEMPLATES)})"
+        )
     for stage in recipe.stages:
         if isinstance(stage, SftStage):
             for file in stage.data:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from safetensors.torch import save_file
@@ -18,10 +18,18 @@ SHARD_BYTES = 2 << 30
 
 
 def export_hf(
-    policy: Policy, source: str | Path, out: Path, *, max_shard_bytes: int = SHARD_BYTES, overwrite: bool = False
+    policy: Policy,
+    source: str | Path,
+    out: Path,
+    *,
+    max_shard_bytes: int = SHARD_BYTES,
+    overwrite: bool = False,
+    texts: Mapping[str, str] | None = None,
 ) -> Path:
     """Write `policy`, adapters merged, to `out` in Hugging Face format, with tokenizer and configs of `source`.
     Collective.
+
+    `texts` are files to write besides, by name, in place of those of `source`.
 
     Every rank writes the tensors it owns into files of its own, so that none holds the model. A folder of that name is
     always complete: it is renamed at the end. Raises ConversionError where `out` exists and is not to be overwritten.
@@ -34,7 +42,7 @@ def export_hf(
             writer.add(name, tensor)
             advance(tensor.numel() * tensor.element_size())
     manifests = gather(writer.close())
-    on_rank_zero(lambda: publish(out, manifests, source=source, dtype=policy.config.dtype))
+    on_rank_zero(lambda: publish(out, manifests, source=source, dtype=policy.config.dtype, texts=texts))
     return out
 
 

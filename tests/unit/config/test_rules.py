@@ -79,6 +79,10 @@ def test_layouts_of_experts_that_megatron_trains_are_accepted(recipe_file: Path,
             "model.lora.targets: the model has no gate; name all-linear, or of q_proj",
         ),
         ("model.lora.adapter=nowhere", "nowhere/adapter_config.json does not exist; name the folder of a PEFT adapter"),
+        (
+            "model.chat_template=no.jinja",
+            "no.jinja does not exist; name a Jinja file, or a built-in one (nemotron)",
+        ),
         ("run_dir=recipe.yaml", "recipe.yaml is a file; name a folder"),
     ],
 )
