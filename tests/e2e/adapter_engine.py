@@ -1,4 +1,7 @@
-"""Greedy answers of a vLLM engine in this process, with their log-probs: `adapter_engine.py MODEL OUT [ADAPTER]`."""
+"""Greedy answers of a vLLM engine in this process, with their log-probs: `adapter_engine.py MODEL OUT [ADAPTER]`.
+
+OUT gets those of the model, and with an adapter those with it besides.
+"""
 
 from __future__ import annotations
 
@@ -38,17 +41,21 @@ def main(model: str, out: str, adapter: str | None = None) -> None:
         max_num_batched_tokens=2048,
         compilation_config={"custom_ops": ["all", "-rotary_embedding"]},
     )
+    requests = [None, LoRARequest("trained", 1, adapter)] if adapter else [None]
+    Path(out).write_text(json.dumps([greedy(engine, request) for request in requests]))
+
+
+def greedy(engine: LLM, request: LoRARequest | None) -> list[dict[str, list[float]]]:
     answers = engine.generate(
         [{"prompt_token_ids": prompt} for prompt in PROMPTS],
         SamplingParams(temperature=0.0, max_tokens=24, logprobs=0, ignore_eos=True),
-        lora_request=LoRARequest("trained", 1, adapter) if adapter else None,
+        lora_request=request,
         use_tqdm=False,
     )
-    rows = [
+    return [
         {"tokens": list(o.token_ids), "logprobs": [p[t].logprob for p, t in zip(o.logprobs, o.token_ids, strict=True)]}
         for o in (answer.outputs[0] for answer in answers)
     ]
-    Path(out).write_text(json.dumps(rows))
 
 
 if __name__ == "__main__":
