@@ -8,9 +8,10 @@ from pathlib import Path
 import torch
 import yaml
 from ranks import free_port, launch
+from safetensors.torch import save_file
 from tiny_checkpoints import write_checkpoint
 
-from millrace.converters.safetensors_io import HFReader
+from millrace.converters.safetensors_io import INDEX, HFReader
 
 WORKER = Path(__file__).with_name("conversion_worker.py")
 
@@ -71,15 +72,52 @@ def test_one_and_two_ranks_convert_and_verify(tmp_path):
     assert same_tensors(tied, tmp_path / "back")
 
 
+def add_prediction_layer(folder: Path, layer: int) -> None:
+    """Put tensors of a layer for multi-token prediction behind the others, in a file of their own."""
+    tensors = {
+        f"model.layers.{layer}.eh_proj.weight": torch.ones(64, 128),
+        f"model.layers.{layer}.enorm.weight": torch.ones(64),
+    }
+    save_file(tensors, folder / "model-prediction.safetensors")
+    index = json.loads((folder / INDEX).read_text())
+    index["weight_map"] |= dict.fromkeys(tensors, "model-prediction.safetensors")
+    (folder / INDEX).write_text(json.dumps(index))
+
+
+def test_latent_attention_converts_and_layers_for_prediction_stay_behind(tmp_path):
+    layers = {"num_hidden_layers": 4, "dtype": "bfloat16"}
+    plain = write_checkpoint("deepseek_v3", tmp_path / "plain", **layers)
+    released = write_checkpoint("deepseek_v3", tmp_path / "released", num_nextn_predict_layers=1, shards=2, **layers)
+    add_prediction_layer(released, 4)
+    steps = [
+        ("verify", f"roundtrip --hf {plain} --tp 2 --etp 2 --dtype bfloat16 --card {tmp_path}/card.yaml"),
+        ("verify", f"roundtrip --hf {released} --dp 2 --ep 2"),
+        ("verify", f"roundtrip --hf {released} --pp 2"),
+        ("convert", f"hf-to-megatron --hf {released} --out {tmp_path}/megatron --tp 2 --etp 2 --dtype bfloat16"),
+        ("convert", f"megatron-to-hf --checkpoint {tmp_path}/megatron --out {tmp_path}/back --pp 2"),
+    ]
+    assert run_steps(tmp_path, 2, steps) == [0] * 5
+    recorded = card(tmp_path / "card.yaml")
+    assert recorded["equal"] == recorded["tensors"] == len(HFReader(plain).names)
+    assert same_tensors(plain, tmp_path / "back")
+    assert {HFReader(tmp_path / "back").tensor(name).dtype for name in HFReader(plain).names} == {
+        torch.bfloat16,
+        torch.float32,
+    }
+    assert json.loads((tmp_path / "back" / "config.json").read_text())["num_nextn_predict_layers"] == 0
+
+
 def test_four_ranks_convert_between_layouts(tmp_path):
     dense = write_checkpoint("qwen3", tmp_path / "dense", tied=True)
     moe = write_checkpoint("qwen3_moe", tmp_path / "moe", dtype="bfloat16")
+    latent = write_checkpoint("deepseek_v3", tmp_path / "latent", num_hidden_layers=4)
     steps = [
         ("verify", f"roundtrip --hf {dense} --tp 2 --pp 2"),
         ("verify", f"roundtrip --hf {moe} --tp 2 --etp 2 --pp 2"),
+        ("verify", f"roundtrip --hf {latent} --tp 2 --ep 2 --pp 2"),
         ("convert", f"hf-to-megatron --hf {moe} --out {tmp_path}/megatron --tp 2 --ep 2"),
         ("convert", f"megatron-to-hf --checkpoint {tmp_path}/megatron --out {tmp_path}/back --pp 2 --ep 2"),
     ]
-    assert run_steps(tmp_path, 4, steps) == [0, 0, 0, 0]
+    assert run_steps(tmp_path, 4, steps) == [0] * 5
     assert same_tensors(moe, tmp_path / "back")
     assert json.loads((tmp_path / "back" / "config.json").read_text())["torch_dtype"] == "bfloat16"

@@ -37,6 +37,7 @@ LAYOUTS: dict[str, dict[str, dict[str, Any]]] = {
         "tp2etp1": {"tp": 2, "sequence_parallel": True},
         "tp2pp2ep2": {"tp": 2, "pp": 2, "ep": 2, "sequence_parallel": True},
     },
+    "deepseek_v3": {"tp2ep2": {"tp": 2, "ep": 2, "sequence_parallel": True}},
 }
 IDS = [f"{model}-{layout}" for model, layouts in LAYOUTS.items() for layout in layouts]
 
@@ -101,6 +102,7 @@ def checkpoints(folder: Path) -> dict[str, Path]:
     return {
         "qwen3": write_checkpoint("qwen3", folder / "qwen3", num_hidden_layers=2, tied=True),
         "qwen3_moe": write_checkpoint("qwen3_moe", folder / "qwen3_moe", num_hidden_layers=2),
+        "deepseek_v3": write_checkpoint("deepseek_v3", folder / "deepseek_v3", num_hidden_layers=2),
     }
 
 
@@ -161,7 +163,7 @@ def test_a_sharded_optimizer_updates_as_a_whole_one(found: Found) -> None:
     assert difference(whole(mine, "updated"), whole(expected, "updated")) <= 1e-4
 
 
-@pytest.mark.parametrize("name", ["qwen3-one", "qwen3_moe-one", *IDS])
+@pytest.mark.parametrize("name", ["qwen3-one", "qwen3_moe-one", "deepseek_v3-one", *IDS])
 def test_fresh_adapters_change_nothing(name: str, found: Found, checkpoints: dict[str, Path]) -> None:
     base = load_file(checkpoints[name.split("-")[0]] / "model.safetensors")
     untouched = whole(found[name], "untouched")
@@ -190,7 +192,7 @@ def results_of_base(checkpoints: dict[str, Path], folder: Path) -> dict[str, Ten
     return {model: torch.load(at / f"{model}-0.pt", weights_only=False)["logits"] for model in checkpoints}
 
 
-@pytest.mark.parametrize("name", ["qwen3-one", "qwen3_moe-one", *IDS])
+@pytest.mark.parametrize("name", ["qwen3-one", "qwen3_moe-one", "deepseek_v3-one", *IDS])
 def test_training_lowers_the_loss_and_leaves_the_base_bit_for_bit(name: str, found: Found) -> None:
     losses = [metrics["loss"] for metrics in found[name][0]["metrics"]]
     assert losses == sorted(losses, reverse=True) and losses[-1] < losses[0] - 1e-3
@@ -199,7 +201,7 @@ def test_training_lowers_the_loss_and_leaves_the_base_bit_for_bit(name: str, fou
         assert rank["trained"] == rank["buffers"] > 0
 
 
-@pytest.mark.parametrize("name", ["qwen3-one", "qwen3_moe-one", *IDS])
+@pytest.mark.parametrize("name", ["qwen3-one", "qwen3_moe-one", "deepseek_v3-one", *IDS])
 def test_the_plan_counts_what_is_trained(name: str, found: Found, checkpoints: dict[str, Path]) -> None:
     model, layout = name.split("-")
     parallel = ParallelConfig(**LAYOUTS[model].get(layout, {}))

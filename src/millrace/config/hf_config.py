@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from millrace.config.errors import ConfigError
-from millrace.config.model_shape import Activation, LayerShape, ModelShape
+from millrace.config.model_shape import Activation, LatentAttentionShape, LayerShape, ModelShape
 
 ACTIVATIONS: dict[str, Activation] = {"silu": "silu", "relu2": "relu2", "gelu_pytorch_tanh": "gelu_tanh"}
 
@@ -78,6 +79,85 @@ def _mixtral(config: HFConfig) -> ModelShape:
     )
 
 
+def _deepseek_v3(config: HFConfig) -> ModelShape:
+    config.refuse_true("attention_bias")
+    config.require("scoring_func", "sigmoid")
+    config.require("topk_method", "noaux_tc")
+    config.require("moe_layer_freq", 1)
+    config.require("rope_interleave", True)
+    latent = _latent_attention(config)
+    layers, dense = config.size("num_hidden_layers"), config.count("first_k_dense_replace", 3)
+    width = config.size("moe_intermediate_size", 2048)
+    groups, chosen = config.groups(8, 4, experts=config.size("n_routed_experts", 256))
+    shape = _decoder(
+        config,
+        positions=4096,
+        rope_types=("default", "yarn"),
+        layers=tuple(LayerShape(ffn="dense" if n < dense else "experts") for n in range(layers)),
+        latent_attention=latent,
+        num_experts=config.size("n_routed_experts", 256),
+        experts_per_token=config.size("num_experts_per_tok", 8),
+        moe_ffn_hidden_size=width,
+        shared_ffn_hidden_size=width * config.size("n_shared_experts", 1),
+        norm_topk_prob=config.flag("norm_topk_prob", True),
+        router_score="sigmoid",
+        router_bias=True,
+        router_scale=config.number("routed_scaling_factor", 2.5),
+        expert_groups=groups,
+        groups_per_token=chosen,
+        prediction_layers=config.count("num_nextn_predict_layers", 0),
+    )
+    if shape.num_kv_heads != shape.num_heads:
+        config.problem(
+            f"num_key_value_heads is {shape.num_kv_heads}; latent attention has a key for each of the "
+            f"{shape.num_heads} heads"
+        )
+    # config.json may call the rotated part of a head head_dim.
+    return replace(
+        shape,
+        head_dim=latent.nope_dim + latent.rope_dim,
+        num_kv_heads=shape.num_heads,
+        rope_scaling=_yarn(config, shape.rope_scaling),
+    )
+
+
+def _latent_attention(config: HFConfig) -> LatentAttentionShape:
+    full_queries = "q_lora_rank" in config.facts and config.facts["q_lora_rank"] is None
+    latent = LatentAttentionShape(
+        q_rank=None if full_queries else config.size("q_lora_rank", 1536),
+        kv_rank=config.size("kv_lora_rank", 512),
+        nope_dim=config.size("qk_nope_head_dim", 128),
+        rope_dim=config.size("qk_rope_head_dim", 64),
+        v_dim=config.size("v_head_dim", 128),
+    )
+    if latent.rope_dim % 2:
+        config.problem(f"qk_rope_head_dim {latent.rope_dim} is odd; RoPE needs an even one")
+    return latent
+
+
+def _yarn(config: HFConfig, scaling: dict[str, Any] | None) -> dict[str, Any] | None:
+    """YaRN's numbers, all of them present, with the meaning that transformers gives to those left out."""
+    if scaling is None:
+        return None
+    for key in ("factor", "original_max_position_embeddings"):
+        if not isinstance(scaling.get(key), int | float):
+            config.problem(f"YaRN's {key} is {scaling.get(key)!r}; it must be a number")
+    if scaling.get("attention_factor") is not None or not scaling.get("truncate", True):
+        config.problem("YaRN with attention_factor or truncate=false is not built for a deepseek_v3; remove the key")
+    mscale, of_all = scaling.get("mscale") or 0.0, scaling.get("mscale_all_dim") or 0.0
+    if of_all and not mscale:
+        config.problem("YaRN's mscale_all_dim without mscale is not built; a deepseek_v3 states both or neither")
+    return {
+        "rope_type": "yarn",
+        "factor": scaling.get("factor"),
+        "original_max_position_embeddings": scaling.get("original_max_position_embeddings"),
+        "beta_fast": scaling.get("beta_fast") or 32,
+        "beta_slow": scaling.get("beta_slow") or 1,
+        "mscale": mscale if of_all else 1.0,
+        "mscale_all_dim": of_all,
+    }
+
+
 def _decoder(
     config: HFConfig,
     *,
@@ -85,11 +165,12 @@ def _decoder(
     head_dim: int | None = None,
     layers: tuple[LayerShape, ...] | None = None,
     default_eps: float = 1e-6,
+    rope_types: tuple[str, ...] = ("default", "linear", "llama3"),
     **own: Any,
 ) -> ModelShape:
     """A decoder of attention and feed-forward layers; `own` are the fields that its family sets otherwise."""
     hidden, heads = config.size("hidden_size"), config.size("num_attention_heads")
-    theta, scaling = config.rope()
+    theta, scaling = config.rope(rope_types)
     config.refuse_sliding_window()
     return ModelShape(
         family=config.family,
@@ -117,6 +198,7 @@ _READERS: dict[str, Callable[[HFConfig], ModelShape]] = {
     "qwen3": _qwen3,
     "qwen3_moe": _qwen3_moe,
     "mixtral": _mixtral,
+    "deepseek_v3": _deepseek_v3,
 }
 """Family, which is also transformers' model_type -> its function."""
 
@@ -126,8 +208,18 @@ ARCHITECTURES = {
     "Qwen3ForCausalLM": "qwen3",
     "Qwen3MoeForCausalLM": "qwen3_moe",
     "MixtralForCausalLM": "mixtral",
+    "DeepseekV3ForCausalLM": "deepseek_v3",
 }
 """What config.json names in `architectures` -> family."""
+
+NOT_BUILT = {
+    "DeepseekV32ForCausalLM": "its sparse attention (each query attends to the tokens that an indexer picks) takes no "
+    "packed sequences in Megatron-Core, and Millrace trains on packed sequences; start from a "
+    "DeepseekV3ForCausalLM such as V3, R1 or V3.1",
+    "DeepseekV2ForCausalLM": "its router (softmax scores, groups by their best expert) is not built; start from a "
+    "DeepseekV3ForCausalLM",
+}
+"""Close relatives of supported architectures -> why they are refused."""
 
 
 # ---- reading ---------------------------------------------------------------------------------------------------------
@@ -157,6 +249,10 @@ class HFConfig:
         )
         return 1
 
+    def count(self, key: str, default: int) -> int:
+        """Like `size`, and 0 is allowed."""
+        return 0 if self.facts.get(key, default) in (0, None) else self.size(key, default)
+
     def number(self, key: str, default: float) -> float:
         value = self.facts.get(key, default)
         if isinstance(value, int | float) and not isinstance(value, bool):
@@ -177,7 +273,7 @@ class HFConfig:
             name = supported[0]
         return ACTIVATIONS[name]
 
-    def rope(self, supported: tuple[str, ...] = ("default", "linear", "llama3")) -> tuple[float, dict[str, Any] | None]:
+    def rope(self, supported: tuple[str, ...]) -> tuple[float, dict[str, Any] | None]:
         """RoPE base and scaling, from transformers 5's `rope_parameters` or the older pair of keys."""
         parameters = self.facts.get("rope_parameters") or self.facts.get("rope_scaling") or {}
         if not isinstance(parameters, dict):
@@ -200,6 +296,28 @@ class HFConfig:
             if self.facts.get(key):
                 self.problem(f"{key} is true; a {self.family} is built without these biases only")
 
+    def require(self, key: str, built: Any) -> None:
+        """Refuse another value than the one that is built, which is also what an absent key means."""
+        if (value := self.facts.get(key, built)) != built:
+            self.problem(f"{key} is {value!r}; a {self.family} is built with {built!r} only")
+
+    def groups(self, groups: int, chosen: int, *, experts: int) -> tuple[int, int]:
+        """Groups of experts and groups of a token, by n_group and topk_group or these defaults; (1, 1) when a token may
+        choose from all groups."""
+        groups, chosen = self.size("n_group", groups), self.size("topk_group", chosen)
+        if groups == chosen:
+            return 1, 1
+        if chosen > groups:
+            self.problem(f"topk_group {chosen} is larger than n_group {groups}")
+        if experts % groups or experts // groups < 2:
+            self.problem(f"{experts} experts do not make {groups} equal groups of two or more (n_group)")
+        if self.size("num_experts_per_tok", 8) > chosen * (experts // groups):
+            self.problem(
+                f"num_experts_per_tok {self.facts.get('num_experts_per_tok', 8)} is larger than the experts in "
+                f"{chosen} of {groups} groups"
+            )
+        return groups, chosen
+
     def refuse_sliding_window(self) -> None:
         if self.facts.get("use_sliding_window") or "sliding_attention" in (self.facts.get("layer_types") or []):
             self.problem(f"sliding-window attention is in use; a {self.family} is built with full attention only")
@@ -207,13 +325,18 @@ class HFConfig:
     def check(self, shape: ModelShape) -> None:
         """What no family can do."""
         if self.facts.get("quantization_config"):
-            self.problem("the checkpoint is quantized; start from its float32 or bfloat16 original")
+            self.problem("the checkpoint is quantized; start from its float32 or bfloat16 original, or cast it first")
         if shape.num_heads % shape.num_kv_heads:
             self.problem(
                 f"{shape.num_heads} attention heads are not a multiple of {shape.num_kv_heads} key/value heads"
             )
         if shape.position == "rope" and shape.head_dim % 2:
             self.problem(f"head_dim {shape.head_dim} is odd; RoPE needs an even one")
+        if shape.router_score == "sigmoid" and shape.norm_topk_prob != (shape.experts_per_token > 1):
+            self.problem(
+                f"norm_topk_prob is {shape.norm_topk_prob} with {shape.experts_per_token} experts a token; sigmoid "
+                "scores are scaled to sum to one when there are several, and left when there is one"
+            )
         if shape.experts_per_token > shape.num_experts:
             self.problem(
                 f"num_experts_per_tok {shape.experts_per_token} is larger than the {shape.num_experts} experts"
@@ -225,6 +348,8 @@ def _family(file: Path, facts: Mapping[str, Any]) -> str:
     for name in architectures if isinstance(architectures, list) else [architectures]:
         if name in ARCHITECTURES:
             return ARCHITECTURES[name]
+        if name in NOT_BUILT:
+            raise ConfigError(f"{file}: {name} is not supported: {NOT_BUILT[name]}")
     if not architectures and facts.get("model_type") in _READERS:
         return str(facts["model_type"])
     named = ", ".join(map(str, architectures)) or f"model_type {facts.get('model_type')!r}"

@@ -127,6 +127,8 @@ def layout_problems(p: ParallelConfig, shape: ModelShape) -> Problems:
         return
     yield from _must_divide("parallel.ep", p.ep, shape.num_experts, "experts")
     yield from _must_divide("parallel.etp", p.etp, shape.moe_ffn_hidden_size, "columns of an expert")
+    if shape.shared_ffn_hidden_size:
+        yield from _must_divide("parallel.tp", p.tp, shape.shared_ffn_hidden_size, "columns of the shared expert")
     if p.tp > 1 and not p.sequence_parallel:
         yield (
             f"parallel.tp is {p.tp} with a mixture of experts, which needs sequence parallelism; "

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from millrace.config.model_shape import ModelShape
 from millrace.config.schema import ParallelConfig, TrainerConfig
+from millrace.megatron.expert_groups import choose_groups_by_their_best_two
 from millrace.megatron.model_config import rope_inverse_frequencies, transformer_config
 from millrace.megatron.specs import block_spec, transformer_engine_is_there
 from millrace.megatron.topology import LayoutError
@@ -51,6 +52,8 @@ def build_model(
     check_layout(shape, parallel)
     check_context_parallelism(shape, parallel, device)
     config = transformer_config(shape, parallel, trainer, dtype, device, grouped_experts=grouped_experts)
+    if shape.expert_groups > 1:
+        choose_groups_by_their_best_two()
     first, last = layers_of_stage(shape, parallel.pp, parallel_state.get_pipeline_model_parallel_rank())
     model = HiddenStateModel(
         config=config,
@@ -64,7 +67,8 @@ def build_model(
         position_embedding_type="rope",
         rotary_base=shape.rope_theta,
     )
-    model.rotary_pos_emb.inv_freq = rope_inverse_frequencies(shape).to(device)
+    if shape.latent_attention is None:  # whose layers have a RoPE of their own
+        model.rotary_pos_emb.inv_freq = rope_inverse_frequencies(shape).to(device)
     reduce_expert_gradients_over_expert_ranks(model, parallel)
     return model.to(device)
 
@@ -102,6 +106,8 @@ def _expert_problems(shape: ModelShape, p: ParallelConfig) -> list[str]:
         problems.append(f"parallel.ep {p.ep} does not divide the {shape.num_experts} experts")
     if shape.moe_ffn_hidden_size % p.etp:
         problems.append(f"parallel.etp {p.etp} does not divide the experts' width {shape.moe_ffn_hidden_size}")
+    if shape.shared_ffn_hidden_size % p.tp:
+        problems.append(f"parallel.tp {p.tp} does not divide the shared expert's width {shape.shared_ffn_hidden_size}")
     if p.tp > 1 and not p.sequence_parallel:
         problems.append(f"a mixture of experts with parallel.tp {p.tp} needs parallel.sequence_parallel=true")
     return problems

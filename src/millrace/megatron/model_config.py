@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from megatron.core.activations import squared_relu
-from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 from torch import Tensor
 
 from millrace.config.model_shape import Activation, ModelShape
@@ -36,7 +36,8 @@ def transformer_config(
     """Megatron-Core's description of the model. Kernels that exist on CUDA with Transformer Engine only are off
     without. `grouped_experts`: compute all experts of a rank in one grouped product, where that is possible."""
     fused = device.type == "cuda" and transformer_engine_is_there()
-    return TransformerConfig(
+    describe = TransformerConfig if shape.latent_attention is None else MLATransformerConfig
+    return describe(
         num_layers=shape.num_layers,
         hidden_size=shape.hidden_size,
         num_attention_heads=shape.num_heads,
@@ -45,7 +46,7 @@ def transformer_config(
         ffn_hidden_size=shape.ffn_hidden_size,
         normalization="RMSNorm",
         layernorm_epsilon=shape.norm_eps,
-        qk_layernorm=shape.qk_norm,
+        qk_layernorm=shape.qk_norm or shape.latent_attention is not None,
         add_bias_linear=False,
         add_qkv_bias=shape.attention_bias,
         gated_linear_unit=shape.gated,
@@ -69,10 +70,11 @@ def transformer_config(
         persist_layer_norm=fused,
         bias_dropout_fusion=False,
         bias_activation_fusion=fused and shape.gated and shape.activation == "silu",
-        apply_rope_fusion=fused,
+        apply_rope_fusion=fused and shape.latent_attention is None,
         gradient_accumulation_fusion=False,
         **_recompute_options(trainer, shape, parallel),
         **_expert_options(shape, fused and grouped_experts),
+        **_latent_attention_options(shape),
     )
 
 
@@ -117,6 +119,31 @@ def _router_options(shape: ModelShape) -> dict[str, Any]:
         options |= {
             "moe_router_num_groups": shape.expert_groups,
             "moe_router_group_topk": shape.groups_per_token,
+        }
+    return options
+
+
+def _latent_attention_options(shape: ModelShape) -> dict[str, Any]:
+    if (latent := shape.latent_attention) is None:
+        return {}
+    options: dict[str, Any] = {
+        "q_lora_rank": latent.q_rank,
+        "kv_lora_rank": latent.kv_rank,
+        "qk_head_dim": latent.nope_dim,
+        "qk_pos_emb_head_dim": latent.rope_dim,
+        "v_head_dim": latent.v_dim,
+        "rotary_base": shape.rope_theta,
+        "rope_type": "rope",
+    }
+    if (yarn := shape.rope_scaling) is not None:
+        options |= {
+            "rope_type": "yarn",
+            "rotary_scaling_factor": yarn["factor"],
+            "original_max_position_embeddings": yarn["original_max_position_embeddings"],
+            "beta_fast": yarn["beta_fast"],
+            "beta_slow": yarn["beta_slow"],
+            "mscale": yarn["mscale"],
+            "mscale_all_dim": yarn["mscale_all_dim"],
         }
     return options
 

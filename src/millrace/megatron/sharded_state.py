@@ -110,7 +110,7 @@ def sharded_state(
     if optimizer is not None:
         loading = loading_step is not None
         theirs = optimizer.sharded_state_dict(model, is_loading=loading, metadata=dict(SHARDING))
-        parameters = {item.key: item.data for item in nested_values(model) if isinstance(item, SHARDED)}
+        parameters = {_place(item): item.data for item in nested_values(model) if isinstance(item, SHARDED)}
         state["optimizer"] = _portable(
             theirs, parameters, optimizer_step(optimizer) if loading_step is None else loading_step
         )
@@ -122,7 +122,16 @@ def optimizer_step(optimizer: Any) -> int:
     return max((int(group.get("step", 0)) for group in optimizer.param_groups), default=0)
 
 
-def _portable(node: Any, parameters: dict[str, torch.Tensor], step: int) -> Any:
+Place = tuple[str, tuple[int, ...]]
+"""Name of a tensor and where a shard begins in it: the experts of a layer are shards of one tensor."""
+
+
+def _place(item: ShardedTensor | ShardedTensorFactory) -> Place:
+    first = item if isinstance(item, ShardedTensor) else next(iter(nested_values(item.build())))
+    return item.key.removeprefix(DISTRIBUTED_MASTER), tuple(first.global_offset)
+
+
+def _portable(node: Any, parameters: dict[Place, torch.Tensor], step: int) -> Any:
     """An optimizer's sharded state with nothing in it that depends on the layout or on the kind of optimizer.
 
     Only tensors go to the checkpoint. Groups, their options and the order of the parameters are the running
@@ -149,10 +158,11 @@ def _groups_at(groups: list[dict[str, Any]], step: int) -> LocalNonpersistentObj
     return LocalNonpersistentObject(own)
 
 
-def _master_copy(item: ShardedTensor | ShardedTensorFactory, parameters: dict[str, torch.Tensor]) -> Any:
-    name = item.key.removeprefix(DISTRIBUTED_MASTER)
-    if parameters[name].dtype == torch.float32:
-        return LocalNonpersistentObject(parameters[name])
+def _master_copy(item: ShardedTensor | ShardedTensorFactory, parameters: dict[Place, torch.Tensor]) -> Any:
+    name, begin = _place(item)
+    parameter = parameters[name, begin]
+    if parameter.dtype == torch.float32:
+        return LocalNonpersistentObject(parameter)
     item.key = MASTER + name
     return item
 

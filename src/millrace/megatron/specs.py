@@ -31,6 +31,7 @@ from torch import Tensor
 
 from millrace.config.model_shape import LayerShape
 from millrace.megatron.attention import PackedAttention
+from millrace.megatron.latent_attention import LatentAttention, latent_attention_spec
 
 log = logging.getLogger(__name__)
 
@@ -84,11 +85,15 @@ def block_spec(
 
 
 def _transformer_engine_layer(config: TransformerConfig, moe: bool) -> ModuleSpec:
-    return get_gpt_layer_with_transformer_engine_spec(
+    spec = get_gpt_layer_with_transformer_engine_spec(
         num_experts=config.num_moe_experts if moe else None,
         moe_grouped_gemm=config.moe_grouped_gemm,
         qk_layernorm=config.qk_layernorm,
+        multi_latent_attention=config.multi_latent_attention,
     )
+    if config.multi_latent_attention:
+        spec.submodules.self_attention.module = LatentAttention
+    return spec
 
 
 def _transformer_engine_norm() -> type:
@@ -97,10 +102,16 @@ def _transformer_engine_norm() -> type:
     return TENorm
 
 
-def _torch_layer(config: TransformerConfig, moe: bool) -> ModuleSpec:
-    provider = TorchSpecProvider()
+FUSED_ATTENTION_NORM = {"input_layernorm.": "self_attention.linear_qkv.layer_norm_"}
+FUSED_LATENT_NORMS = {
+    "self_attention.q_layernorm.": "self_attention.linear_q_up_proj.layer_norm_",
+    "self_attention.kv_layernorm.": "self_attention.linear_kv_up_proj.layer_norm_",
+}
+
+
+def _self_attention_spec(provider: TorchSpecProvider, config: TransformerConfig) -> ModuleSpec:
     qk_norm = provider.layer_norm(for_qk=True) if config.qk_layernorm else IdentityOp
-    attention = ModuleSpec(
+    return ModuleSpec(
         module=SelfAttention,
         params={"attn_mask_type": AttnMaskType.causal},
         submodules=SelfAttentionSubmodules(
@@ -111,19 +122,24 @@ def _torch_layer(config: TransformerConfig, moe: bool) -> ModuleSpec:
             k_layernorm=qk_norm,
         ),
     )
+
+
+def _torch_layer(config: TransformerConfig, moe: bool) -> ModuleSpec:
+    provider = TorchSpecProvider()
+    latent = config.multi_latent_attention
     mlp = get_mlp_module_spec_for_backend(
         backend=provider, num_experts=config.num_moe_experts if moe else None, moe_grouped_gemm=False
     )
     # Transformer Engine fuses a norm into the linear behind it. Checkpoints carry those names, so that they load with
     # either kind of layer; a mixture of experts has no such linear.
-    fused_names = {"input_layernorm.": "self_attention.linear_qkv.layer_norm_"}
+    fused_names = dict(FUSED_LATENT_NORMS if latent else FUSED_ATTENTION_NORM)
     if not moe:
         fused_names["pre_mlp_layernorm."] = "mlp.linear_fc1.layer_norm_"
     return ModuleSpec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(
             input_layernorm=provider.layer_norm(),
-            self_attention=attention,
+            self_attention=latent_attention_spec(provider) if latent else _self_attention_spec(provider, config),
             self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=provider.layer_norm(),
             mlp=mlp,

@@ -6,6 +6,7 @@ rank holds.
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -23,6 +24,8 @@ from millrace.converters.mapping import Entry, canonical_name, mapping_for
 from millrace.converters.safetensors_io import HFReader
 from millrace.megatron.model import layers_of_stage
 from millrace.megatron.topology import Topology
+
+log = logging.getLogger(__name__)
 
 
 class Adapter(Protocol):
@@ -101,13 +104,14 @@ def bind(
     for name in named:
         mapping[name]  # a parameter without an entry is an error
     adapters: dict[str, Adapter] = {}
+    buffers = {names(name): b for name, b in model.named_buffers()}
     if of is None:
-        buffers = {names(name): b for name, b in model.named_buffers()}
         named |= {name: buffer for name, buffer in buffers.items() if name in mapping}
         modules = model.named_modules()
         adapters = {names(f"{name}.weight"): m.lora for name, m in modules if hasattr(m, ADAPTER)}
+    present = named.keys() | buffers.keys()
     for entry in mapping:
-        if entry.name not in named and names.here(entry):
+        if entry.name not in present and names.here(entry):
             raise ConversionError(f"the model on rank {topology.rank} has no parameter for {entry.name}")
     return [
         bind_one(entry, named[entry.name], topology, adapters.get(entry.name))
@@ -140,8 +144,16 @@ def load_hf(
     `progress` is told the bytes of each parameter that was filled. Raises ConversionError when the checkpoint lacks a
     tensor, has one too many, or one of another shape than config.json says.
     """
-    reader = HFReader(path)
-    mapping_for(shape).check_names(reader.names)
+    reader, mapping = HFReader(path), mapping_for(shape)
+    mapping.check_names(reader.names)
+    if (unread := mapping.unread_names(reader.names)) and dist.get_rank() == 0:
+        log.warning(
+            "%s: %d tensors of the layers for multi-token prediction (%s...) are left out; they are not trained, and "
+            "exports will not hold them",
+            path,
+            len(unread),
+            ", ".join(mapping.unread),
+        )
     for bound in parameters:
         sources = [reader.lazy(name) for name in bound.entry.hf]
         local = bound.entry.to_megatron(sources, bound.shards, bound.rank)
