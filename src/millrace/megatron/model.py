@@ -40,13 +40,19 @@ class HiddenStateModel(GPTModel):
 
 
 def build_model(
-    shape: ModelShape, parallel: ParallelConfig, trainer: TrainerConfig, dtype: torch.dtype, device: torch.device
+    shape: ModelShape,
+    parallel: ParallelConfig,
+    trainer: TrainerConfig,
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    grouped_experts: bool = True,
 ) -> HiddenStateModel:
-    """This rank's pipeline stage, on `device`, with random weights. Raises LayoutError for a layout that cannot hold
-    it."""
+    """This rank's pipeline stage, on `device`, with random weights; `grouped_experts` as for `transformer_config`.
+    Raises LayoutError for a layout that cannot hold it."""
     check_layout(shape, parallel)
     check_context_parallelism(shape, parallel, device)
-    config = transformer_config(shape, parallel, trainer, dtype, device)
+    config = transformer_config(shape, parallel, trainer, dtype, device, grouped_experts=grouped_experts)
     if shape.expert_groups > 1:
         choose_groups_by_their_best_two()
     first, last = layers_of_stage(shape, parallel.pp, parallel_state.get_pipeline_model_parallel_rank())

@@ -25,10 +25,16 @@ ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
 
 
 def transformer_config(
-    shape: ModelShape, parallel: ParallelConfig, trainer: TrainerConfig, dtype: torch.dtype, device: torch.device
+    shape: ModelShape,
+    parallel: ParallelConfig,
+    trainer: TrainerConfig,
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    grouped_experts: bool = True,
 ) -> TransformerConfig:
     """Megatron-Core's description of the model. Kernels that exist on CUDA with Transformer Engine only are off
-    without."""
+    without. `grouped_experts`: compute all experts of a rank in one grouped product, where that is possible."""
     fused = uses_transformer_engine(shape, device)
     describe = TransformerConfig if shape.latent_attention is None else MLATransformerConfig
     return describe(
@@ -70,7 +76,7 @@ def transformer_config(
         apply_rope_fusion=fused and shape.latent_attention is None,
         gradient_accumulation_fusion=False,
         **_recompute_options(trainer, shape, parallel),
-        **_expert_options(shape, fused),
+        **_expert_options(shape, fused and grouped_experts),
         **_latent_attention_options(shape),
     )
 
@@ -83,7 +89,7 @@ def _recompute_options(trainer: TrainerConfig, shape: ModelShape, parallel: Para
     return {}
 
 
-def _expert_options(shape: ModelShape, fused: bool) -> dict[str, Any]:
+def _expert_options(shape: ModelShape, grouped: bool) -> dict[str, Any]:
     if not shape.num_experts:
         return {}
     return {
@@ -94,7 +100,7 @@ def _expert_options(shape: ModelShape, fused: bool) -> dict[str, Any]:
         "moe_router_dtype": "fp32",
         "moe_router_load_balancing_type": "none",
         "moe_aux_loss_coeff": 0.0,
-        "moe_grouped_gemm": fused,
+        "moe_grouped_gemm": grouped,
         "moe_permute_fusion": False,
         **_router_options(shape),
     }
