@@ -23,6 +23,8 @@ LLAMA3_ROPE = {
 }
 MODELS: dict[str, dict[str, Any]] = {
     "llama": {"family": "llama", "rope_scaling": LLAMA3_ROPE},
+    "qwen2": {"family": "qwen2"},
+    "mixtral": {"family": "mixtral"},
     "qwen3": {"family": "qwen3", "tied": True},
     "qwen3_moe": {"family": "qwen3_moe"},
     "mixed_moe": {"family": "qwen3_moe", "norm_topk_prob": False, "mlp_only_layers": [1]},
@@ -48,6 +50,7 @@ MOE = {
 }
 LAYOUTS = [(model, layout, DENSE[layout]) for model in ("llama", "qwen3") for layout in DENSE]
 LAYOUTS += [("qwen3_moe", layout, MOE[layout]) for layout in MOE]
+LAYOUTS += [("qwen2", "tp2sp", DENSE["tp2sp"]), ("mixtral", "tp2ep2", MOE["tp2ep2"])]
 IDS = [f"{model}-{layout}" for model, layout, _ in LAYOUTS]
 
 Results = dict[str, list[dict[str, Any]]]
@@ -158,7 +161,7 @@ def _entropy(logits: Tensor) -> Tensor:
     return torch.cat([torch.zeros(1), -(logp.exp() * logp).sum(-1)])
 
 
-@pytest.mark.parametrize("model", ["llama", "qwen3"])
+@pytest.mark.parametrize("model", ["llama", "qwen2", "qwen3"])
 def test_gradients_equal_those_of_transformers(
     model: str, results: Results, transformers_model: Callable[[str], Any]
 ) -> None:
@@ -206,6 +209,13 @@ def test_ranks_without_a_sequence_do_not_change_the_gradient(
 ) -> None:
     found = merged(results[f"{model}-{layout}"], lambda rank: rank["one sequence"])
     assert difference(found, results[f"{model}-one"][0]["one sequence"]) <= 1e-5
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_a_packed_sequence_knows_nothing_of_its_neighbours(model: str, results: Results) -> None:
+    for name in (name for name in results if name.startswith(f"{model}-") and "bfloat16" not in name):
+        packed, alone = results[name][0]["logp"], results[name][0]["logp of each alone"]
+        torch.testing.assert_close(packed, alone, atol=1e-5, rtol=0, msg=lambda text, name=name: f"{name}: {text}")
 
 
 @pytest.mark.parametrize("model", MODELS)
