@@ -23,7 +23,7 @@ from torch import Tensor
 from millrace.converters.errors import ConversionError
 from millrace.converters.rules import Column, Replicated, Row, Rule, Sections, Shape, Source, Vocabulary
 
-FAMILIES = ("llama", "qwen2", "qwen3", "qwen3_moe", "mixtral")
+FAMILIES = ("llama", "qwen2", "qwen3", "qwen3_moe", "mixtral", "nemotron_h")
 
 Kind = Literal["column", "gqa", "sections", "row", "vocabulary", "replicated"]
 """How a line is cut: `gqa` is a column interleaved per key/value group, `sections` a column in several blocks of rows,
@@ -293,6 +293,7 @@ _GROUPED_EXPERT = re.compile(r"\.experts\.(linear_fc[12])\.(weight|bias)(\d+)$")
 _FUSED_NORMS = {
     ".self_attention.linear_qkv.layer_norm_weight": ".input_layernorm.weight",
     ".mlp.linear_fc1.layer_norm_weight": ".pre_mlp_layernorm.weight",
+    ".mixer.in_proj.layer_norm_weight": ".norm.weight",
 }
 
 

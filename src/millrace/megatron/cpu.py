@@ -12,6 +12,7 @@ import contextlib
 import functools
 import importlib
 import importlib.util
+import logging
 import sys
 from collections.abc import Callable, Iterable
 from types import ModuleType
@@ -55,6 +56,7 @@ def adapt(device: torch.device) -> None:
     define_router_gemm()
     give_split_sizes_as_arrays()
     scan_state_spaces_in_torch()
+    project_latents_in_torch()
     _adapted = True
 
 
@@ -142,8 +144,10 @@ def map_literal_devices() -> None:
 
 def draw_random_numbers_on_cpu() -> None:
     """The random-state tracker (dropout regions, activation recomputation) reads and writes CUDA generators; here it
-    keeps the CPU generator's state."""
+    keeps the CPU generator's state. Its warning about draws from the CPU generator is therefore void."""
     from megatron.core.tensor_parallel import random as tracker
+
+    logging.getLogger(tracker.__name__).addFilter(lambda record: "CPU RNG state changed" not in record.getMessage())
 
     _replace(tracker, "_get_cuda_rng_state", lambda *args, **kwargs: torch.get_rng_state())
     _replace(tracker, "_set_cuda_rng_state", lambda state, *args, **kwargs: torch.set_rng_state(state))
@@ -317,6 +321,33 @@ def _mamba_ssm() -> list[ModuleType]:
     vars(modules[3]).update(scans)
     vars(modules[4]).update(RMSNorm=state_space.RMSNorm)
     return modules
+
+
+class _DuplicatedLinear(torch.nn.Module):
+    """A linear without bias that every tensor-parallel rank holds whole: x [..., I] -> [..., O] and no bias.
+
+    Under sequence parallelism each rank sees part of the tokens, and the ranks' gradients are added up.
+    """
+
+    def __init__(
+        self, inputs: int, outputs: int, *, config: Any, init_method: Callable[[Tensor], Any], **unused: Any
+    ) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.empty(outputs, inputs, dtype=config.params_dtype))
+        init_method(self.weight)
+        setattr(self.weight, "sequence_parallel", config.sequence_parallel)  # noqa: B010
+
+    def forward(self, x: Tensor) -> tuple[Tensor, None]:
+        return torch.nn.functional.linear(x, self.weight), None
+
+
+def project_latents_in_torch() -> None:
+    """Experts that work in a latent space have a projection into it and out of it, for which Megatron-Core asks
+    Transformer Engine by name."""
+    from megatron.core.transformer.moe import moe_layer
+
+    moe_layer.TELinear = _DuplicatedLinear
+    _replace(moe_layer, "HAVE_TE", True)
 
 
 def _replace(owner: Any, name: str, value: Any) -> None:

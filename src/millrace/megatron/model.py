@@ -12,7 +12,7 @@ from megatron.core import parallel_state
 from megatron.core.models.gpt.gpt_model import GPTModel
 from torch import Tensor
 
-from millrace.config.model_shape import ModelShape
+from millrace.config.model_shape import MambaShape, ModelShape
 from millrace.config.schema import ParallelConfig, TrainerConfig
 from millrace.megatron.model_config import rope_inverse_frequencies, transformer_config
 from millrace.megatron.specs import block_spec
@@ -47,17 +47,18 @@ def build_model(
     first, last = layers_of_stage(shape, parallel.pp, parallel_state.get_pipeline_model_parallel_rank())
     model = HiddenStateModel(
         config=config,
-        transformer_layer_spec=block_spec(config, shape.layers[first:last], device),
+        transformer_layer_spec=block_spec(config, shape.layers[first:last], shape.mamba, device),
         vocab_size=shape.padded_vocab_size(parallel.tp),
         max_sequence_length=shape.max_position_embeddings,
         pre_process=parallel_state.is_pipeline_first_stage(),
         post_process=parallel_state.is_pipeline_last_stage(),
         parallel_output=True,
         share_embeddings_and_output_weights=shape.tied_embeddings,
-        position_embedding_type="rope",
+        position_embedding_type=shape.position,
         rotary_base=shape.rope_theta,
     )
-    model.rotary_pos_emb.inv_freq = rope_inverse_frequencies(shape).to(device)
+    if shape.position == "rope":
+        model.rotary_pos_emb.inv_freq = rope_inverse_frequencies(shape).to(device)
     reduce_expert_gradients_over_expert_ranks(model, parallel)
     return model.to(device)
 
@@ -72,12 +73,27 @@ def check_layout(shape: ModelShape, parallel: ParallelConfig) -> None:
         )
     if shape.num_layers % p.pp:
         problems.append(f"parallel.pp {p.pp} does not divide the {shape.num_layers} layers")
+    problems += _mamba_problems(shape.mamba, p) if shape.mamba is not None else []
     if shape.num_experts:
         problems += _expert_problems(shape, p)
     elif p.ep > 1 or p.etp > 1:
         problems.append(f"parallel.ep {p.ep} and parallel.etp {p.etp} must be 1: the model has no experts")
     if problems:
         raise LayoutError("; ".join(problems))
+
+
+def _mamba_problems(mamba: MambaShape, p: ParallelConfig) -> list[str]:
+    problems = []
+    if mamba.heads % p.tp or mamba.groups % p.tp:
+        problems.append(
+            f"parallel.tp {p.tp} does not divide the {mamba.heads} heads and {mamba.groups} groups of the Mamba layers"
+        )
+    if p.cp > 1:
+        problems.append(
+            f"parallel.cp {p.cp} must be 1: the state of a Mamba layer runs through a sequence, and Megatron-Core "
+            "shares packed ones over ranks with kernels of Transformer Engine only"
+        )
+    return problems
 
 
 def _expert_problems(shape: ModelShape, p: ParallelConfig) -> list[str]:

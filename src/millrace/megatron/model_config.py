@@ -67,6 +67,7 @@ def transformer_config(
         gradient_accumulation_fusion=False,
         **_recompute_options(trainer, shape, parallel),
         **_expert_options(shape, fused),
+        **_mamba_options(shape),
     )
 
 
@@ -86,6 +87,7 @@ def _expert_options(shape: ModelShape, fused: bool) -> dict[str, Any]:
         "moe_layer_freq": [int(layer.ffn == "experts") for layer in shape.layers],
         "moe_ffn_hidden_size": shape.moe_ffn_hidden_size,
         "moe_shared_expert_intermediate_size": shape.shared_ffn_hidden_size or None,
+        "moe_latent_size": shape.moe_latent_size or None,
         "moe_router_dtype": "fp32",
         "moe_router_load_balancing_type": "none",
         "moe_aux_loss_coeff": 0.0,
@@ -113,6 +115,18 @@ def _router_options(shape: ModelShape) -> dict[str, Any]:
             "moe_router_group_topk": shape.groups_per_token,
         }
     return options
+
+
+def _mamba_options(shape: ModelShape) -> dict[str, Any]:
+    if (mamba := shape.mamba) is None:
+        return {}
+    return {
+        "is_hybrid_model": True,
+        "mamba_num_heads": mamba.heads,
+        "mamba_head_dim": mamba.head_dim,
+        "mamba_num_groups": mamba.groups,
+        "mamba_state_dim": mamba.state,
+    }
 
 
 def rope_inverse_frequencies(shape: ModelShape) -> Tensor:

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from megatron.core.extensions.transformer_engine_spec_provider import TESpecProvider
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.backends import LocalSpecProvider
 from megatron.core.models.gpt.gpt_layer_specs import (
@@ -34,7 +35,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 from torch import Tensor
 
-from millrace.config.model_shape import LayerShape
+from millrace.config.model_shape import LayerShape, MambaShape
 
 log = logging.getLogger(__name__)
 
@@ -143,7 +144,7 @@ def transformer_engine_is_there() -> bool:
 
 
 def block_spec(
-    config: TransformerConfig, layers: Sequence[LayerShape], device: torch.device
+    config: TransformerConfig, layers: Sequence[LayerShape], mamba: MambaShape | None, device: torch.device
 ) -> TransformerBlockSubmodules:
     """Specification of one pipeline stage, of these layers."""
     use_te = device.type == "cuda" and transformer_engine_is_there()
@@ -152,10 +153,17 @@ def block_spec(
             "Transformer Engine is not installed: layers are built from plain torch modules, which are slower and have "
             "no FP8"
         )
-    make = _transformer_engine_layer if use_te else _torch_layer
-    specs = {layer: make(config, layer.ffn == "experts") for layer in set(layers)}
+    specs = {layer: _layer(config, layer, mamba, use_te) for layer in set(layers)}
     norm = _transformer_engine_norm() if use_te else RMSNorm
     return TransformerBlockSubmodules(layer_specs=[specs[layer] for layer in layers], layer_norm=norm)
+
+
+def _layer(config: TransformerConfig, layer: LayerShape, mamba: MambaShape | None, use_te: bool) -> ModuleSpec:
+    if layer.mixer is None or layer.ffn is None:
+        from millrace.megatron.hybrid import part_layer  # not before megatron.cpu has adapted Megatron-Core
+
+        return part_layer(config, layer, mamba, TESpecProvider() if use_te else TorchSpecProvider())
+    return (_transformer_engine_layer if use_te else _torch_layer)(config, layer.ffn == "experts")
 
 
 def _transformer_engine_layer(config: TransformerConfig, moe: bool) -> ModuleSpec:

@@ -66,11 +66,12 @@ def bind(
     named = {canonical_name(name, layers, experts.start): take(p) for name, p in model.named_parameters()}
     for name in named:
         mapping[name]  # a parameter without an entry is an error
+    buffers = {canonical_name(name, layers, experts.start): b for name, b in model.named_buffers()}
     if of is None:
-        buffers = {canonical_name(name, layers, experts.start): b for name, b in model.named_buffers()}
         named |= {name: buffer for name, buffer in buffers.items() if name in mapping}
+    present = named.keys() | buffers.keys()
     for entry in mapping:
-        if entry.name not in named and entry.layer in layers and (entry.expert is None or entry.expert in experts):
+        if entry.name not in present and entry.layer in layers and (entry.expert is None or entry.expert in experts):
             raise ConversionError(f"the model on rank {topology.rank} has no parameter for {entry.name}")
     return [_bind_one(entry, named[entry.name], topology) for entry in mapping if entry.name in named]
 
