@@ -281,6 +281,33 @@ def sync(hf: HfFolder, tp: Tp = 1, pp: Pp = 1, ep: Ep = 1, etp: Etp = None, dp: 
     _on_ranks("cascade.verify_sync", arguments, tp, pp, ep, etp, dp)
 
 
+@verify.command()
+def card(
+    hf: HfFolder,
+    out: Annotated[Path, typer.Option("--out", help="The card, a YAML file.")] = Path("card.yaml"),
+    layout: Annotated[
+        list[str] | None, typer.Option(help="Only at this layout, such as 'tp2 pp2'; can be given several times.")
+    ] = None,
+    sync: Annotated[bool, typer.Option(help="Swap weights into a running engine as well, which needs vLLM.")] = True,
+) -> None:
+    """Every verification of a checkpoint, at each kind of layout that fits it, recorded on one card.
+
+    Example: `millrace verify card --hf demo/base --out base.yaml`
+    """
+    from millrace.launch.card import card_command, verify_all, vllm_is_there, write_card
+
+    if sync and not vllm_is_there():
+        raise MillraceError("vLLM is not installed, so no engine can take the weights; install it or add --no-sync")
+    console = Console(highlight=False, soft_wrap=True)
+    checks = verify_all(hf, sync=sync, only=layout or (), say=console.print)
+    write_card(out, hf, checks, card_command(hf, sync, layout or ()))
+    failed = [check for check in checks if not check.passed]
+    for check in failed:
+        console.print(f"FAILED: {check.name} at {check.layout}: {check.summary}")
+    console.print(f"{len(checks) - len(failed)} of {len(checks)} checks passed; the card is {out}")
+    raise typer.Exit(FAILED if failed else 0)
+
+
 @data.command()
 def passrate(
     recipe: RecipeFile,

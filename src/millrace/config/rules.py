@@ -20,7 +20,7 @@ from millrace.config.errors import ConfigError
 from millrace.config.graph import graph_problems
 from millrace.config.model_shape import ModelShape
 from millrace.config.ranges import range_problems
-from millrace.config.schema import FleetConfig, MopdStage, Recipe, SamplingStage, SftStage
+from millrace.config.schema import FleetConfig, MopdStage, ParallelConfig, Recipe, SamplingStage, SftStage
 from millrace.config.stage_rules import domain_problems, stage_problems
 from millrace.config.urls import holds_credentials
 
@@ -94,15 +94,19 @@ def _layout(recipe: Recipe, world_size: int | None) -> Problems:
 
 
 def _layout_of_model(recipe: Recipe, shape: ModelShape) -> Problems:
-    p = recipe.parallel
+    yield from layout_problems(recipe.parallel, shape)
+    yield from _must_divide("fleet.tensor_parallel", recipe.fleet.tensor_parallel, shape.num_heads, "attention heads")
+    for key, engine in _teacher_engines(recipe).items():
+        yield from _must_divide(f"{key}.tensor_parallel", engine.tensor_parallel, shape.num_heads, "attention heads")
+
+
+def layout_problems(p: ParallelConfig, shape: ModelShape) -> Problems:
+    """Why a layout cannot hold a model, a sentence each."""
     yield from _must_divide("parallel.tp", p.tp, shape.num_heads, "attention heads")
     yield from _must_divide("parallel.tp", p.tp, shape.num_kv_heads, "key/value heads")
     if shape.has_dense_ffn:
         yield from _must_divide("parallel.tp", p.tp, shape.ffn_hidden_size, "feed-forward columns")
     yield from _must_divide("parallel.pp", p.pp, shape.num_layers, "layers")
-    yield from _must_divide("fleet.tensor_parallel", recipe.fleet.tensor_parallel, shape.num_heads, "attention heads")
-    for key, engine in _teacher_engines(recipe).items():
-        yield from _must_divide(f"{key}.tensor_parallel", engine.tensor_parallel, shape.num_heads, "attention heads")
     if not shape.num_experts:
         for key, ranks in (("ep", p.ep), ("etp", p.etp)):
             if ranks > 1:
@@ -114,11 +118,6 @@ def _layout_of_model(recipe: Recipe, shape: ModelShape) -> Problems:
         yield (
             f"parallel.tp is {p.tp} with a mixture of experts, which needs sequence parallelism; "
             "set parallel.sequence_parallel=true"
-        )
-    if p.tp > 1 and p.ep == 1 and p.etp != p.tp:
-        yield (
-            f"parallel.etp is {p.etp} with tp {p.tp} and ep 1, where Megatron-Core computes wrong expert gradients "
-            f"without saying so; set parallel.etp={p.tp}, or use ep > 1"
         )
 
 
