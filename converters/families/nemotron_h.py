@@ -22,9 +22,8 @@ MAMBA = (
     Line("mixer.conv1d.weight", "sections", {"mixer.conv1d.weight": "inner+states+states 1 taps"}),
     Line("mixer.conv1d.bias", "sections", {"mixer.conv1d.bias": "inner+states+states"}),
     Line("mixer.dt_bias", "column", {"mixer.dt_bias": "heads"}),
-    # Megatron-Core and inference engines keep these two in float32, beside weights of any type.
-    Line("mixer.A_log", "column", {"mixer.A_log": "heads"}, dtype=torch.float32),
-    Line("mixer.D", "column", {"mixer.D": "heads"}, dtype=torch.float32),
+    Line("mixer.A_log", "column", {"mixer.A_log": "heads"}),
+    Line("mixer.D", "column", {"mixer.D": "heads"}),
     Line("mixer.norm.weight", "column", {"mixer.norm.weight": "inner"}),
     Line("mixer.out_proj.weight", "row", {"mixer.out_proj.weight": "hidden inner"}),
 )

@@ -55,6 +55,10 @@ class MambaBlockLayer(MambaLayer):
             pp_layer_offset=before,
         )
         self.mixer.norm.eps = config.layernorm_epsilon  # Megatron-Core gives it 1e-5
+        # Megatron-Core makes these two in float32, which its own training casts away again: the distributed optimizer
+        # mixes up the parameters of a group that has two types. Their exact values are the optimizer's, as everywhere.
+        for parameter in (self.mixer.A_log, self.mixer.D):
+            parameter.data = parameter.data.to(config.params_dtype)
 
     def forward(
         self,
