@@ -103,7 +103,7 @@ def sharded_state(module: MegatronModule, optimizer: Any | None, *, loading_step
     if optimizer is not None:
         loading = loading_step is not None
         theirs = optimizer.sharded_state_dict(model, is_loading=loading, metadata=dict(SHARDING))
-        parameters = {item.key: item.data for item in nested_values(model) if isinstance(item, SHARDED)}
+        parameters = {_place(item): item.data for item in nested_values(model) if isinstance(item, SHARDED)}
         state["optimizer"] = _portable(
             theirs, parameters, optimizer_step(optimizer) if loading_step is None else loading_step
         )
@@ -115,7 +115,13 @@ def optimizer_step(optimizer: Any) -> int:
     return max((int(group.get("step", 0)) for group in optimizer.param_groups), default=0)
 
 
-def _portable(node: Any, parameters: dict[str, torch.Tensor], step: int) -> Any:
+def _place(item: ShardedTensor | ShardedTensorFactory, prefix: str = "") -> tuple[str, Any]:
+    """What tells a sharded tensor of this rank from the others: the experts of a layer share one name."""
+    where = item.build_fn if isinstance(item, ShardedTensorFactory) else item.global_offset
+    return item.key.removeprefix(prefix), where
+
+
+def _portable(node: Any, parameters: dict[tuple[str, Any], torch.Tensor], step: int) -> Any:
     """An optimizer's sharded state with nothing in it that depends on the layout or on the kind of optimizer.
 
     Only tensors go to the checkpoint. Groups, their options and the order of the parameters are the running
@@ -142,11 +148,11 @@ def _groups_at(groups: list[dict[str, Any]], step: int) -> LocalNonpersistentObj
     return LocalNonpersistentObject(own)
 
 
-def _master_copy(item: ShardedTensor | ShardedTensorFactory, parameters: dict[str, torch.Tensor]) -> Any:
-    name = item.key.removeprefix(DISTRIBUTED_MASTER)
-    if parameters[name].dtype == torch.float32:
-        return LocalNonpersistentObject(parameters[name])
-    item.key = MASTER + name
+def _master_copy(item: ShardedTensor | ShardedTensorFactory, parameters: dict[tuple[str, Any], torch.Tensor]) -> Any:
+    parameter = parameters[_place(item, DISTRIBUTED_MASTER)]
+    if parameter.dtype == torch.float32:
+        return LocalNonpersistentObject(parameter)
+    item.key = MASTER + item.key.removeprefix(DISTRIBUTED_MASTER)
     return item
 
 
