@@ -20,7 +20,7 @@ import json
 import os
 import shutil
 import struct
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -241,11 +241,19 @@ class HFWriter:
         self._open, self._open_bytes = {}, 0
 
 
-def publish(path: str | Path, manifests: Sequence[Manifest], *, source: str | Path, dtype: str | None = None) -> Path:
+def publish(
+    path: str | Path,
+    manifests: Sequence[Manifest],
+    *,
+    source: str | Path,
+    dtype: str | None = None,
+    texts: Mapping[str, str] | None = None,
+) -> Path:
     """Number the shards, write the index, take config and tokenizer over from `source`, and rename the folder.
 
-    `dtype` is what config.json then names as the data type (None: as in the source). Raises ConversionError when two
-    manifests hold the same tensor, or when there is none.
+    `dtype` is what config.json then names as the data type (None: as in the source). `texts` are files to write
+    besides, by name, in place of the source's. Raises ConversionError when two manifests hold the same tensor, or when
+    there is none.
     """
     path, folder = Path(path), _unfinished(path)
     try:
@@ -254,6 +262,8 @@ def publish(path: str | Path, manifests: Sequence[Manifest], *, source: str | Pa
         for file in folder.glob("*.safetensors"):
             file.chmod((folder / INDEX).stat().st_mode)  # save_file leaves them readable to their owner alone
         copy_companions(source, folder, dtype=dtype)
+        for name, text in (texts or {}).items():
+            (folder / name).write_text(text, encoding="utf-8")
         _flush_to_disk(folder)
         replaced = path.with_name(path.name + ".replaced")
         if path.exists():

@@ -36,6 +36,7 @@ LAYOUTS = {
     "moe_ep2": ("qwen3_moe", "float32", ParallelConfig(dp=2, ep=2), False),
     "hybrid_tp2_ep2": ("hybrid", "float32", ParallelConfig(tp=2, ep=2, sequence_parallel=True), False),
     "hybrid_distributed": ("hybrid", "bfloat16", ParallelConfig(dp=2, ep=2), True),
+    "cp2_distributed": ("qwen3", "float32", ParallelConfig(cp=2), True),
 }
 """Base model (a folder), data type, layout, distributed optimizer of each run that is saved."""
 

@@ -46,7 +46,9 @@ def single(folder: Path, straight: dict[str, Any]) -> dict[str, Any]:
     return run_phase(folder, "single", 1)
 
 
-@pytest.mark.parametrize("run", ["tp2_sp", "dp2_distributed", "moe_ep2", "hybrid_tp2_ep2", "hybrid_distributed"])
+@pytest.mark.parametrize(
+    "run", ["tp2_sp", "dp2_distributed", "moe_ep2", "cp2_distributed", "hybrid_tp2_ep2", "hybrid_distributed"]
+)
 def test_a_resumed_run_ends_with_the_same_bits_as_one_that_never_stopped(run, straight, resumed):
     for key in ("losses", "step", "ranks"):
         assert resumed[run][key] == straight[run][key], key

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -44,6 +45,10 @@ DENSE = {
     "pp2": {"pp": 2},
     "dp2": {"dp": 2},
     "tp2pp2": {"tp": 2, "pp": 2},
+    "cp2": {"cp": 2},
+    "tp2spcp2": {"tp": 2, "cp": 2, "sequence_parallel": True},
+    "pp2cp2": {"pp": 2, "cp": 2},
+    "dp2cp2": {"dp": 2, "cp": 2},
 }
 MOE = {
     "tp2etp2": {"tp": 2, "etp": 2, "sequence_parallel": True},
@@ -52,6 +57,9 @@ MOE = {
     "ep2": {"dp": 2, "ep": 2},
     "pp2": {"pp": 2},
     "tp2pp2ep2": {"tp": 2, "pp": 2, "ep": 2, "sequence_parallel": True},
+    "cp2ep2": {"cp": 2, "ep": 2},
+    "tp2cp2ep4": {"tp": 2, "cp": 2, "ep": 4, "sequence_parallel": True},
+    "cp4": {"cp": 4},
 }
 LAYOUTS = [(model, layout, DENSE[layout]) for model in ("llama", "qwen3") for layout in DENSE]
 LAYOUTS += [("qwen3_moe", layout, MOE[layout]) for layout in MOE]
@@ -82,6 +90,8 @@ def cases_of_two_ranks() -> list[dict[str, Any]]:
     sharded = {"distributed_optimizer": True}
     cases.append(case("llama", "dp2-sharded", {"dp": 2}, trainer=sharded))
     cases.append(case("qwen3_moe", "ep2-sharded", {"dp": 2, "ep": 2}, trainer=sharded))
+    cases.append(case("qwen3", "cp2-sharded", {"cp": 2}, trainer=sharded))
+    cases.append(case("qwen3", "cp2-recompute", {"cp": 2}, trainer={"recompute": "selective"}))
     cases.append(case("qwen3", "tp2-bfloat16", {"tp": 2}, dtype="bfloat16"))
     cases.append(case("qwen3", "dp2-bfloat16", {"dp": 2}, dtype="bfloat16", trainer=sharded))
     return cases
@@ -92,7 +102,7 @@ def cases_of_four_ranks() -> list[dict[str, Any]]:
 
 
 def ranks_of(parallel: dict[str, Any]) -> int:
-    return parallel.get("tp", 1) * parallel.get("pp", 1) * parallel.get("dp", 1)
+    return math.prod(parallel.get(kind, 1) for kind in ("tp", "pp", "cp", "dp"))
 
 
 @pytest.fixture(scope="module")
@@ -246,13 +256,18 @@ def test_recomputation_changes_nothing(kind: str, results: Results) -> None:
     assert difference(recomputed["updated"], plain["updated"]) == 0
 
 
+def test_recomputation_under_context_parallelism_changes_nothing(results: Results) -> None:
+    plain, recomputed = (merged(results[f"qwen3-{name}"], uncut) for name in ("cp2", "cp2-recompute"))
+    assert difference(recomputed, plain) == 0
+
+
 def test_a_step_is_bitwise_repeatable(results: Results) -> None:
     first, again = results["qwen3_moe-one"][0], results["qwen3_moe-again"][0]
     assert difference(again["updated"], first["updated"]) == 0
     assert again["metrics"] == first["metrics"]
 
 
-@pytest.mark.parametrize(("model", "layout"), [("llama", "dp2"), ("qwen3_moe", "ep2")])
+@pytest.mark.parametrize(("model", "layout"), [("llama", "dp2"), ("qwen3_moe", "ep2"), ("qwen3", "cp2")])
 def test_the_distributed_optimizer_makes_the_same_update(model: str, layout: str, results: Results) -> None:
     sharded = merged(results[f"{model}-{layout}-sharded"], lambda rank: rank["updated"])
     plain = merged(results[f"{model}-{layout}"], lambda rank: rank["updated"])

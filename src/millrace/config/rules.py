@@ -20,7 +20,15 @@ from millrace.config.errors import ConfigError
 from millrace.config.graph import graph_problems
 from millrace.config.model_shape import ModelShape
 from millrace.config.ranges import range_problems
-from millrace.config.schema import FleetConfig, MopdStage, ParallelConfig, Recipe, SamplingStage, SftStage
+from millrace.config.schema import (
+    BUILT_IN_TEMPLATES,
+    FleetConfig,
+    MopdStage,
+    ParallelConfig,
+    Recipe,
+    SamplingStage,
+    SftStage,
+)
 from millrace.config.stage_rules import domain_problems, stage_problems
 from millrace.config.urls import holds_credentials
 
@@ -82,8 +90,6 @@ def _layout(recipe: Recipe, world_size: int | None) -> Problems:
             f"parallel: {asked} = {p.world_size} ranks, but there are {world_size}; "
             "set parallel.dp to fill them or start as many as the layout needs"
         )
-    if p.cp > 1:
-        yield f"parallel.cp is {p.cp}, but context parallelism is not supported; set parallel.cp=1"
     if p.sequence_parallel and p.tp == 1:
         yield "parallel.sequence_parallel needs parallel.tp of at least 2; switch it off or raise tp"
     if p.ep > 0 and p.etp > 0 and (p.tp * p.cp * p.dp) % (p.ep * p.etp):
@@ -95,6 +101,11 @@ def _layout(recipe: Recipe, world_size: int | None) -> Problems:
 
 def _layout_of_model(recipe: Recipe, shape: ModelShape) -> Problems:
     yield from layout_problems(recipe.parallel, shape)
+    if recipe.parallel.cp > 1 and shape.mamba is not None and recipe.trainer.device == "cpu":
+        yield (
+            f"parallel.cp is {recipe.parallel.cp} on CPU, but Megatron-Core shares the sequences of Mamba layers "
+            "through Transformer Engine only; set parallel.cp=1"
+        )
     yield from _must_divide("fleet.tensor_parallel", recipe.fleet.tensor_parallel, shape.num_heads, "attention heads")
     for key, engine in _teacher_engines(recipe).items():
         yield from _must_divide(f"{key}.tensor_parallel", engine.tensor_parallel, shape.num_heads, "attention heads")
@@ -260,6 +271,12 @@ def _files(recipe: Recipe) -> Problems:
     run_dir = Path(recipe.run_dir)
     if run_dir.exists() and not run_dir.is_dir():
         yield f"run_dir: {run_dir} is a file; name a folder"
+    template = recipe.model.chat_template
+    if template is not None and template not in BUILT_IN_TEMPLATES and not Path(template).is_file():
+        yield (
+            f"model.chat_template: the file {template} does not exist; name a Jinja file, or a built-in one "
+            f"({', '.join(BUILT_IN_TEMPLATES)})"
+        )
     for stage in recipe.stages:
         if isinstance(stage, SftStage):
             for file in stage.data:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from millrace.converters.safetensors_io import HFWriter, prepare_export, publish
@@ -13,9 +14,17 @@ SHARD_BYTES = 2 << 30
 
 
 def export_hf(
-    policy: Policy, source: str | Path, out: Path, *, max_shard_bytes: int = SHARD_BYTES, overwrite: bool = False
+    policy: Policy,
+    source: str | Path,
+    out: Path,
+    *,
+    max_shard_bytes: int = SHARD_BYTES,
+    overwrite: bool = False,
+    texts: Mapping[str, str] | None = None,
 ) -> Path:
     """Write `policy` to `out` in Hugging Face format, with tokenizer and configs of `source`. Collective.
+
+    `texts` are files to write besides, by name, in place of those of `source`.
 
     Every rank writes the tensors it owns into files of its own, so that none holds the model. A folder of that name is
     always complete: it is renamed at the end. Raises ConversionError where `out` exists and is not to be overwritten.
@@ -28,5 +37,5 @@ def export_hf(
             writer.add(name, tensor)
             advance(tensor.numel() * tensor.element_size())
     manifests = gather(writer.close())
-    on_rank_zero(lambda: publish(out, manifests, source=source, dtype=policy.config.dtype))
+    on_rank_zero(lambda: publish(out, manifests, source=source, dtype=policy.config.dtype, texts=texts))
     return out

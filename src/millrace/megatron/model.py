@@ -1,6 +1,6 @@
 """A Megatron-Core GPT from the facts of a Hugging Face config.json.
 
-Legend: T tokens of a packed micro-batch (padded to a multiple of TP), H hidden size.
+Legend: T tokens of a packed micro-batch that this rank computes (a multiple of TP), H hidden size.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor
 from millrace.config.model_shape import MambaShape, ModelShape
 from millrace.config.schema import ParallelConfig, TrainerConfig
 from millrace.megatron.model_config import rope_inverse_frequencies, transformer_config
-from millrace.megatron.specs import block_spec
+from millrace.megatron.specs import block_spec, transformer_engine_is_there
 from millrace.megatron.topology import LayoutError
 
 
@@ -43,6 +43,7 @@ def build_model(
     """This rank's pipeline stage, on `device`, with random weights. Raises LayoutError for a layout that cannot hold
     it."""
     check_layout(shape, parallel)
+    check_context_parallelism(shape, parallel, device)
     config = transformer_config(shape, parallel, trainer, dtype, device)
     first, last = layers_of_stage(shape, parallel.pp, parallel_state.get_pipeline_model_parallel_rank())
     model = HiddenStateModel(
@@ -88,12 +89,16 @@ def _mamba_problems(mamba: MambaShape, p: ParallelConfig) -> list[str]:
         problems.append(
             f"parallel.tp {p.tp} does not divide the {mamba.heads} heads and {mamba.groups} groups of the Mamba layers"
         )
-    if p.cp > 1:
-        problems.append(
-            f"parallel.cp {p.cp} must be 1: the state of a Mamba layer runs through a sequence, and Megatron-Core "
-            "shares packed ones over ranks with kernels of Transformer Engine only"
-        )
     return problems
+
+
+def check_context_parallelism(shape: ModelShape, parallel: ParallelConfig, device: torch.device) -> None:
+    """Raises LayoutError where the model's layers cannot share a sequence on this device."""
+    if parallel.cp > 1 and shape.mamba is not None and not (device.type == "cuda" and transformer_engine_is_there()):
+        raise LayoutError(
+            f"parallel.cp is {parallel.cp}, but Megatron-Core shares the sequences of Mamba layers through Transformer "
+            "Engine only, which is not there; use parallel.cp=1"
+        )
 
 
 def _expert_problems(shape: ModelShape, p: ParallelConfig) -> list[str]:

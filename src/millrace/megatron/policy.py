@@ -27,6 +27,7 @@ from millrace.config.schema import ModelConfig, OptimizerConfig, ParallelConfig,
 from millrace.data.batch import TokenBatch
 from millrace.errors import MillraceError
 from millrace.megatron import weights
+from millrace.megatron.context import ContextShare
 from millrace.megatron.divergence import Divergence, TeacherStates, taught_logprobs
 from millrace.megatron.logprobs import token_logprobs, vocabulary_logits, whole_hidden
 from millrace.megatron.microbatch import MicroBatch, cut_batch
@@ -202,6 +203,7 @@ class Policy:
                     divergence,
                     temperature=temperature,
                     entropy=entropy,
+                    context=self.topology.cp_group,
                     **self._head_settings,
                 )
             loss, metrics = loss_fn(logp, streams, micro_batch.segment_ids)
@@ -223,7 +225,8 @@ class Policy:
 
         def on_last_stage(micro_batch: MicroBatch, hidden: Tensor) -> tuple[Tensor, Any]:
             whole = whole_hidden(hidden, self.topology.tp_group, self._sequence_parallel)
-            return hidden.new_zeros(()), whole.index_select(0, micro_batch.taught_rows(teacher))
+            _, places = micro_batch.computed_here(micro_batch.taught_rows(teacher))
+            return hidden.new_zeros(()), whole.index_select(0, places)
 
         states = self._run(self.cut(batch, keep), on_last_stage, training=False)
         if not self.topology.last_stage:
@@ -237,18 +240,27 @@ class Policy:
         rows, length = tokens.shape
         batch = TokenBatch(tokens.reshape(-1).cpu(), torch.full((rows,), length))
         micro_batches = cut_batch(
-            batch, dp=1, dp_rank=0, capacity=length, multiple=self._multiple, device=self.topology.device
+            batch,
+            dp=1,
+            dp_rank=0,
+            capacity=length,
+            multiple=self._multiple,
+            device=self.topology.device,
+            context=self._context,
         )
 
         def on_last_stage(micro_batch: MicroBatch, hidden: Tensor) -> tuple[Tensor, Any]:
             values = vocabulary_logits(
                 hidden, self.module.head_weight, self.shape.vocab_size, self.topology.tp_group, self._sequence_parallel
             )
-            return values.new_zeros(()), (micro_batch, values[: micro_batch.real].float())
+            shown, places = micro_batch.computed_here(torch.arange(micro_batch.real, device=values.device))
+            return values.new_zeros(()), (micro_batch.positions.to(values.device)[shown], values[places].float())
 
         values = torch.zeros(rows * length, self.shape.vocab_size, device=self.topology.device)
-        for micro_batch, part in self._run(micro_batches, on_last_stage, training=False):
-            values[micro_batch.positions.to(values.device)] = part
+        for positions, part in self._run(micro_batches, on_last_stage, training=False):
+            values[positions] = part
+        if self.topology.cp > 1 and self.topology.last_stage:
+            dist.all_reduce(values, group=self.topology.cp_group)
         return self._from_last_stage(values, sum_over_dp=False).cpu().reshape(rows, length, -1)
 
     @property
@@ -258,6 +270,10 @@ class Policy:
     @property
     def _multiple(self) -> int:
         return self.topology.tp if self._sequence_parallel else 1
+
+    @property
+    def _context(self) -> ContextShare:
+        return ContextShare(self.topology.cp, self.topology.cp_rank)
 
     @property
     def _head_settings(self) -> dict[str, Any]:
@@ -277,6 +293,7 @@ class Policy:
             capacity=self.trainer.max_tokens_per_micro_batch,
             multiple=self._multiple,
             device=self.topology.device,
+            context=self._context,
             keep=keep,
         )
 
@@ -291,7 +308,7 @@ class Policy:
                 data_iterator=iter(micro_batches),
                 model=[model],
                 num_microbatches=len(micro_batches),
-                seq_length=max(m.tokens.numel() for m in micro_batches),
+                seq_length=max(m.input_ids.numel() for m in micro_batches),
                 micro_batch_size=1,
                 forward_only=not training,
             )
@@ -299,20 +316,22 @@ class Policy:
     def _head(
         self, micro_batch: MicroBatch, hidden: Tensor, rows: Tensor, *, temperature: float, entropy: bool
     ) -> tuple[Tensor, Tensor | None]:
-        """Log-probs (and entropies) of the tokens behind `rows`, aligned with the shown tokens [shown]; elsewhere 0."""
+        """Log-probs (and entropies) of the tokens behind `rows`, aligned with the shown tokens [shown]; elsewhere 0.
+
+        Under context parallelism each rank gives those of its own tokens, and all get all: a loss sees whole sequences.
+        """
+        rows, places = micro_batch.computed_here(rows)
         logp, entropies = token_logprobs(
             hidden,
             self.module.head_weight,
             micro_batch.tokens[rows + 1],
-            rows=rows,
+            rows=places,
             temperature=temperature,
             entropy=entropy,
             **self._head_settings,
         )
-        aligned = logp.new_zeros(micro_batch.shown).index_copy(0, rows + 1, logp)
-        if entropies is None:
-            return aligned, None
-        return aligned, logp.new_zeros(micro_batch.shown).index_copy(0, rows + 1, entropies)
+        aligned = partial(micro_batch.aligned, rows, group=self.topology.cp_group)
+        return aligned(logp), (None if entropies is None else aligned(entropies))
 
     def _from_last_stage(self, values: Tensor, *, sum_over_dp: bool) -> Tensor:
         """Values of the last pipeline stage on every rank; each data-parallel rank may have filled its own places."""
@@ -375,7 +394,7 @@ def _forward(
     """One micro-batch through this stage, as Megatron-Core's schedules call it."""
     micro_batch = next(micro_batches)
     output = model(
-        input_ids=micro_batch.tokens[None],
+        input_ids=micro_batch.input_ids[None],
         position_ids=None,
         attention_mask=None,
         packed_seq_params=micro_batch.packed_seq_params(),

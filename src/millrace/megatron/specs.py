@@ -3,14 +3,11 @@
 On CUDA these are Transformer Engine's fused modules. Without Transformer Engine (always on CPU) they are
 Megatron-Core's own parallel linears with the two modules it has no fitting plain version of: an RMSNorm that works
 under sequence parallelism, and an attention over packed sequences whose memory is linear in their length.
-
-Legend: T tokens of a micro-batch, S sequence length, B batch, N heads, G key/value heads, D head dimension.
 """
 
 from __future__ import annotations
 
 import importlib.util
-import itertools
 import logging
 from collections.abc import Sequence
 from typing import Any
@@ -24,11 +21,9 @@ from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_with_transformer_engine_spec,
     get_mlp_module_spec_for_backend,
 )
-from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
-from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -36,6 +31,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer, Transf
 from torch import Tensor
 
 from millrace.config.model_shape import LayerShape, MambaShape
+from millrace.megatron.attention import PackedAttention
 
 log = logging.getLogger(__name__)
 
@@ -56,77 +52,6 @@ class RMSNorm(torch.nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return F.rms_norm(x, (x.shape[-1],), self.weight, self.eps)
-
-
-class PackedAttention(MegatronModule):
-    """Causal attention over torch's scaled_dot_product_attention, for padded batches and packed sequences.
-
-    A packed micro-batch attends within each of its sequences only. Sequences of equal length go through one call, so
-    the memory is linear in the number of tokens and many short sequences cost few calls.
-    """
-
-    def __init__(
-        self,
-        config: TransformerConfig,
-        layer_number: int,
-        attn_mask_type: AttnMaskType,
-        attention_type: str,
-        softmax_scale: float | None = None,
-        **unused: Any,
-    ) -> None:
-        super().__init__(config=config)
-        if config.context_parallel_size > 1:
-            raise ValueError("context parallelism needs Transformer Engine's attention")
-        self.scale = softmax_scale
-
-    def forward(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attention_mask: Tensor | None = None,
-        attn_mask_type: AttnMaskType | None = None,
-        attention_bias: Tensor | None = None,
-        packed_seq_params: PackedSeqParams | None = None,
-        **unused: Any,
-    ) -> Tensor:
-        """query [S, B, N, D], key and value [S, B, G, D] -> [S, B, N * D], or packed: [T, N, D], [T, G, D] -> [T, N,
-        D]."""
-        if packed_seq_params is None:
-            batch_first = (t.transpose(0, 1) for t in (query, key, value))
-            return self._attend(*batch_first).transpose(0, 1).flatten(2)
-        lengths = _segment_lengths(packed_seq_params, query.shape[0])
-        pieces = [t.split(lengths) for t in (query, key, value)]
-        outputs = [query] * len(lengths)
-        for members in _by_length(lengths):
-            stacked = (torch.stack([piece[i] for i in members]) for piece in pieces)
-            for i, output in zip(members, self._attend(*stacked).unbind(), strict=True):
-                outputs[i] = output
-        return torch.cat(outputs)
-
-    def _attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """[B, S, N, D], [B, S, G, D] twice -> [B, S, N, D]"""
-        repeats = query.shape[2] // key.shape[2]
-        if repeats > 1:  # the memory-linear CPU kernel takes equal head counts only
-            key, value = (t.repeat_interleave(repeats, dim=2) for t in (key, value))
-        query, key, value = (t.transpose(1, 2) for t in (query, key, value))
-        return F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=self.scale).transpose(1, 2)
-
-
-def _segment_lengths(packed: PackedSeqParams, tokens: int) -> list[int]:
-    bounds = packed.cu_seqlens_q if packed.cu_seqlens_q_padded is None else packed.cu_seqlens_q_padded
-    edges = bounds.tolist()
-    if edges[-1] != tokens:
-        raise ValueError(f"cu_seqlens ends at {edges[-1]}, but the packed micro-batch has {tokens} tokens")
-    return [end - start for start, end in itertools.pairwise(edges)]
-
-
-def _by_length(lengths: Sequence[int]) -> list[list[int]]:
-    """Indices of the sequences of each length."""
-    groups: dict[int, list[int]] = {}
-    for i, length in enumerate(lengths):
-        groups.setdefault(length, []).append(i)
-    return list(groups.values())
 
 
 class TorchSpecProvider(LocalSpecProvider):

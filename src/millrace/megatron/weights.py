@@ -78,7 +78,7 @@ def bind(
 
 def _bind_one(entry: Entry, tensor: Tensor, t: Topology) -> BoundParameter:
     if entry.expert is None:
-        return BoundParameter(entry, tensor, t.tp, t.tp_rank, t.dp, t.dp_rank)
+        return BoundParameter(entry, tensor, t.tp, t.tp_rank, t.dp * t.cp, t.dp_rank * t.cp + t.cp_rank)
     return BoundParameter(entry, tensor, t.etp, t.etp_rank, t.edp, t.edp_rank)
 
 

@@ -1,8 +1,8 @@
 """Experts without a gate on vLLM's CPU engines: down(activation(up(x))), as the Nemotron-H hybrids have them.
 
 vLLM's CPU kernels compute gated experts only, and it refuses the others before it looks for a kernel (vLLM 0.32). Here
-is one in plain torch: the (token, expert) pairs are sorted by expert, so that each expert that was chosen multiplies one
-block of rows. `install` makes it known; it must run before the model is built.
+is one in plain torch: the (token, expert) pairs are sorted by expert, so that each expert that was chosen multiplies
+one block of rows. `install` makes it known; it must run before the model is built.
 """
 
 from __future__ import annotations
