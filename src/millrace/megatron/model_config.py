@@ -78,6 +78,7 @@ def transformer_config(
         **_recompute_options(trainer, shape, parallel),
         **_expert_options(shape, fused and grouped_experts),
         **_latent_attention_options(shape),
+        **_mamba_options(shape),
     )
 
 
@@ -97,6 +98,7 @@ def _expert_options(shape: ModelShape, grouped: bool) -> dict[str, Any]:
         "moe_layer_freq": [int(layer.ffn == "experts") for layer in shape.layers],
         "moe_ffn_hidden_size": shape.moe_ffn_hidden_size,
         "moe_shared_expert_intermediate_size": shape.shared_ffn_hidden_size or None,
+        "moe_latent_size": shape.moe_latent_size or None,
         "moe_router_dtype": "fp32",
         "moe_router_load_balancing_type": "none",
         "moe_aux_loss_coeff": 0.0,
@@ -149,6 +151,18 @@ def _latent_attention_options(shape: ModelShape) -> dict[str, Any]:
             "mscale_all_dim": yarn["mscale_all_dim"],
         }
     return options
+
+
+def _mamba_options(shape: ModelShape) -> dict[str, Any]:
+    if (mamba := shape.mamba) is None:
+        return {}
+    return {
+        "is_hybrid_model": True,
+        "mamba_num_heads": mamba.heads,
+        "mamba_head_dim": mamba.head_dim,
+        "mamba_num_groups": mamba.groups,
+        "mamba_state_dim": mamba.state,
+    }
 
 
 def rope_inverse_frequencies(shape: ModelShape) -> Tensor:
