@@ -82,7 +82,7 @@ LAYOUTS += [
 ]
 LAYOUTS += [("qwen2", "tp2sp", DENSE["tp2sp"]), ("mixtral", "tp2ep2", MOE["tp2ep2"])]
 LAYOUTS += [("hybrid", layout, DENSE[layout]) for layout in ("tp2", "tp2sp", "pp2")]
-LAYOUTS += [("hybrid_moe", layout, MOE[layout]) for layout in MOE]
+LAYOUTS += [("hybrid_moe", layout, parallel) for layout, parallel in MOE.items() if "cp" not in parallel]
 LAYOUTS += [("hybrid_latent", layout, MOE[layout]) for layout in ("tp2etp2", "ep2")]
 IDS = [f"{model}-{layout}" for model, layout, _ in LAYOUTS]
 

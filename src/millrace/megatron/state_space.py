@@ -36,9 +36,10 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 
 NO_LIMIT = (0.0, math.inf)
 
-_LONGEST_BLOCK = 64
-"""Tokens of a block at most. Scores cost Q a token, states N a token and block; on CPUs 64 is the best or close to it
-for state sizes from 16 to 128. GPU kernels prefer the 128 or 256 that `chunk_size` says."""
+_LONGEST_BLOCK = {"small state": 32, "large state": 64}
+"""Tokens of a block at most, measured on CPUs: scores cost Q a token, states N a token and block. GPU kernels prefer
+the 128 or 256 that `chunk_size` says."""
+_LARGE_STATE = 64
 
 _TILE_SCORES = 1 << 18
 """Scores that exist at one time (1 MiB in float32): as many blocks are worked on together, so that they stay in the
@@ -145,7 +146,8 @@ def mamba_chunk_scan_combined(
         dt = dt.clamp(*dt_limit)
     if initial_states is None:
         initial_states = x.new_zeros(x.shape[0], *x.shape[2:], state_size)
-    block = min(chunk_size, _LONGEST_BLOCK, x.shape[1])
+    longest = _LONGEST_BLOCK["large state" if state_size >= _LARGE_STATE else "small state"]
+    block = min(chunk_size, longest, x.shape[1])
     y, state = _Scan.apply(x * dt[..., None], dt * A, B, C, initial_states.to(exact), seq_idx, block)
     if D is not None:
         y = y + x * (D if D.dim() == 2 else D[:, None]).to(exact)

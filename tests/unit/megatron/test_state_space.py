@@ -116,7 +116,8 @@ def largest_difference(found: list[Tensor] | tuple[Tensor, ...], expected: list[
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("length", [1, 31, LENGTH, 128])
 @pytest.mark.parametrize("chunk", [1, 7, 32, 256])
-def test_the_scan_is_the_recurrence(chunk: int, length: int, packed: bool) -> None:
+def test_the_scan_is_the_recurrence(chunk: int, length: int, packed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(state_space._LONGEST_BLOCK, "small state", 128)
     given, seq_idx = inputs(length), sequence_numbers(length) if packed else None
     expected, found = recurrence(given, seq_idx), scan(given, chunk, seq_idx)
     assert largest_difference(found, expected) <= 1e-13
