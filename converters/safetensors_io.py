@@ -235,6 +235,7 @@ class Manifest:
 
 
 def unfinished(path: str | Path) -> Path:
+    """Where an export to `path` is written before it is renamed."""
     path = Path(path)
     return path.with_name(path.name + ".writing")
 
@@ -292,11 +293,19 @@ class HFWriter:
         self._open, self._open_bytes = {}, 0
 
 
-def publish(path: str | Path, manifests: Sequence[Manifest], *, source: str | Path, dtype: str | None = None) -> Path:
+def publish(
+    path: str | Path,
+    manifests: Sequence[Manifest],
+    *,
+    source: str | Path,
+    dtype: str | None = None,
+    texts: Mapping[str, str] | None = None,
+) -> Path:
     """Number the shards, write the index, take config and tokenizer over from `source`, and rename the folder.
 
-    `dtype` is what config.json then names as the data type (None: as in the source). Raises ConversionError when two
-    manifests hold the same tensor, or when there is none.
+    `dtype` is what config.json then names as the data type (None: as in the source). `texts` are files to write
+    besides, by name, in place of the source's. Raises ConversionError when two manifests hold the same tensor, or when
+    there is none.
     """
     path, folder = Path(path), unfinished(path)
     try:
@@ -304,18 +313,26 @@ def publish(path: str | Path, manifests: Sequence[Manifest], *, source: str | Pa
         (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
         for file in folder.glob("*.safetensors"):
             file.chmod((folder / INDEX).stat().st_mode)  # save_file leaves them readable to their owner alone
-        copy_companions(source, folder, dtype=dtype)
+        copy_companions(source, folder)
+        _describe_export(folder / "config.json", dtype)
+        for name, text in (texts or {}).items():
+            (folder / name).write_text(text, encoding="utf-8")
         (folder / PLAN).unlink(missing_ok=True)
-        _flush_to_disk(folder)
-        replaced = path.with_name(path.name + ".replaced")
-        if path.exists():
-            shutil.rmtree(replaced, ignore_errors=True)
-            path.rename(replaced)
-        folder.rename(path)
-        shutil.rmtree(replaced, ignore_errors=True)
+        put_in_place(folder, path)
     except OSError as error:
         raise ConversionError(f"{path} cannot be written: {error}") from error
     return path
+
+
+def put_in_place(folder: Path, path: Path) -> None:
+    """Rename a finished folder to `path`, where it replaces an earlier one."""
+    _flush_to_disk(folder)
+    replaced = path.with_name(path.name + ".replaced")
+    if path.exists():
+        shutil.rmtree(replaced, ignore_errors=True)
+        path.rename(replaced)
+    folder.rename(path)
+    shutil.rmtree(replaced, ignore_errors=True)
 
 
 def _number_shards(folder: Path, shards: Sequence[tuple[str, dict[str, int]]]) -> dict[str, Any]:
@@ -332,21 +349,27 @@ def _number_shards(folder: Path, shards: Sequence[tuple[str, dict[str, int]]]) -
     return {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
 
 
-def copy_companions(source: str | Path, target: str | Path, *, dtype: str | None = None) -> None:
+def copy_companions(source: str | Path, target: str | Path) -> None:
     """Copy config, tokenizer, chat template and generation config of a checkpoint; weights and their index stay."""
     source, target = Path(source), Path(target)
     files = {file for pattern in COPIED for file in source.glob(pattern) if file.is_file()}
     for file in sorted(files):
         if not file.name.endswith(".index.json"):
             shutil.copyfile(file, target / file.name)
-    if dtype is not None:
-        _set_dtype(target / "config.json", dtype)
 
 
-def _set_dtype(file: Path, dtype: str) -> None:
+def _describe_export(file: Path, dtype: str | None) -> None:
+    """Layers for multi-token prediction are not exported; a config.json that announces them must not."""
+    if dtype is None and not file.is_file():
+        return
     config = json.loads(file.read_text(encoding="utf-8"))
-    config["dtype" if "dtype" in config else "torch_dtype"] = dtype
-    file.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    changes: dict[str, Any] = {}
+    if dtype is not None:
+        changes["dtype" if "dtype" in config else "torch_dtype"] = dtype
+    if config.get("num_nextn_predict_layers"):
+        changes["num_nextn_predict_layers"] = 0
+    if changes:
+        file.write_text(json.dumps(config | changes, indent=2) + "\n", encoding="utf-8")
 
 
 def _flush_to_disk(folder: Path) -> None:

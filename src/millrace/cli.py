@@ -246,6 +246,42 @@ def convert_to_hf(
     megatron_to_hf(checkpoint, out, options(dtype, processes, shard_gib, overwrite))
 
 
+@convert.command("adapter")
+def adapter(
+    checkpoint: Annotated[Path, typer.Option(help="A checkpoint of a run with model.lora, or the folder of several.")],
+    out: Annotated[Path, typer.Option(help="Folder of the PEFT adapter to write.")],
+    tp: Tp = 1,
+    pp: Pp = 1,
+    ep: Ep = 1,
+    etp: Etp = None,
+    dp: Dp = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace --out when it exists.")] = False,
+) -> None:
+    """Write the LoRA adapters of a checkpoint in PEFT's format, as peft and vLLM load them.
+
+    Example: `millrace convert adapter --checkpoint runs/x/checkpoints/step-00000010 --out adapter`
+    """
+    arguments = ["--checkpoint", str(checkpoint), "--out", str(out), *(["--overwrite"] if overwrite else [])]
+    _on_ranks("megatron.adapter_worker", arguments, tp, pp, ep, etp, dp)
+
+
+@convert.command("merge")
+def merge(
+    hf: HfFolder,
+    adapter: Annotated[Path, typer.Option(help="Folder of a PEFT adapter of that checkpoint.")],
+    out: Annotated[Path, typer.Option(help="Folder of the Hugging Face checkpoint to write.")],
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace --out when it exists.")] = False,
+) -> None:
+    """Write a checkpoint with a LoRA adapter merged into its weights.
+
+    Example: `millrace convert merge --hf demo/base --adapter runs/x/adapter --out merged`
+    """
+    from millrace.converters.adapters import merge_adapter
+
+    written = merge_adapter(hf, adapter, out, overwrite=overwrite)
+    Console(highlight=False, markup=False, soft_wrap=True).print(f"{hf} with {adapter} -> {written}")
+
+
 @verify.command()
 def roundtrip(
     hf: HfFolder, tp: Tp = 1, pp: Pp = 1, ep: Ep = 1, etp: Etp = None, dp: Dp = None, card: Card = None
@@ -283,6 +319,33 @@ def sync(hf: HfFolder, tp: Tp = 1, pp: Pp = 1, ep: Ep = 1, etp: Etp = None, dp: 
     """
     arguments = ["--hf", str(hf), *(["--card", str(card)] if card else [])]
     _on_ranks("cascade.verify_sync", arguments, tp, pp, ep, etp, dp)
+
+
+@verify.command()
+def card(
+    hf: HfFolder,
+    out: Annotated[Path, typer.Option("--out", help="The card, a YAML file.")] = Path("card.yaml"),
+    layout: Annotated[
+        list[str] | None, typer.Option(help="Only at this layout, such as 'tp2 pp2'; can be given several times.")
+    ] = None,
+    sync: Annotated[bool, typer.Option(help="Swap weights into a running engine as well, which needs vLLM.")] = True,
+) -> None:
+    """Every verification of a checkpoint, at each kind of layout that fits it, recorded on one card.
+
+    Example: `millrace verify card --hf demo/base --out base.yaml`
+    """
+    from millrace.launch.card import card_command, verify_all, vllm_is_there, write_card
+
+    if sync and not vllm_is_there():
+        raise MillraceError("vLLM is not installed, so no engine can take the weights; install it or add --no-sync")
+    console = Console(highlight=False, soft_wrap=True)
+    checks = verify_all(hf, sync=sync, only=layout or (), say=console.print)
+    write_card(out, hf, checks, card_command(hf, sync, layout or ()))
+    failed = [check for check in checks if not check.passed]
+    for check in failed:
+        console.print(f"FAILED: {check.name} at {check.layout}: {check.summary}")
+    console.print(f"{len(checks) - len(failed)} of {len(checks)} checks passed; the card is {out}")
+    raise typer.Exit(FAILED if failed else 0)
 
 
 @data.command()

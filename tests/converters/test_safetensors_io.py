@@ -100,9 +100,10 @@ def test_ranks_write_their_own_tensors(tmp_path):
         writer.add(f"tensor.{rank}", torch.full((3,), float(rank)))
         manifests.append(writer.close())
     assert not (tmp_path / "out").exists()
-    publish(tmp_path / "out", manifests, source=source, dtype="float32")
+    publish(tmp_path / "out", manifests, source=source, dtype="float32", texts={"chat_template.jinja": "{{ ü }}"})
     assert HFReader(tmp_path / "out").tensor("tensor.1").tolist() == [1, 1, 1]
     assert json.loads((tmp_path / "out" / "config.json").read_text())["torch_dtype"] == "float32"
+    assert (tmp_path / "out" / "chat_template.jinja").read_text(encoding="utf-8") == "{{ ü }}"
 
 
 def test_a_tensor_that_two_ranks_wrote_is_refused(tmp_path):

@@ -49,6 +49,8 @@ def results(policy: Policy, case: dict[str, Any]) -> dict[str, Any]:
     batch, trainer = example_batch(), policy.trainer
     found: dict[str, Any] = {"weights": copied(policy.hf_tensors()), "logits": policy.logits(example_tokens())}
     found["logp"], found["entropy"] = policy.logprobs(batch, temperature=0.7, entropy=True)
+    alone = [policy.logprobs(batch.select([n]), temperature=0.7)[0] for n in range(len(batch))]
+    found["logp of each alone"] = torch.cat(alone)
     if not trainer.distributed_optimizer:  # there each rank has the sum of its own part of the gradient only
         for capacity in case["capacities"]:
             policy.trainer = replace(trainer, max_tokens_per_micro_batch=capacity)

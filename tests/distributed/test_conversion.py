@@ -9,16 +9,14 @@ import pytest
 import torch
 import yaml
 from ranks import free_port, launch
+from safetensors.torch import save_file
 from tiny_checkpoints import write_checkpoint
 
 from millrace.config.model_shape import ModelShape
 from millrace.converters.mapping import FAMILIES
-from millrace.converters.safetensors_io import HFReader
+from millrace.converters.safetensors_io import INDEX, HFReader
 from millrace.converters.torch_metadata import stored_tensors
 from millrace.megatron.convert import Options, hf_to_megatron, megatron_to_hf
-
-TINY = {"gemma3": "gemma3_text"}
-"""Families whose tiny checkpoint has another name."""
 
 WORKER = Path(__file__).with_name("conversion_worker.py")
 
@@ -77,14 +75,51 @@ def test_one_and_two_ranks_verify(tmp_path):
     assert altered["equal"] == altered["tensors"] - 1
 
 
+def add_prediction_layer(folder: Path, layer: int) -> None:
+    """Put tensors of a layer for multi-token prediction behind the others, in a file of their own."""
+    tensors = {
+        f"model.layers.{layer}.eh_proj.weight": torch.ones(64, 128),
+        f"model.layers.{layer}.enorm.weight": torch.ones(64),
+    }
+    save_file(tensors, folder / "model-prediction.safetensors")
+    index = json.loads((folder / INDEX).read_text())
+    index["weight_map"] |= dict.fromkeys(tensors, "model-prediction.safetensors")
+    (folder / INDEX).write_text(json.dumps(index))
+
+
+def test_latent_attention_converts_and_layers_for_prediction_stay_behind(tmp_path):
+    layers = {"num_hidden_layers": 4, "dtype": "bfloat16"}
+    plain = write_checkpoint("deepseek_v3", tmp_path / "plain", **layers)
+    released = write_checkpoint("deepseek_v3", tmp_path / "released", num_nextn_predict_layers=1, shards=2, **layers)
+    add_prediction_layer(released, 4)
+    steps = [
+        ("verify", f"roundtrip --hf {plain} --tp 2 --etp 2 --dtype bfloat16 --card {tmp_path}/card.yaml"),
+        ("verify", f"roundtrip --hf {released} --dp 2 --ep 2"),
+        ("verify", f"roundtrip --hf {released} --pp 2"),
+    ]
+    assert run_steps(tmp_path, 2, steps) == [0] * 3
+    recorded = card(tmp_path / "card.yaml")
+    assert recorded["equal"] == recorded["tensors"] == len(HFReader(plain).names)
+    hf_to_megatron(released, tmp_path / "megatron", Options(processes=1))
+    megatron_to_hf(tmp_path / "megatron", tmp_path / "back", Options(processes=1))
+    assert same_tensors(plain, tmp_path / "back")
+    assert {HFReader(tmp_path / "back").tensor(name).dtype for name in HFReader(plain).names} == {
+        torch.bfloat16,
+        torch.float32,
+    }
+    assert json.loads((tmp_path / "back" / "config.json").read_text())["num_nextn_predict_layers"] == 0
+
+
 def test_four_ranks_verify_and_exchange_checkpoints_with_the_converter(tmp_path):
     dense = write_checkpoint("qwen3", tmp_path / "dense", tied=True, vocab_size=301, dtype="bfloat16")
     moe = write_checkpoint("qwen3_moe", tmp_path / "moe", dtype="bfloat16")
+    latent = write_checkpoint("deepseek_v3", tmp_path / "latent", num_hidden_layers=4)
     for model in (dense, moe):
         hf_to_megatron(model, tmp_path / f"{model.name}-streamed", Options(processes=1))
     steps = [
         ("verify", f"roundtrip --hf {dense} --tp 2 --pp 2"),
         ("verify", f"roundtrip --hf {moe} --tp 2 --etp 2 --pp 2"),
+        ("verify", f"roundtrip --hf {latent} --tp 2 --ep 2 --pp 2"),
         ("checkpoint", f"--hf {dense} --save {tmp_path}/dense-saved --tp 2 --pp 2"),
         ("checkpoint", f"--hf {moe} --save {tmp_path}/moe-saved --tp 2 --etp 2 --ep 2"),
         ("checkpoint", f"--hf {dense} --load {tmp_path}/dense-streamed --out {tmp_path}/dense-loaded --tp 2 --pp 2"),
@@ -102,7 +137,7 @@ def exchanged(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """For every family: a checkpoint, streamed; one that two ranks saved; and what two other ranks loaded."""
     folder, steps = tmp_path_factory.mktemp("exchanged"), []
     for family in FAMILIES:
-        hf = write_checkpoint(TINY.get(family, family), folder / family, vocab_size=301, dtype="bfloat16", shards=2)
+        hf = write_checkpoint(family, folder / family, vocab_size=301, dtype="bfloat16", shards=2)
         hf_to_megatron(hf, folder / f"{family}-streamed", Options(processes=1, shard_bytes=200_000))
         other = "--ep 2" if ModelShape.from_hf(hf).num_experts else "--pp 2"
         steps += [

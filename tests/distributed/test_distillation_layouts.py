@@ -34,6 +34,7 @@ LAYOUTS: dict[str, tuple[str, dict[str, Any], int]] = {
     "pp2": ("qwen3", {"pp": 2}, CUT),
     "dp2": ("qwen3", {"dp": 2}, CUT),
     "ep2": ("qwen3_moe", {"dp": 2, "ep": 2}, CUT),
+    "cp2": ("qwen3", {"cp": 2}, CUT),
 }
 BOUND = 1e-5
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,10 @@ import pytest
 import torch
 from layout_data import example_batch, example_tokens, negative_log_likelihood
 from ranks import free_port, launch
-from tiny_checkpoints import write_checkpoint
+from tiny_checkpoints import YARN, write_checkpoint
 from torch import Tensor
+
+from millrace.megatron import verify_worker
 
 LLAMA3_ROPE = {
     "rope_type": "llama3",
@@ -21,11 +24,29 @@ LLAMA3_ROPE = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 64,
 }
+GEMMA3 = {"family": "gemma3_text", "rope_scaling": {"rope_type": "linear", "factor": 8.0}}
 MODELS: dict[str, dict[str, Any]] = {
     "llama": {"family": "llama", "rope_scaling": LLAMA3_ROPE},
+    "qwen2": {"family": "qwen2"},
+    "mixtral": {"family": "mixtral"},
     "qwen3": {"family": "qwen3", "tied": True},
     "qwen3_moe": {"family": "qwen3_moe"},
+    "gemma3_text": {**GEMMA3, "sliding_window": 12},
+    "gemma3_wide": {**GEMMA3, "sliding_window": 2048},
+    "hybrid": {"family": "nemotron_h", "hybrid_override_pattern": "M-*M"},
+    "hybrid_moe": {"family": "nemotron_h", "hybrid_override_pattern": "ME*-ME"},
+    "hybrid_latent": {"family": "nemotron_h", "hybrid_override_pattern": "E*ME", "moe_latent_size": 32},
     "mixed_moe": {"family": "qwen3_moe", "norm_topk_prob": False, "mlp_only_layers": [1]},
+    "deepseek_v3": {"family": "deepseek_v3", "num_hidden_layers": 4},
+    "deepseek_yarn": {
+        "family": "deepseek_v3",
+        "num_hidden_layers": 2,
+        "rope_scaling": YARN | {"mscale": 0.7},
+        "q_lora_rank": None,
+        "n_shared_experts": 2,
+        "rms_norm_eps": 1e-4,
+        "num_experts_per_tok": 4,
+    },
 }
 UNCUT = 4096
 CUTS = (UNCUT, 64, 48, 30)
@@ -37,6 +58,10 @@ DENSE = {
     "pp2": {"pp": 2},
     "dp2": {"dp": 2},
     "tp2pp2": {"tp": 2, "pp": 2},
+    "cp2": {"cp": 2},
+    "tp2spcp2": {"tp": 2, "cp": 2, "sequence_parallel": True},
+    "pp2cp2": {"pp": 2, "cp": 2},
+    "dp2cp2": {"dp": 2, "cp": 2},
 }
 MOE = {
     "tp2etp2": {"tp": 2, "etp": 2, "sequence_parallel": True},
@@ -45,9 +70,20 @@ MOE = {
     "ep2": {"dp": 2, "ep": 2},
     "pp2": {"pp": 2},
     "tp2pp2ep2": {"tp": 2, "pp": 2, "ep": 2, "sequence_parallel": True},
+    "cp2ep2": {"cp": 2, "ep": 2},
+    "tp2cp2ep4": {"tp": 2, "cp": 2, "ep": 4, "sequence_parallel": True},
+    "cp4": {"cp": 4},
 }
 LAYOUTS = [(model, layout, DENSE[layout]) for model in ("llama", "qwen3") for layout in DENSE]
-LAYOUTS += [("qwen3_moe", layout, MOE[layout]) for layout in MOE]
+LAYOUTS += [(model, layout, MOE[layout]) for model in ("qwen3_moe", "deepseek_v3") for layout in MOE]
+LAYOUTS += [("deepseek_yarn", layout, MOE[layout]) for layout in ("tp2etp2", "pp2")]
+LAYOUTS += [
+    ("gemma3_text", layout, DENSE[layout]) for layout in ("tp2", "tp2sp", "pp2", "dp2", "cp2", "tp2pp2", "tp2spcp2")
+]
+LAYOUTS += [("qwen2", "tp2sp", DENSE["tp2sp"]), ("mixtral", "tp2ep2", MOE["tp2ep2"])]
+LAYOUTS += [("hybrid", layout, DENSE[layout]) for layout in ("tp2", "tp2sp", "pp2")]
+LAYOUTS += [("hybrid_moe", layout, parallel) for layout, parallel in MOE.items() if "cp" not in parallel]
+LAYOUTS += [("hybrid_latent", layout, MOE[layout]) for layout in ("tp2etp2", "ep2")]
 IDS = [f"{model}-{layout}" for model, layout, _ in LAYOUTS]
 
 Results = dict[str, list[dict[str, Any]]]
@@ -62,6 +98,7 @@ def case(model: str, layout: str, parallel: dict[str, Any], **more: Any) -> dict
 def cases_of_one_rank() -> list[dict[str, Any]]:
     cases = [case(model, "one", {}, capacities=CUTS) for model in MODELS]
     cases += [case("qwen3_moe", f"recompute-{kind}", {}, trainer={"recompute": kind}) for kind in ("selective", "full")]
+    cases.append(case("hybrid_moe", "recompute-full", {}, trainer={"recompute": "full"}))
     return [*cases, case("qwen3_moe", "again", {})]
 
 
@@ -70,6 +107,8 @@ def cases_of_two_ranks() -> list[dict[str, Any]]:
     sharded = {"distributed_optimizer": True}
     cases.append(case("llama", "dp2-sharded", {"dp": 2}, trainer=sharded))
     cases.append(case("qwen3_moe", "ep2-sharded", {"dp": 2, "ep": 2}, trainer=sharded))
+    cases.append(case("qwen3", "cp2-sharded", {"cp": 2}, trainer=sharded))
+    cases.append(case("qwen3", "cp2-recompute", {"cp": 2}, trainer={"recompute": "selective"}))
     cases.append(case("qwen3", "tp2-bfloat16", {"tp": 2}, dtype="bfloat16"))
     cases.append(case("qwen3", "dp2-bfloat16", {"dp": 2}, dtype="bfloat16", trainer=sharded))
     return cases
@@ -80,7 +119,7 @@ def cases_of_four_ranks() -> list[dict[str, Any]]:
 
 
 def ranks_of(parallel: dict[str, Any]) -> int:
-    return parallel.get("tp", 1) * parallel.get("pp", 1) * parallel.get("dp", 1)
+    return math.prod(parallel.get(kind, 1) for kind in ("tp", "pp", "cp", "dp"))
 
 
 @pytest.fixture(scope="module")
@@ -107,9 +146,7 @@ def results(checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPathFacto
 
 @pytest.fixture(scope="module")
 def transformers_model(checkpoints: dict[str, Path]) -> Callable[[str], Any]:
-    from transformers import AutoModelForCausalLM
-
-    return lambda name: AutoModelForCausalLM.from_pretrained(checkpoints[name], dtype=torch.float32)
+    return lambda name: verify_worker.transformers_model(checkpoints[name])
 
 
 def merged(ranks: list[dict[str, Any]], take: Callable[[dict[str, Any]], dict[str, Tensor]]) -> dict[str, Tensor]:
@@ -148,6 +185,14 @@ def test_logits_and_logprobs_equal_those_of_transformers(
     torch.testing.assert_close(found["entropy"], entropy, atol=1e-4, rtol=0)
 
 
+def test_a_window_hides_what_is_farther_away_and_nothing_else(results: Results) -> None:
+    """The two models have the same weights. Within the window of the first token both see everything."""
+    narrow, wide = (results[f"{model}-one"][0]["logits"] for model in ("gemma3_text", "gemma3_wide"))
+    torch.testing.assert_close(narrow[:, :12], wide[:, :12], atol=1e-5, rtol=0)
+    apart = (narrow[:, 12:] - wide[:, 12:]).abs().amax(dim=-1)
+    assert (apart > 1e-2).all()
+
+
 def _logp(logits: Tensor, tokens: Tensor) -> Tensor:
     following = logits[:-1].log_softmax(-1).gather(1, tokens[1:, None])[:, 0]
     return torch.cat([torch.zeros(1), following])
@@ -158,15 +203,31 @@ def _entropy(logits: Tensor) -> Tensor:
     return torch.cat([torch.zeros(1), -(logp.exp() * logp).sum(-1)])
 
 
-@pytest.mark.parametrize("model", ["llama", "qwen3"])
+@pytest.mark.parametrize("model", ["llama", "qwen2", "qwen3", "deepseek_v3", "deepseek_yarn", "gemma3_text", "hybrid"])
 def test_gradients_equal_those_of_transformers(
-    model: str, results: Results, transformers_model: Callable[[str], Any]
+    model: str, results: Results, transformers_model: Callable[[str], Any], record_property: Callable[..., None]
 ) -> None:
     reference, batch = transformers_model(model), example_batch()
     logp = torch.cat([_logp(reference(t[None]).logits[0], t) for t in batch.sequences()])
     negative_log_likelihood(logp, batch.streams, batch.segment_ids)[0].backward()
-    expected = {name: p.grad for name, p in reference.named_parameters()}
-    assert difference(uncut(results[f"{model}-one"][0]), expected) <= 1e-5
+    expected = dict(checkpoint_gradients(reference))
+    worst = difference(uncut(results[f"{model}-one"][0]), expected)
+    record_property("gradients", worst)
+    assert worst <= 1e-5
+
+
+def checkpoint_gradients(model: torch.nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Gradients under the names of the checkpoint's tensors: transformers stacks the experts of a layer."""
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None
+        experts, _, stacked = name.rpartition(".")
+        if stacked not in ("gate_up_proj", "down_proj"):
+            yield name, parameter.grad
+            continue
+        for expert, gradient in enumerate(parameter.grad):
+            names = ["gate_proj", "up_proj"] if stacked == "gate_up_proj" else ["down_proj"]
+            for part, piece in zip(names, gradient.chunk(len(names)), strict=True):
+                yield f"{experts}.{expert}.{part}.weight", piece
 
 
 @pytest.mark.parametrize(("model", "layout", "parallel"), LAYOUTS, ids=IDS)
@@ -209,6 +270,13 @@ def test_ranks_without_a_sequence_do_not_change_the_gradient(
 
 
 @pytest.mark.parametrize("model", MODELS)
+def test_a_packed_sequence_knows_nothing_of_its_neighbours(model: str, results: Results) -> None:
+    for name in (name for name in results if name.startswith(f"{model}-") and "bfloat16" not in name):
+        packed, alone = results[name][0]["logp"], results[name][0]["logp of each alone"]
+        torch.testing.assert_close(packed, alone, atol=1e-5, rtol=0, msg=lambda text, name=name: f"{name}: {text}")
+
+
+@pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("capacity", CUTS[1:])
 def test_the_gradient_does_not_depend_on_the_micro_batches(
     model: str, capacity: int, results: Results, record_property: Callable[..., None]
@@ -218,7 +286,7 @@ def test_the_gradient_does_not_depend_on_the_micro_batches(
     assert cut["parts"] == {64: 2, 48: 3, 30: 4}[capacity]
     worst = difference(cut["gradients"], uncut(one))
     record_property("gradients", worst)
-    assert worst <= 1e-6
+    assert worst <= (1e-5 if "hybrid" in model else 1e-6)  # a state adds up rounding over a whole sequence
     assert cut["metrics"]["loss"] == pytest.approx(one[f"cut {UNCUT}"]["metrics"]["loss"], abs=1e-6)
 
 
@@ -229,13 +297,18 @@ def test_recomputation_changes_nothing(kind: str, results: Results) -> None:
     assert difference(recomputed["updated"], plain["updated"]) == 0
 
 
+def test_recomputation_under_context_parallelism_changes_nothing(results: Results) -> None:
+    plain, recomputed = (merged(results[f"qwen3-{name}"], uncut) for name in ("cp2", "cp2-recompute"))
+    assert difference(recomputed, plain) == 0
+
+
 def test_a_step_is_bitwise_repeatable(results: Results) -> None:
     first, again = results["qwen3_moe-one"][0], results["qwen3_moe-again"][0]
     assert difference(again["updated"], first["updated"]) == 0
     assert again["metrics"] == first["metrics"]
 
 
-@pytest.mark.parametrize(("model", "layout"), [("llama", "dp2"), ("qwen3_moe", "ep2")])
+@pytest.mark.parametrize(("model", "layout"), [("llama", "dp2"), ("qwen3_moe", "ep2"), ("qwen3", "cp2")])
 def test_the_distributed_optimizer_makes_the_same_update(model: str, layout: str, results: Results) -> None:
     sharded = merged(results[f"{model}-{layout}-sharded"], lambda rank: rank["updated"])
     plain = merged(results[f"{model}-{layout}"], lambda rank: rank["updated"])
@@ -245,6 +318,16 @@ def test_the_distributed_optimizer_makes_the_same_update(model: str, layout: str
     moved = {name: tensor - one["weights"][name] for name, tensor in one["updated"].items()}
     off = sum(float((sharded[n] - one["updated"][n]).square().sum()) for n in moved) ** 0.5
     assert off <= 1e-3 * sum(float(m.square().sum()) for m in moved.values()) ** 0.5
+
+
+@pytest.mark.parametrize("layout", ["one", "tp2ep2"])
+def test_an_update_leaves_the_routers_correction_bias_as_it_came(layout: str, results: Results) -> None:
+    for rank in results[f"deepseek_v3-{layout}"]:
+        for name in rank["updated"]:
+            if "e_score_correction_bias" in name:
+                assert torch.equal(rank["updated"][name], rank["weights"][name])
+    names = merged(results[f"deepseek_v3-{layout}"], lambda rank: rank["updated"]).keys()
+    assert sum("e_score_correction_bias" in name for name in names) == 3
 
 
 @pytest.mark.parametrize("layout", ["tp2-bfloat16", "dp2-bfloat16"])

@@ -37,7 +37,7 @@ def make_data(scripts):
 @pytest.fixture(scope="module")
 def demo(make_data, tmp_path_factory):
     folder = tmp_path_factory.mktemp("demo")
-    make_data(["--out", str(folder), "--seed", "3", "--moe"])
+    make_data(["--out", str(folder), "--seed", "3", "--moe", "--hybrid"])
     return folder
 
 
@@ -136,12 +136,13 @@ def test_pairs_are_shown_to_the_judge_as_it_has_learnt_them(demo):
     assert list(judge_messages("roles", messages[:1], first, second)) == messages[:-1]
 
 
-@pytest.mark.parametrize("base", ["base", "base-moe"])
+@pytest.mark.parametrize("base", ["base", "base-moe", "base-hybrid"])
 def test_the_base_and_its_tokenizer_load_and_fit_each_other(demo, base):
     shape = ModelShape.from_hf(demo / base)
     tokenizer = ChatTokenizer(demo / base, shape.vocab_size)
     model = AutoModelForCausalLM.from_pretrained(demo / base, dtype=torch.float32)
-    tokens, mask = tokenizer.render_conversation(read(demo / "sft.jsonl")[0]["messages"])
+    (sequence,) = tokenizer.render_conversation(read(demo / "sft.jsonl")[0]["messages"])
+    tokens, mask = sequence.tokens, sequence.loss_mask
     logits = model(torch.tensor([tokens])).logits
     assert logits.shape == (1, len(tokens), shape.vocab_size) and torch.isfinite(logits).all()
     assert any(mask) and tokens[-1] == tokenizer.end_of_turn_id
@@ -159,9 +160,10 @@ def test_prompts_and_demonstrations_fit_the_recipes(demo, name, file):
     tokenizer = ChatTokenizer(demo / "base", ModelShape.from_hf(demo / "base").vocab_size)
     recipe = load_recipe(RECIPES / f"{name}.yaml")
     for row in read(demo / file)[:1500]:
-        tokens, mask = tokenizer.render_conversation(row["messages"])
-        assert len(tokens) - sum(mask) <= 48
-        assert sum(mask) <= recipe.evaluation.sampling.max_response_tokens
+        (sequence,) = tokenizer.render_conversation(row["messages"])
+        trained = sum(sequence.loss_mask)
+        assert len(sequence.tokens) - trained <= 48
+        assert trained <= recipe.evaluation.sampling.max_response_tokens
 
 
 def test_the_same_seed_writes_the_same_files(demo, make_data, tmp_path):

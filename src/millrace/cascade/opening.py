@@ -39,7 +39,7 @@ def open_run(
     control.stop_on_signals()
     console = RunConsole(run_dir) if control.is_main else None
     shape = ModelShape.from_hf(recipe.model.path)
-    tokenizer = ChatTokenizer(recipe.model.path, shape.vocab_size)
+    tokenizer = ChatTokenizer(recipe.model.path, shape.vocab_size, recipe.model.chat_template)
     # Bad rows are found before a model is built or an engine waited for.
     domains = _domains(recipe, tokenizer, judges) if control.is_main else {}
     conversations = _conversations(recipe, tokenizer) if control.is_main else {}
@@ -74,6 +74,7 @@ def open_run(
         metrics=metrics,
         reached=progress,
         saved=progress,
+        chat_template=None if tokenizer.brings_template else tokenizer.chat_template,
     )
 
 

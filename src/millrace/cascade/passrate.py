@@ -72,7 +72,8 @@ def measure_pass_rates(
     Answers are sampled as the recipe's evaluation samples them, `samples` a prompt.
     """
     ((name, config),) = recipe.domains.items()
-    tokenizer = ChatTokenizer(recipe.model.path, ModelShape.from_hf(recipe.model.path).vocab_size)
+    vocabulary = ModelShape.from_hf(recipe.model.path).vocab_size
+    tokenizer = ChatTokenizer(recipe.model.path, vocabulary, recipe.model.chat_template)
     domain = Domain(name, config, make_environment(config), tokenizer)
     domain.require_room(domain.train, recipe.fleet.max_model_len, recipe.evaluation.sampling.max_response_tokens)
     with closing(PassRateFile(out, _settings(recipe, samples))) as file:
@@ -136,12 +137,14 @@ def _settings(recipe: Recipe, samples: int) -> dict[str, Any]:
     weights = max(file.stat().st_mtime for file in Path(recipe.model.path).glob("*.safetensors"))
     return {
         "model": recipe.model.path,
+        "chat_template": recipe.model.chat_template,
         "weights_of": datetime.fromtimestamp(weights, UTC).isoformat(),
         "engine_dtype": recipe.fleet.dtype,
         "domain": name,
         "environment": domain.environment,
         "grading": domain.grading,
         "system_prompt": domain.system_prompt,
+        "thinking": domain.thinking,
         "verify_timeout_s": domain.verify_timeout_s,
         "train": domain.train,
         "train_sha256": hashlib.sha256(Path(domain.train).read_bytes()).hexdigest(),

@@ -29,8 +29,9 @@ from millrace.cascade.selection import choose_teachers, loadable
 from millrace.config.graph import START, stage_graph
 from millrace.config.loading import written
 from millrace.config.schema import EvaluateStage, MopdStage, Recipe, RlStage, SftStage, StageConfig
+from millrace.data.chat_template import TEMPLATE_FILE
 from millrace.errors import MillraceError
-from millrace.megatron.export import export_hf
+from millrace.megatron.export import export_adapter, export_hf
 from millrace.megatron.topology import init_distributed
 from millrace.observe.entries import stage_of
 from millrace.observe.report import write_report
@@ -145,9 +146,14 @@ class Cascade:
         result = Labels(self.recipe, history).result(self.names[-1])
         if self.recipe.export:
             self._hold(result, history)
-            export_hf(self.ctx.policy, self.recipe.model.path, self.ctx.run_dir / "export", overwrite=True)
+            out, template = self.ctx.run_dir / "export", self.ctx.chat_template
+            texts = {} if template is None else {TEMPLATE_FILE: template}
+            export_hf(self.ctx.policy, self.recipe.model.path, out, overwrite=True, texts=texts)
             self._record("exported", path="export", of=result, step=self.ctx.policy.step)
-            self.ctx.say(f"exported {result} to {self.ctx.run_dir / 'export'}")
+            self.ctx.say(f"exported {result} to {out}")
+            if self.recipe.model.lora is not None:
+                export_adapter(self.ctx.policy, self.recipe.model.path, self.ctx.run_dir / "adapter", overwrite=True)
+                self.ctx.say(f"its adapter is in {self.ctx.run_dir / 'adapter'}")
         self._record("finished", stages=self.names)
         if self.ctx.console and history.rows:
             self.ctx.console.matrix("held-out pass rates", _matrix_texts(history))

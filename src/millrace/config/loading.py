@@ -29,17 +29,20 @@ from millrace.config.fields import (
     is_required,
     is_section,
 )
-from millrace.config.schema import Recipe
+from millrace.config.schema import BUILT_IN_TEMPLATES, Recipe
 from millrace.config.sources import SHARED, InterpolatedText, KeyPath, Source, apply_overrides, read_source, resolve
 
 _PATHS_OF_THE_RECIPE = (
     ("model", "path"),
+    ("model", "lora", "adapter"),
+    ("model", "chat_template"),  # unless it names a built-in one
     ("domains", "*", "train"),
     ("domains", "*", "held_out"),
     ("domains", "*", "pass_rates"),
     ("judges", "*", "model"),
 )
 _PATHS_OF_A_STAGE = ("data",)
+_TEMPLATE = ("model", "chat_template")
 
 
 class _Absent:
@@ -183,7 +186,7 @@ class _Converter:
         folder = None
         if path == ("run_dir",):
             folder = Path.cwd()
-        elif _is_data_path(path):
+        elif _is_data_path(path) and not (path == _TEMPLATE and text in BUILT_IN_TEMPLATES):
             folder = self.source.origin(path).folder
         return text if folder is None else str(Path(folder, Path(text).expanduser()).resolve())
 

@@ -39,8 +39,6 @@ class MambaShape:
     conv_kernel: int
     chunk: int
     """Tokens of one chunk of the scan; it decides speed and rounding, not the result."""
-    time_step_min: float
-    """Smallest time step: smaller ones are raised to it."""
 
     @property
     def inner(self) -> int:
@@ -133,6 +131,9 @@ class ModelShape:
     expert_groups: int = 1
     groups_per_token: int = 1
     """Groups out of which a token's experts are chosen."""
+
+    prediction_layers: int = 0
+    """Layers for predicting several tokens ahead that the checkpoint may hold behind the others; they are not built."""
 
     embedding_scale: float = 1.0
     """Factor of the embeddings."""

@@ -18,9 +18,18 @@ from urllib.parse import urlsplit
 from millrace.config.checkpoint_files import checkpoint_problems
 from millrace.config.errors import ConfigError
 from millrace.config.graph import graph_problems
+from millrace.config.linears import ALL_LINEAR, linear_names
 from millrace.config.model_shape import ModelShape
 from millrace.config.ranges import range_problems
-from millrace.config.schema import FleetConfig, MopdStage, Recipe, SamplingStage, SftStage
+from millrace.config.schema import (
+    BUILT_IN_TEMPLATES,
+    FleetConfig,
+    MopdStage,
+    ParallelConfig,
+    Recipe,
+    SamplingStage,
+    SftStage,
+)
 from millrace.config.stage_rules import domain_problems, stage_problems
 from millrace.config.urls import holds_credentials
 
@@ -40,6 +49,7 @@ def check_recipe(recipe: Recipe, *, world_size: int | None = None) -> list[str]:
     problems += _layout(recipe, world_size)
     if shape is not None:
         problems += _layout_of_model(recipe, shape)
+    problems += _lora(recipe, shape)
     problems += _lengths(recipe, shape)
     problems += _fleet(recipe)
     problems += _servers(recipe)
@@ -82,8 +92,6 @@ def _layout(recipe: Recipe, world_size: int | None) -> Problems:
             f"parallel: {asked} = {p.world_size} ranks, but there are {world_size}; "
             "set parallel.dp to fill them or start as many as the layout needs"
         )
-    if p.cp > 1:
-        yield f"parallel.cp is {p.cp}, but context parallelism is not supported; set parallel.cp=1"
     if p.sequence_parallel and p.tp == 1:
         yield "parallel.sequence_parallel needs parallel.tp of at least 2; switch it off or raise tp"
     if p.ep > 0 and p.etp > 0 and (p.tp * p.cp * p.dp) % (p.ep * p.etp):
@@ -94,15 +102,24 @@ def _layout(recipe: Recipe, world_size: int | None) -> Problems:
 
 
 def _layout_of_model(recipe: Recipe, shape: ModelShape) -> Problems:
-    p = recipe.parallel
+    yield from layout_problems(recipe.parallel, shape)
+    if recipe.parallel.cp > 1 and shape.mamba is not None and recipe.trainer.device == "cpu":
+        yield (
+            f"parallel.cp is {recipe.parallel.cp} on CPU, but Megatron-Core shares the sequences of Mamba layers "
+            "through Transformer Engine only; set parallel.cp=1"
+        )
+    yield from _must_divide("fleet.tensor_parallel", recipe.fleet.tensor_parallel, shape.num_heads, "attention heads")
+    for key, engine in _teacher_engines(recipe).items():
+        yield from _must_divide(f"{key}.tensor_parallel", engine.tensor_parallel, shape.num_heads, "attention heads")
+
+
+def layout_problems(p: ParallelConfig, shape: ModelShape) -> Problems:
+    """Why a layout cannot hold a model, a sentence each."""
     yield from _must_divide("parallel.tp", p.tp, shape.num_heads, "attention heads")
     yield from _must_divide("parallel.tp", p.tp, shape.num_kv_heads, "key/value heads")
     if shape.has_dense_ffn:
         yield from _must_divide("parallel.tp", p.tp, shape.ffn_hidden_size, "feed-forward columns")
     yield from _must_divide("parallel.pp", p.pp, shape.num_layers, "layers")
-    yield from _must_divide("fleet.tensor_parallel", recipe.fleet.tensor_parallel, shape.num_heads, "attention heads")
-    for key, engine in _teacher_engines(recipe).items():
-        yield from _must_divide(f"{key}.tensor_parallel", engine.tensor_parallel, shape.num_heads, "attention heads")
     if not shape.num_experts:
         for key, ranks in (("ep", p.ep), ("etp", p.etp)):
             if ranks > 1:
@@ -110,16 +127,29 @@ def _layout_of_model(recipe: Recipe, shape: ModelShape) -> Problems:
         return
     yield from _must_divide("parallel.ep", p.ep, shape.num_experts, "experts")
     yield from _must_divide("parallel.etp", p.etp, shape.moe_ffn_hidden_size, "columns of an expert")
+    if shape.shared_ffn_hidden_size:
+        yield from _must_divide("parallel.tp", p.tp, shape.shared_ffn_hidden_size, "columns of the shared expert")
     if p.tp > 1 and not p.sequence_parallel:
         yield (
             f"parallel.tp is {p.tp} with a mixture of experts, which needs sequence parallelism; "
             "set parallel.sequence_parallel=true"
         )
-    if p.tp > 1 and p.ep == 1 and p.etp != p.tp:
-        yield (
-            f"parallel.etp is {p.etp} with tp {p.tp} and ep 1, where Megatron-Core computes wrong expert gradients "
-            f"without saying so; set parallel.etp={p.tp}, or use ep > 1"
-        )
+
+
+def _lora(recipe: Recipe, shape: ModelShape | None) -> Problems:
+    lora = recipe.model.lora
+    if lora is None:
+        return
+    if not lora.targets:
+        yield f"model.lora.targets is empty, so that nothing would be trained; name linear layers, or {ALL_LINEAR}"
+    known = linear_names(shape) if shape is not None else list(lora.targets)
+    for target in lora.targets:
+        if target != ALL_LINEAR and target not in known:
+            yield f"model.lora.targets: the model has no {target}; name {ALL_LINEAR}, or of {', '.join(known)}"
+    if lora.adapter is not None:
+        for file in (Path(lora.adapter, name) for name in ("adapter_config.json", "adapter_model.safetensors")):
+            if not file.is_file():
+                yield f"model.lora.adapter: {file} does not exist; name the folder of a PEFT adapter"
 
 
 def _must_divide(key: str, ranks: int, count: int, what: str) -> Problems:
@@ -261,6 +291,12 @@ def _files(recipe: Recipe) -> Problems:
     run_dir = Path(recipe.run_dir)
     if run_dir.exists() and not run_dir.is_dir():
         yield f"run_dir: {run_dir} is a file; name a folder"
+    template = recipe.model.chat_template
+    if template is not None and template not in BUILT_IN_TEMPLATES and not Path(template).is_file():
+        yield (
+            f"model.chat_template: the file {template} does not exist; name a Jinja file, or a built-in one "
+            f"({', '.join(BUILT_IN_TEMPLATES)})"
+        )
     for stage in recipe.stages:
         if isinstance(stage, SftStage):
             for file in stage.data:

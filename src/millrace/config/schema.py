@@ -11,13 +11,40 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+BUILT_IN_TEMPLATES = ("nemotron",)
+"""Chat templates that Millrace ships, by the names that `model.chat_template` takes."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraConfig:
+    rank: int = 16
+    """Rank r of every adapter: its factors are A [r, inputs] and B [outputs, r]."""
+    alpha: float = 32.0
+    """Numerator of the scaling: a weight becomes W + alpha / r * B A."""
+    rslora: bool = False
+    """Scale by alpha / sqrt(r) instead (rsLoRA), which keeps high ranks learning."""
+    targets: tuple[str, ...] = ("all-linear",)
+    """Linear layers that get an adapter, by the last part of their Hugging Face names, such as q_proj or down_proj;
+    all-linear: every one that tensor-parallel ranks cut, those of experts included. Routers, embeddings and the output
+    layer get none."""
+    dropout: float = 0.0
+    """Share of an adapter's inputs that is zeroed in training."""
+    adapter: str | None = None
+    """Folder of a PEFT adapter to start from, with the same rank, alpha and targets; fresh ones when absent."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     path: str
     """Folder of the Hugging Face checkpoint to start from (config.json, safetensors, tokenizer)."""
+    chat_template: str | None = None
+    """`nemotron`, the format of Nemotron-Cascade 2 (without its wording of the tools' instructions), or a Jinja file;
+    the export then holds it. When absent the checkpoint's own, and for a nemotron_h that has none `nemotron`."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Data type of parameters and activations in the trainer. Optimizer state is float32 in any case."""
+    lora: LoraConfig | None = None
+    """Train LoRA adapters of the linear layers and leave the model itself as it is. Engines, and the export, get the
+    weights with the adapters merged in. null trains all parameters."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,7 +54,7 @@ class ParallelConfig:
     pp: int = 1
     """Pipeline-parallel stages: the layers are cut over them."""
     cp: int = 1
-    """Context-parallel ranks: each sequence is cut over them. Not supported: must be 1."""
+    """Context-parallel ranks: each sequence is cut over them."""
     dp: int = 1
     """Data-parallel replicas of the model. World size = tp * pp * cp * dp."""
     ep: int = 1
@@ -72,7 +99,8 @@ class TrainerConfig:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where the trainer runs: CUDA with NCCL, or CPU ranks over gloo. `auto` takes CUDA where there is one."""
     max_tokens_per_micro_batch: int = 4096
-    """Capacity of one packed micro-batch in tokens; the longest sequence of any stage must fit."""
+    """Capacity of one packed micro-batch in tokens, over all its context-parallel ranks; the longest sequence of any
+    stage must fit."""
     recompute: Literal["none", "selective", "full"] = "none"
     """Activation recomputation: core attention only (selective) or whole layers (full)."""
     distributed_optimizer: bool = False
@@ -187,6 +215,9 @@ class DomainConfig:
     """instruction_following: 1 only when every constraint holds, or the share that holds."""
     system_prompt: str | None = None
     """System message put before each prompt."""
+    thinking: bool | None = None
+    """Prompts in the chat template's thinking form, or in its non-thinking form; as the template does by itself when
+    absent. A row's own `thinking` goes before. Held-out prompts are asked in the same form."""
     judge: str | None = None
     """genrm: the entry of `judges` that compares answers."""
     pass_rates: str | None = None
@@ -315,17 +346,22 @@ class Stage:
 class SftStage(Stage):
     type: Literal["sft"] = "sft"
     data: tuple[str, ...]
-    """JSONL files of conversations: {"messages": [{"role", "content"}, ...]}."""
+    """JSONL files of conversations: {"messages": [{"role", "content"}, ...]}, and perhaps `tools` and `thinking`. The
+    assistant's messages are trained on, but for those with `"train": false`."""
     steps: int | None = None
     """Optimizer steps; `epochs` when absent."""
     epochs: float | None = None
     """Passes over the data; exactly one of steps and epochs is given."""
+    thinking: bool | None = None
+    """false: leave all reasoning out and train the chat template's non-thinking form; true: the thinking form for every
+    turn; when absent the form of each turn is told by whether it has reasoning. A row's own `thinking` goes before."""
     global_batch: int = 64
-    """Conversations a step."""
+    """Training sequences a step. A conversation is one, unless the chat template rewrites earlier turns (drops their
+    reasoning): then each turn is trained on in a sequence that begins as its prompt would."""
     max_length: int = 4096
-    """Longest conversation in tokens; longer ones are an error, or are dropped with `drop_overlong`."""
+    """Longest training sequence in tokens; longer ones are an error, or are dropped with `drop_overlong`."""
     drop_overlong: bool = False
-    """Leave conversations longer than max_length out (their number is logged)."""
+    """Leave training sequences longer than max_length out (their number is logged)."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
 
 

@@ -12,13 +12,13 @@ import os
 from array import array
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 from millrace.data.errors import DataError
-from millrace.data.tokenizer import ChatTokenizer
+from millrace.data.messages import form_problem, messages_problem
+from millrace.data.tokenizer import ChatTokenizer, TrainingSequence
 from millrace.errors import MillraceError
 
 Row = Mapping[str, Any]
@@ -147,90 +147,89 @@ class PromptDataset:
                 )
 
 
-@dataclass(frozen=True)
-class Conversation:
-    """A tokenised conversation; both are of the same length."""
-
-    tokens: list[int]
-    loss_mask: list[bool]
-    """True where a token is trained on."""
-
-
 class ConversationDataset:
-    """Conversations, {"messages": [{"role", "content"}, ...]} a row, tokenised when asked for.
+    """Training sequences of conversations, tokenised when asked for.
 
-    Every row is rendered once at opening, so that an overlong one, or one that the chat template refuses, is found
-    then.
+    A row is {"messages": [...]}, perhaps with `tools` and `thinking`; it is one sequence, or several where the chat
+    template rewrites earlier turns (see `ChatTokenizer.render_conversation`). Every row is rendered once at opening, so
+    that an overlong one, or one that the chat template refuses, is found then.
 
     Args:
         paths: JSONL files, taken one after the other.
-        max_length: longest conversation in tokens.
+        max_length: longest sequence in tokens.
         drop_overlong: leave longer ones out (`dropped` counts them) instead of raising.
+        thinking: the form of the rows that do not say it.
 
     Raises:
         DataError: a bad file, row or conversation, an overlong one, or none left.
     """
 
     def __init__(
-        self, paths: Sequence[str | Path], tokenizer: ChatTokenizer, *, max_length: int, drop_overlong: bool = False
+        self,
+        paths: Sequence[str | Path],
+        tokenizer: ChatTokenizer,
+        *,
+        max_length: int,
+        drop_overlong: bool = False,
+        thinking: bool | None = None,
     ) -> None:
-        self._tokenizer = tokenizer
-        self._files = [JsonlFile(path, ["messages"], _messages_problem) for path in paths]
+        self._tokenizer, self._thinking = tokenizer, thinking
+        self._files = [JsonlFile(path, ["messages"], _conversation_problem) for path in paths]
         self._ends = list(accumulate(len(file) for file in self._files))
-        self._kept = array("Q")  # rows counted through all files
+        self.conversations = self._ends[-1]
+        """Rows of all files."""
+        self._kept_rows, self._kept_parts = array("Q"), array("L")  # row through all files, sequence in its row
         self.lengths = array("Q")
-        """Tokens of each conversation."""
+        """Tokens of each sequence."""
         self.dropped = 0
-        """Conversations left out because they are longer than max_length."""
-        for row in range(self._ends[-1]):
-            length = len(self._render(row).tokens)
-            if length <= max_length:
-                self._kept.append(row)
-                self.lengths.append(length)
-            elif drop_overlong:
-                self.dropped += 1
-            else:
-                raise DataError(
-                    f"{self._where(row)}: the conversation has {length} tokens, more than max_length {max_length}; "
-                    "raise max_length or set drop_overlong"
-                )
-        if not self._kept:
+        """Sequences left out because they are longer than max_length."""
+        for row in range(self.conversations):
+            for part, sequence in enumerate(self._render(row)):
+                length = len(sequence.tokens)
+                if length <= max_length:
+                    self._kept_rows.append(row)
+                    self._kept_parts.append(part)
+                    self.lengths.append(length)
+                elif drop_overlong:
+                    self.dropped += 1
+                else:
+                    raise DataError(
+                        f"{self._where(row)}: the conversation has {length} tokens, more than max_length {max_length}; "
+                        "raise max_length or set drop_overlong"
+                    )
+        if not self.lengths:
             names = ", ".join(str(file.path) for file in self._files)
-            raise DataError(f"{names}: all {self.dropped} conversations are longer than max_length {max_length}")
+            raise DataError(f"{names}: all {self.conversations} conversations are longer than max_length {max_length}")
 
     def __len__(self) -> int:
-        return len(self._kept)
+        return len(self.lengths)
 
-    def __getitem__(self, index: int) -> Conversation:
-        return self._render(self._kept[index])
+    def __getitem__(self, index: int) -> TrainingSequence:
+        return self._render(self._kept_rows[index])[self._kept_parts[index]]
 
     def _place(self, row: int) -> tuple[JsonlFile, int]:
         """The file of a row and the row's index in it."""
         number = bisect_right(self._ends, row)
         return self._files[number], row - (self._ends[number - 1] if number else 0)
 
-    def _render(self, row: int) -> Conversation:
-        file, index = self._place(row)
+    def _render(self, number: int) -> list[TrainingSequence]:
+        file, index = self._place(number)
+        row = file[index]
+        own = row.get("thinking")
         try:
-            return Conversation(*self._tokenizer.render_conversation(file[index]["messages"]))
+            return self._tokenizer.render_conversation(
+                row["messages"], tools=row.get("tools"), thinking=self._thinking if own is None else own
+            )
         except DataError as error:
-            raise DataError(f"{self._where(row)}: {error}") from error
+            raise DataError(f"{file.where(index)}: {error}") from error
 
     def _where(self, row: int) -> str:
         file, index = self._place(row)
         return file.where(index)
 
 
-def _messages_problem(row: Row) -> str | None:
-    messages = row["messages"]
-    if not isinstance(messages, list) or not messages:
-        return "the field 'messages' must be a list of at least one message"
-    for number, message in enumerate(messages):
-        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
-            return f"message {number} has no 'role'"
-        if message.get("content") is None and not message.get("tool_calls"):
-            return f"message {number} has no 'content'"
-    return None
+def _conversation_problem(row: Row) -> str | None:
+    return messages_problem(row["messages"]) or form_problem(row)
 
 
 def _stamp(descriptor: int) -> tuple[int, int]:

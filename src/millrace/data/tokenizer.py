@@ -1,29 +1,45 @@
 """The tokenizer of a Hugging Face checkpoint: messages in, token ids and loss masks out.
 
-A conversation is cut into pieces of text where the policy takes over from the template and where it gives back, and
-each piece is tokenised alone. So a trained turn has exactly the ids that a rollout of that turn has: the prompt's ids,
-then the answer's, with no merge across the border.
+What is trained on is what would be sampled. A trained turn is the prompt that an engine would be given for it,
+tokenised as it is for the engine, and behind it the answer, tokenised for itself where the two would merge. A later
+turn goes on in the same sequence if its own prompt begins with all of that, token for token; where the template
+rewrites what has been (drops the reasoning of earlier turns, say), it begins a sequence of its own.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
-from itertools import pairwise
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import jinja2
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from millrace.data.chat_template import chosen_template
 from millrace.data.errors import DataError
+from millrace.data.messages import THINK_CLOSE, THINK_OPEN, Messages, Tools, for_template, has_reasoning, is_trained
 
-Messages = Sequence[Mapping[str, Any]]
-"""[{"role": ..., "content": ...}, ...]; an assistant message may carry "weight": 0 to be left out of the loss."""
+Encode = Callable[[str], list[int]]
 
-_GENERATION_BLOCK = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _PROBE_CONTENT = "probe7"
+_MARKERS = (THINK_OPEN, THINK_CLOSE, "<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>")
+"""Tokens that structure an answer. They belong to its text even where a tokenizer calls them special."""
+_OPENED = re.compile(rf"{THINK_OPEN}\s*\Z")
+_OPENING_TOKENS = 16
+"""A prompt's last tokens, in which an opened block of reasoning stands: even a token a byte needs only eight."""
+
+
+@dataclass(frozen=True)
+class TrainingSequence:
+    """Tokens of a conversation up to its last trained turn; both are of the same length."""
+
+    tokens: list[int]
+    loss_mask: list[bool]
+    """True where a token is trained on."""
 
 
 class ChatTokenizer:
@@ -32,59 +48,99 @@ class ChatTokenizer:
     Args:
         path: folder of a Hugging Face checkpoint.
         vocab_size: rows of the model's vocabulary; `vocab_size` of the folder's config.json when absent.
+        chat_template: `model.chat_template` of the recipe; the checkpoint's own, or its family's, when absent.
 
     Raises:
         DataError: the tokenizer is missing or unreadable, does not fit the model, or has no usable chat template.
     """
 
-    def __init__(self, path: str | Path, vocab_size: int | None = None) -> None:
+    def __init__(self, path: str | Path, vocab_size: int | None = None, chat_template: str | None = None) -> None:
         self.path = Path(path)
         self._tokenizer: Any = _load(self.path)  # transformers' annotations do not follow its keyword switches
         declared_stops = _declared_eos(self.path)
         self._check_ids(_declared_vocab_size(self.path) if vocab_size is None else vocab_size, declared_stops)
-        if not self._tokenizer.chat_template:
-            raise DataError(
-                f"{self.path}: the tokenizer has no chat template: add chat_template.jinja or a chat_template in "
-                "tokenizer_config.json"
-            )
-        self._marks_generation = bool(_GENERATION_BLOCK.search(str(self._tokenizer.chat_template)))
+        own, config = self._tokenizer.chat_template, _read_json(self.path / "config.json")
+        self.chat_template = chosen_template(own, config, chat_template, self.path)
+        """The Jinja text that is used."""
+        self.brings_template = self.chat_template == own
+        """Whether it is the checkpoint's own."""
+        self._reads_reasoning = "reasoning_content" in self.chat_template
+        self._where = f"the chat template of {self.path}" if chat_template is None else f"the template {chat_template}"
         self.end_of_turn_id, self._end_of_turn = self._find_end_of_turn()
+        self._turns_are_apart = self._tokenises_turns_apart()
         self.stop_token_ids: tuple[int, ...] = tuple(
             sorted({self.end_of_turn_id, self._tokenizer.eos_token_id, *declared_stops})
         )
         """Ids at which an answer ends: the template's end of turn, the tokenizer's and the checkpoint's eos."""
+        self._silent_ids = self._find_silent_ids()
 
     def encode(self, text: str) -> list[int]:
         """Plain text to ids, nothing added."""
         return self._tokenizer.encode(text, add_special_tokens=False)
 
     def decode(self, tokens: Sequence[int], *, skip_special: bool = True) -> str:
-        """Ids to text, by default without special tokens such as the end of turn."""
-        return self._tokenizer.decode(list(tokens), skip_special_tokens=skip_special)
+        """Ids to text, by default without special tokens such as the end of turn. `<think>`, `<tool_call>` and their
+        like are text in any case: an answer is read by them."""
+        kept = [token for token in tokens if token not in self._silent_ids] if skip_special else list(tokens)
+        return self._tokenizer.decode(kept, skip_special_tokens=False)
 
-    def render_prompt(self, messages: Messages) -> list[int]:
-        """Ids of a conversation up to where the assistant answers (generation prompt included)."""
-        return self.encode(self._render(_without_weights(messages), generation_prompt=True))
+    def render_prompt(
+        self, messages: Messages, *, tools: Tools | None = None, thinking: bool | None = None
+    ) -> list[int]:
+        """Ids of a conversation up to where the assistant answers (generation prompt included).
 
-    def render_conversation(self, messages: Messages) -> tuple[list[int], list[bool]]:
-        """Ids of a whole conversation, and which of them are trained on.
-
-        Trained on are the assistant's tokens, from behind the generation prompt to the end-of-turn token included, of
-        every assistant message without `"weight": 0`. What follows the last end of turn is left out.
+        Args:
+            tools: the functions that the assistant may call.
+            thinking: take the template's thinking or non-thinking form; the one it takes by itself when absent.
 
         Raises:
-            DataError: no assistant message to train on, or the template rewrites earlier turns.
+            DataError: the template refuses the messages, or has only one form while `thinking` asks for one of two.
         """
-        trained = [bool(m.get("weight", 1)) for m in messages if m.get("role") == "assistant"]
-        if not any(trained):
+        if thinking is not None and not self.has_thinking_forms:
+            raise DataError(
+                f"{self._where} has no thinking and non-thinking form (it reads no enable_thinking), so that "
+                f"thinking: {str(thinking).lower()} would change nothing; leave it out, or name another template with "
+                "model.chat_template"
+            )
+        prepared = for_template(messages, reads_reasoning=self._reads_reasoning)
+        return self.encode(self._render(prepared, tools, thinking, generation_prompt=True))
+
+    def answer_opening(self, prompt: Sequence[int]) -> str:
+        """What of an answer stands in its prompt already: the `<think>` and newline of a thinking form, or nothing."""
+        opened = _OPENED.search(self.decode(prompt[-_OPENING_TOKENS:], skip_special=False))
+        return opened.group() if opened else ""
+
+    def render_conversation(
+        self, messages: Messages, *, tools: Tools | None = None, thinking: bool | None = None
+    ) -> list[TrainingSequence]:
+        """The training sequences of a conversation; each trained turn is trained on in exactly one of them.
+
+        Trained on are the assistant's tokens, tool calls included, from behind the generation prompt to the
+        end-of-turn token included, of every assistant message without `"train": false`.
+
+        Args:
+            tools: the functions that the assistant may call.
+            thinking: True takes the thinking form for every turn, False leaves all reasoning out and takes the
+                non-thinking form. None takes the form by the turn: thinking if the message has reasoning.
+
+        Raises:
+            DataError: no assistant message to train on, or one that the template does not render behind its prompt.
+        """
+        turns = [n for n, message in enumerate(messages) if message.get("role") == "assistant" and is_trained(message)]
+        if not turns:
             raise DataError("the conversation has no assistant message to train on")
-        plain = _without_weights(messages)
-        if self._marks_generation:
-            tokens, mask = self._marked_by_template(plain, trained)
-        else:
-            tokens, mask = self._marked_by_prefixes(plain, trained)
-        end = len(mask) - mask[::-1].index(True)
-        return tokens[:end], mask[:end]
+        prepared = for_template(messages, reads_reasoning=self._reads_reasoning, without_reasoning=thinking is False)
+        encode = self._encode_by_turns()
+        sequences: list[TrainingSequence] = []
+        for turn in turns:
+            form = has_reasoning(prepared[turn]) if thinking is None else thinking
+            prompt_text, answer_text = self._turn(prepared, turn, tools, form)
+            prompt, answer = _encode_turn(encode, prompt_text, answer_text)
+            goes_on = bool(sequences) and prompt[: len(sequences[-1].tokens)] == sequences[-1].tokens
+            mask = sequences.pop().loss_mask if goes_on else []
+            mask = mask + [False] * (len(prompt) - len(mask)) + [True] * len(answer)
+            sequences.append(TrainingSequence(prompt + answer, mask))
+        return sequences
 
     def _check_ids(self, vocab_size: int, declared_stops: Sequence[int]) -> None:
         ids = self._tokenizer.get_vocab().values()
@@ -116,70 +172,99 @@ class ChatTokenizer:
             "never be seen to end: put one (such as the eos token) behind it"
         )
 
-    def _render(self, messages: Messages, *, generation_prompt: bool = False) -> str:
+    def _find_silent_ids(self) -> frozenset[int]:
+        """Special tokens that are no part of a text."""
+        added = self._tokenizer.added_tokens_decoder
+        special = {*self._tokenizer.all_special_ids, *(number for number, token in added.items() if token.special)}
+        return frozenset(number for number in special if number not in added or added[number].content not in _MARKERS)
+
+    @cached_property
+    def has_thinking_forms(self) -> bool:
+        """Whether the template has a thinking and a non-thinking form."""
+        forms = {self._render([_probe("user")], None, form, generation_prompt=True) for form in (True, False)}
+        return len(forms) == 2
+
+    def _render(
+        self,
+        messages: Messages,
+        tools: Tools | None = None,
+        thinking: bool | None = None,
+        *,
+        generation_prompt: bool = False,
+    ) -> str:
+        # Templates of DeepSeek call it thinking, all others enable_thinking; a template ignores what it does not read.
+        form = {} if thinking is None else {"enable_thinking": thinking, "thinking": thinking}
         try:
             return self._tokenizer.apply_chat_template(
-                list(messages), tokenize=False, add_generation_prompt=generation_prompt
+                list(messages),
+                tools=list(tools) if tools else None,
+                chat_template=self.chat_template,
+                tokenize=False,
+                add_generation_prompt=generation_prompt,
+                **form,
             )
-        except jinja2.TemplateError as error:
-            raise DataError(f"the chat template of {self.path} refuses the messages: {error}") from error
+        except (jinja2.TemplateError, TypeError) as error:  # TypeError: a template takes a null for text
+            raise DataError(f"{self._where} refuses the messages: {error}") from error
 
-    def _marked_by_prefixes(self, messages: Messages, trained: Sequence[bool]) -> tuple[list[int], list[bool]]:
-        """Cut the text at the assistant's turns, found by rendering one prefix of the messages after the other."""
-        text = self._render(messages)
-        turns = [i for i, message in enumerate(messages) if message.get("role") == "assistant"]
-        cuts = [0]
-        for turn, in_loss in zip(turns, trained, strict=True):
-            if in_loss:
-                cuts += self._turn_borders(messages, turn, text)
-        tokens: list[int] = []
-        mask: list[bool] = []
-        for piece, (start, end) in enumerate(pairwise(cuts)):
-            ids = self.encode(text[start:end])
-            tokens += ids
-            mask += [piece % 2 == 1] * len(ids)
-        return tokens, mask
-
-    def _turn_borders(self, messages: Messages, turn: int, text: str) -> tuple[int, int]:
-        """Where in the whole text the assistant's message `turn` starts and where its end-of-turn token ends."""
-        before = self._render(messages[:turn], generation_prompt=True)
-        through = self._render(messages[: turn + 1])
-        if not through.startswith(before) or not text.startswith(through):
-            raise DataError(
-                f"the chat template of {self.path} renders message {turn} and what precedes it differently once more "
-                "messages follow (it drops or rewrites history), so that the turn cannot be trained on as it would be "
-                'sampled: write one row per assistant message, with "weight": 0 on the earlier ones'
-            )
-        end = through.rfind(self._end_of_turn, len(before))
+    def _turn(self, messages: Messages, turn: int, tools: Tools | None, thinking: bool) -> tuple[str, str]:
+        """The prompt of the assistant's message `turn`, and its answer with the end-of-turn token."""
+        prompt = self._render(messages[:turn], tools, thinking, generation_prompt=True)
+        through = self._render(messages[: turn + 1], tools, thinking)
+        if not through.startswith(prompt):
+            raise DataError(self._unlike_its_prompt(prompt, through, messages, turn, thinking))
+        end = through.rfind(self._end_of_turn, len(prompt))
         if end < 0:
-            raise DataError(f"the chat template of {self.path} does not end message {turn} with {self._end_of_turn}")
-        return len(before), end + len(self._end_of_turn)
+            raise DataError(f"{self._where} does not end message {turn} with {self._end_of_turn}")
+        return prompt, through[len(prompt) : end + len(self._end_of_turn)]
 
-    def _marked_by_template(self, messages: Messages, trained: Sequence[bool]) -> tuple[list[int], list[bool]]:
-        """Take the template's own {% generation %} marks, and add the end of turn where they leave it out.
+    def _unlike_its_prompt(self, prompt: str, through: str, messages: Messages, turn: int, thinking: bool) -> str:
+        differs = next(n for n, (a, b) in enumerate(zip(prompt + "\0", through + "\0", strict=False)) if a != b)
+        start = max(0, differs - 20)
+        way_out = (
+            "the message has no reasoning, so leave thinking out, or give it a reasoning_content"
+            if thinking and not has_reasoning(messages[turn])
+            else 'put "train": false on it, or name a template that keeps it with model.chat_template'
+        )
+        return (
+            f"{self._where} renders message {turn} otherwise than its prompt begins "
+            f"({through[start : differs + 20]!r} where the prompt has {prompt[start : differs + 20]!r}), so that it "
+            f"cannot be trained on as it would be sampled; {way_out}"
+        )
 
-        A template may mark some assistant messages only, such as those whose reasoning it keeps. Which ones is not
-        told, so that single messages can be given weight 0 only where all are marked.
-        """
-        try:
-            rendered = self._tokenizer.apply_chat_template(
-                list(messages), tokenize=True, return_dict=True, return_assistant_tokens_mask=True
-            )
-        except jinja2.TemplateError as error:
-            raise DataError(f"the chat template of {self.path} refuses the messages: {error}") from error
-        tokens = list(rendered["input_ids"])
-        spans = _spans(rendered["assistant_masks"])
-        if not spans or (len(spans) != len(trained) and not all(trained)):
-            raise DataError(
-                f"the chat template of {self.path} marks {len(spans)} generations in a conversation with "
-                f"{len(trained)} assistant messages: check its {{% generation %}} blocks"
-            )
-        mask = [False] * len(tokens)
-        for (start, end), in_loss in zip(spans, [True] * len(spans) if all(trained) else trained, strict=True):
-            if end < len(tokens) and tokens[end] == self.end_of_turn_id and tokens[end - 1] != self.end_of_turn_id:
-                end += 1
-            mask[start:end] = [in_loss] * (end - start)
-        return tokens, mask
+    def _tokenises_turns_apart(self) -> bool:
+        """Whether text behind an end of turn has the same ids whether or not it is tokenised with what precedes it."""
+        ends = [before + self._end_of_turn for before in ("a", "a ", "a\n")]
+        return all(
+            self.encode(end + after) == self.encode(end) + self.encode(after)
+            for end in ends
+            for after in ("a", " a", "\n", "\n\na", "\n a", self._end_of_turn)
+        )
+
+    def _encode_by_turns(self) -> Encode:
+        """`encode` for the texts of one conversation, which share most of their turns: each turn is tokenised once."""
+        known: dict[str, list[int]] = {}
+
+        def encode(text: str) -> list[int]:
+            *ended, rest = text.split(self._end_of_turn)
+            ids: list[int] = []
+            for piece in (*(piece + self._end_of_turn for piece in ended), rest):
+                if piece not in known:
+                    known[piece] = self.encode(piece)
+                ids += known[piece]
+            return ids
+
+        return encode if self._turns_are_apart else self.encode
+
+
+def _encode_turn(encode: Encode, prompt: str, answer: str) -> tuple[list[int], list[int]]:
+    """Ids of a prompt, as an engine is given them, and of the answer behind it.
+
+    The answer's are those it has behind the prompt, or those it has alone where it would merge with the prompt.
+    """
+    given, whole = encode(prompt), encode(prompt + answer)
+    if whole[: len(given)] == given:
+        return given, whole[len(given) :]
+    return given, encode(answer)
 
 
 def _load(path: Path) -> PreTrainedTokenizerBase:
@@ -226,15 +311,5 @@ def _declared_eos(path: Path) -> list[int]:
     return sorted(found)
 
 
-def _without_weights(messages: Messages) -> list[dict[str, Any]]:
-    return [{key: value for key, value in message.items() if key != "weight"} for message in messages]
-
-
 def _probe(role: str) -> dict[str, str]:
     return {"role": role, "content": _PROBE_CONTENT}
-
-
-def _spans(mask: Sequence[int]) -> list[tuple[int, int]]:
-    """Start and end of each run of ones."""
-    edges = [i for i, (a, b) in enumerate(pairwise([0, *mask, 0])) if a != b]
-    return list(zip(edges[::2], edges[1::2], strict=True))

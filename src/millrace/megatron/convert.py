@@ -56,6 +56,7 @@ from millrace.megatron.checkpoint_store import (
     checkpoint_facts,
     file_record,
     flush_to_disk,
+    read_json,
     read_manifest,
     readable_bytes,
     remove,
@@ -187,6 +188,11 @@ def megatron_to_hf(checkpoint: Path, out: Path, options: Options) -> Path:
     """
     _refuse_existing(out, options)
     checkpoint = find_checkpoint(checkpoint)
+    if read_json(checkpoint / FACTS).get("lora") is not None:
+        raise ConversionError(
+            f"{checkpoint} holds adapters and no whole model; take them out with `millrace convert adapter`, and put "
+            "them into the weights they adapt with `millrace convert merge`"
+        )
     source, shards = checkpoint / HF_FOLDER, checkpoint / SHARDS
     shape = ModelShape.from_hf(source)
     mapping = mapping_for(shape)

@@ -67,14 +67,15 @@ class Divergence:
         """The teachers' parts in one micro-batch. Raises ValueError if the states are those of another batch."""
         found = []
         for number, teacher in enumerate(self.teachers, start=1):
-            rows, hidden = micro_batch.taught_rows(number), teacher.hidden[micro_batch.index]
+            rows, places = micro_batch.computed_here(micro_batch.taught_rows(number))
+            hidden = teacher.hidden[micro_batch.index]
             if rows.numel() != hidden.shape[0]:
                 raise ValueError(
                     f"teacher {number} has states of {hidden.shape[0]} tokens for micro-batch {micro_batch.index}, but "
                     f"the batch has {rows.numel()}; take Policy.teacher_states of the batch that is trained on"
                 )
             assert teacher.head_weight is not None
-            found.append(TeacherRows(rows, hidden, teacher.head_weight))
+            found.append(TeacherRows(rows, places, hidden, teacher.head_weight))
         return found
 
 
@@ -83,6 +84,8 @@ class TeacherRows(NamedTuple):
 
     rows: Tensor
     """int64 [n], of the micro-batch"""
+    places: Tensor
+    """int64 [n], where the student's hidden states hold them"""
     hidden: Tensor
     """[n, H]"""
     head_weight: Tensor
@@ -110,30 +113,32 @@ def taught_logprobs(
     group: dist.ProcessGroup | None,
     sequence_parallel: bool = False,
     entropy: bool = False,
+    context: dist.ProcessGroup | None = None,
 ) -> TaughtTokens:
     """Log-probs of the trained tokens of a micro-batch, and where a teacher speaks the reverse KL to it.
 
     `hidden` is the model's output as `logprobs.token_logprobs` takes it. Of each token either the log-prob has a
-    gradient or the divergence, so that its logits are taken by one of two functions only. Raises ValueError for teacher
-    states of another batch.
+    gradient or the divergence, so that its logits are taken by one of two functions only. `context` are the ranks that
+    share the sequences: all get the values of all tokens. Raises ValueError for teacher states of another batch.
     """
     hidden = whole_hidden(hidden, group, sequence_parallel)
     teachers = divergence.of(micro_batch)
-    taught, untaught = torch.cat([teacher.rows for teacher in teachers]), micro_batch.taught_rows(0)
+    taught, taught_places = (torch.cat(column) for column in zip(*((t.rows, t.places) for t in teachers), strict=True))
+    untaught, places = micro_batch.computed_here(micro_batch.taught_rows(0))
     common = (temperature, vocab_size, chunk, group, entropy)
     parts = []
     if untaught.numel() or not taught.numel():  # an empty micro-batch needs a graph to walk back too
-        inputs = hidden.index_select(0, untaught), weight, micro_batch.tokens[untaught + 1]
+        inputs = hidden.index_select(0, places), weight, micro_batch.tokens[untaught + 1]
         logp, entropies = VocabParallelLogProb.apply(*inputs, *common)
         parts.append((untaught, logp, entropies, torch.zeros_like(logp)))
     if taught.numel():
-        inputs = hidden.index_select(0, taught), weight, micro_batch.tokens[taught + 1]
+        inputs = hidden.index_select(0, taught_places), weight, micro_batch.tokens[taught + 1]
         top_k = None if divergence.top_k is None else TopK(min(divergence.top_k, vocab_size), divergence.support)
         parts.append((taught, *VocabParallelReverseKL.apply(*inputs, teachers, top_k, *common)))
     rows, logp, entropies, values = (torch.cat(column) for column in zip(*parts, strict=True))
 
     def aligned(found: Tensor) -> Tensor:
-        return found.new_zeros(micro_batch.shown).index_copy(0, rows + 1, found)
+        return micro_batch.aligned(rows, found, context)
 
     return TaughtTokens(aligned(logp), aligned(entropies) if entropy else None, aligned(values))
 

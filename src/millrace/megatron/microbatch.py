@@ -1,38 +1,57 @@
-"""From the global batch to the packed micro-batches of one data-parallel rank.
+"""From the global batch to the packed micro-batches of one data-parallel rank, and to a context-parallel rank's share.
 
 Every rank computes the same cut from the lengths alone. Legend: N tokens of the global batch, T tokens of a
-micro-batch.
+micro-batch, padding included, CP ranks that share each of its sequences.
 """
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
 from millrace.data.batch import TokenBatch
 from millrace.data.packing import pack, split_balanced
+from millrace.megatron.context import ALONE, ContextShare, sum_over_ranks
 
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """Sequences behind one another, then padding as a sequence of its own."""
+    """Sequences behind one another: as the loss sees them, whole and without padding, and what this rank's model
+    computes of them.
+
+    The model sees each sequence with the padding that context parallelism needs at its end, then more padding as a
+    sequence of its own.
+    """
 
     tokens: Tensor
-    """int64 [T], padding included"""
+    """int64 [shown]: the whole sequences, without padding"""
     lengths: tuple[int, ...]
-    """of the sequences, padding included; they sum to T"""
-    real: int
-    """The first so many tokens are not padding."""
+    """of the sequences, without padding"""
     positions: Tensor
     """int64 [real]: where the tokens stand in the global batch"""
     streams: Mapping[str, Tensor]
-    """float32 [max(real, 1)] each; an empty micro-batch shows one token with nothing but zeros"""
+    """float32 [shown] each; an empty micro-batch shows one token with nothing but zeros"""
+    input_ids: Tensor
+    """int64 [T / CP]: the tokens that this rank's model computes, padding included"""
+    padded_lengths: tuple[int, ...]
+    """of the sequences as all context-parallel ranks together see them; they sum to T"""
+    model_rows: Tensor
+    """int64 [shown]: where each token stands in `input_ids`, or -1 if another context-parallel rank computes it"""
+    context: ContextShare = ALONE
     index: int = 0
     """Its place among the micro-batches of its rank"""
+
+    @property
+    def real(self) -> int:
+        """Tokens that stand in the global batch."""
+        return self.positions.numel()
 
     @property
     def shown(self) -> int:
@@ -42,10 +61,8 @@ class MicroBatch:
     @property
     def segment_ids(self) -> Tensor:
         """int64 [shown]: the micro-batch's sequence of each token"""
-        lengths = torch.tensor(self.lengths, device=self.tokens.device)
-        return torch.repeat_interleave(torch.arange(len(self.lengths), device=self.tokens.device), lengths)[
-            : self.shown
-        ]
+        lengths = torch.tensor(self.lengths or (1,), device=self.tokens.device)
+        return torch.repeat_interleave(torch.arange(lengths.numel(), device=self.tokens.device), lengths)
 
     @property
     def predicting_rows(self) -> Tensor:
@@ -64,11 +81,31 @@ class MicroBatch:
         rows = self.trained_rows
         return rows[self.streams["taught"][rows + 1] == teacher]
 
+    def computed_here(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Those of `rows` that this context-parallel rank computes, and where its hidden states hold them."""
+        places = self.model_rows[rows]
+        mine = places >= 0
+        return rows[mine], places[mine]
+
+    def aligned(self, rows: Tensor, values: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
+        """[shown]: the values of `rows` at the tokens that they predict, those of the group's other ranks at theirs, 0
+        elsewhere."""
+        return sum_over_ranks(values.new_zeros(self.shown).index_copy(0, rows + 1, values), group)
+
     def packed_seq_params(self) -> PackedSeqParams:
-        bounds = torch.tensor([0, *self.lengths], device=self.tokens.device).cumsum(0).to(torch.int32)
-        longest = max(self.lengths)
+        """What the attention and the rotary embedding need to know: of the whole sequences, also where ranks share
+        them. Padding counts as their end, which no earlier token attends to."""
+        bounds = torch.tensor([0, *self.padded_lengths], device=self.tokens.device).cumsum(0).to(torch.int32)
+        longest = max(self.padded_lengths)
+        shared_bounds = bounds if self.context.ranks > 1 else None
         return PackedSeqParams(
-            qkv_format="thd", cu_seqlens_q=bounds, cu_seqlens_kv=bounds, max_seqlen_q=longest, max_seqlen_kv=longest
+            qkv_format="thd",
+            cu_seqlens_q=bounds,
+            cu_seqlens_kv=bounds,
+            cu_seqlens_q_padded=shared_bounds,
+            cu_seqlens_kv_padded=shared_bounds,
+            max_seqlen_q=longest,
+            max_seqlen_kv=longest,
         )
 
 
@@ -80,13 +117,15 @@ def cut_batch(
     capacity: int,
     multiple: int,
     device: torch.device,
+    context: ContextShare = ALONE,
     keep: Tensor | None = None,
 ) -> list[MicroBatch]:
-    """The micro-batches of one data-parallel rank: at most `capacity` tokens each, T a multiple of `multiple`.
+    """The micro-batches of one data-parallel rank: at most `capacity` tokens each, without padding.
 
     All ranks get the same number of them. A rank with fewer sequences gets empty ones at its end: padding that no loss
-    sees. `keep`, bool [B], leaves sequences out after the cut: the others stand in the micro-batch and in the order in
-    which they stand in the whole batch's. Raises DataError for a sequence longer than `capacity`.
+    sees. `multiple` and `context` as for `make_micro_batch`. `keep`, bool [B], leaves sequences out after the cut: the
+    others stand in the micro-batch and in the order in which they stand in the whole batch's. Raises DataError for a
+    sequence longer than `capacity`.
     """
     lengths = batch.lengths.tolist()
     bins_of_rank = []
@@ -97,23 +136,43 @@ def cut_batch(
     mine = bins_of_rank[dp_rank] + [[]] * (number - len(bins_of_rank[dp_rank]))
     if keep is not None:
         mine = [[i for i in indices if keep[i]] for indices in mine]
-    return [make_micro_batch(batch, indices, multiple, device, index) for index, indices in enumerate(mine)]
+    return [make_micro_batch(batch, indices, multiple, device, index, context) for index, indices in enumerate(mine)]
 
 
 def make_micro_batch(
-    batch: TokenBatch, indices: Sequence[int], multiple: int, device: torch.device, index: int = 0
+    batch: TokenBatch,
+    indices: Sequence[int],
+    multiple: int,
+    device: torch.device,
+    index: int = 0,
+    context: ContextShare = ALONE,
 ) -> MicroBatch:
-    """The given sequences of the batch, padded to a multiple of `multiple` tokens."""
+    """The given sequences of the batch, padded so that each context-parallel rank computes the same number of tokens, a
+    multiple of `multiple`."""
     positions = batch.positions(indices)
-    real = positions.numel()
-    padding = max(-real % multiple, multiple if real == 0 else 0)
-    lengths = [int(batch.lengths[i]) for i in indices] + ([padding] if padding else [])
-    streams = {name: values[positions] if real else values.new_zeros(1) for name, values in batch.streams.items()}
+    lengths = [int(batch.lengths[i]) for i in indices]
+    padded = [n + -n % context.multiple for n in lengths]
+    whole = math.lcm(context.multiple, context.ranks * multiple)
+    padding = -sum(padded) % whole or (0 if padded else whole)
+    padded_lengths = padded + [padding] * (padding > 0)
+
+    starts = itertools.accumulate(padded_lengths, initial=0)
+    places = [torch.arange(first, first + n) for first, n in zip(starts, lengths, strict=False)]
+    row_of_token = torch.cat(places) if places else torch.zeros(1, dtype=torch.int64)
+    tokens = batch.tokens[positions].cpu() if lengths else torch.zeros(1, dtype=torch.int64)
+    rows = context.rows(padded_lengths)
+    input_ids = torch.zeros(sum(padded_lengths), dtype=torch.int64).index_copy(0, row_of_token, tokens)[rows]
+    model_rows = torch.full((sum(padded_lengths),), -1).index_copy(0, rows, torch.arange(rows.numel()))[row_of_token]
+
+    streams = {name: values[positions] if lengths else values.new_zeros(1) for name, values in batch.streams.items()}
     return MicroBatch(
-        tokens=torch.cat([batch.tokens[positions], batch.tokens.new_zeros(padding)]).to(device),
+        tokens=tokens.to(device),
         lengths=tuple(lengths),
-        real=real,
         positions=positions,
         streams={name: values.to(device) for name, values in streams.items()},
+        input_ids=input_ids.to(device),
+        padded_lengths=tuple(padded_lengths),
+        model_rows=model_rows.to(device),
+        context=context,
         index=index,
     )

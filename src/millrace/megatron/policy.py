@@ -23,10 +23,11 @@ from torch import Tensor
 
 from millrace.algorithms.losses import LossFn
 from millrace.config.model_shape import ModelShape
-from millrace.config.schema import ModelConfig, OptimizerConfig, ParallelConfig, TrainerConfig
+from millrace.config.schema import LoraConfig, ModelConfig, OptimizerConfig, ParallelConfig, TrainerConfig
 from millrace.data.batch import TokenBatch
 from millrace.errors import MillraceError
-from millrace.megatron import weights
+from millrace.megatron import lora, weights
+from millrace.megatron.context import ContextShare
 from millrace.megatron.divergence import Divergence, TeacherStates, taught_logprobs
 from millrace.megatron.logprobs import token_logprobs, vocabulary_logits, whole_hidden
 from millrace.megatron.microbatch import MicroBatch, cut_batch
@@ -71,7 +72,12 @@ class Policy:
         self.step = 0
         """Updates made since the policy was built; checkpoints carry it on."""
         self.dtype = DTYPES[model.dtype]
-        self.module = build_model(shape, parallel, trainer, self.dtype, topology.device)
+        grouped = not lora.adapts_experts(shape, model.lora)
+        self.module = build_model(shape, parallel, trainer, self.dtype, topology.device, grouped_experts=grouped)
+        self.adapters = [] if model.lora is None else lora.attach(self.module, shape, model.lora, topology)
+        """Of this rank's linears, with `model.lora`; then they alone are trained."""
+        self._base: str | None = None
+        """What the frozen weights below the adapters were read from."""
         self.optimizer: MegatronOptimizer | None = None
         self._trained: DistributedDataParallel | None = None
         if optimizer is None:
@@ -89,14 +95,43 @@ class Policy:
     def load_hf(self, path: str, *, master_weights: bool = True) -> None:
         """Take the weights of a Hugging Face checkpoint; each rank reads its own parts. Raises ConversionError.
 
-        `master_weights`: whether the optimizer's copies follow, as they must where training goes on from here.
+        Adapters start afresh, or from `model.lora.adapter`. `master_weights`: whether the optimizer's copies follow, as
+        they must where training goes on from here.
         """
-        weights.load_hf(weights.bind(self.module, self.shape, self.topology), self.shape, path)
+        self._load_base(path)
+        if self.config.lora is not None:
+            self._start_adapters(self.config.lora)
         if self.optimizer is not None and master_weights:
             self.optimizer.reload_model_params()
 
+    def require_base(self) -> None:
+        """Have the frozen weights that adapters stand on, which checkpoints do not hold. Raises ConversionError."""
+        if self.config.lora is not None and self._base != self.config.path:
+            self._load_base(self.config.path)
+
+    def _load_base(self, path: str) -> None:
+        if self.config.lora is not None and self._base == path:
+            return  # frozen, so they are what was read
+        weights.load_hf(weights.bind(self.module, self.shape, self.topology), self.shape, path)
+        self._base = path
+
+    def _start_adapters(self, config: LoraConfig) -> None:
+        if config.adapter is None:
+            lora.reset(self.adapters, self.seed)
+        else:
+            lora.load(self.adapters, config, self.shape, self.topology, config.adapter)
+
+    def sharded_adapters(self) -> dict[str, Any] | None:
+        """The adapters as Megatron-Core's checkpoints take them; None for a policy whose every weight is trained."""
+        return None if self.config.lora is None else lora.sharded(self.module, self.topology)
+
+    def adapter_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """The adapters' factors that this rank owns, by PEFT's names. Collective: iterate to the end."""
+        return weights.hf_tensors(lora.bind(self.adapters, self.topology))
+
     def hf_tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """The Hugging Face tensors this rank owns; see `weights.hf_tensors`. Collective: iterate to the end."""
+        """The Hugging Face tensors this rank owns, adapters merged; see `weights.hf_tensors`. Collective: iterate to
+        the end."""
         return weights.hf_tensors(weights.bind(self.module, self.shape, self.topology))
 
     def reset_optimizer(self, config: OptimizerConfig, total_steps: int) -> None:
@@ -202,6 +237,7 @@ class Policy:
                     divergence,
                     temperature=temperature,
                     entropy=entropy,
+                    context=self.topology.cp_group,
                     **self._head_settings,
                 )
             loss, metrics = loss_fn(logp, streams, micro_batch.segment_ids)
@@ -223,7 +259,8 @@ class Policy:
 
         def on_last_stage(micro_batch: MicroBatch, hidden: Tensor) -> tuple[Tensor, Any]:
             whole = whole_hidden(hidden, self.topology.tp_group, self._sequence_parallel)
-            return hidden.new_zeros(()), whole.index_select(0, micro_batch.taught_rows(teacher))
+            _, places = micro_batch.computed_here(micro_batch.taught_rows(teacher))
+            return hidden.new_zeros(()), whole.index_select(0, places)
 
         states = self._run(self.cut(batch, keep), on_last_stage, training=False)
         if not self.topology.last_stage:
@@ -237,18 +274,27 @@ class Policy:
         rows, length = tokens.shape
         batch = TokenBatch(tokens.reshape(-1).cpu(), torch.full((rows,), length))
         micro_batches = cut_batch(
-            batch, dp=1, dp_rank=0, capacity=length, multiple=self._multiple, device=self.topology.device
+            batch,
+            dp=1,
+            dp_rank=0,
+            capacity=length,
+            multiple=self._multiple,
+            device=self.topology.device,
+            context=self._context,
         )
 
         def on_last_stage(micro_batch: MicroBatch, hidden: Tensor) -> tuple[Tensor, Any]:
             values = vocabulary_logits(
                 hidden, self.module.head_weight, self.shape.vocab_size, self.topology.tp_group, self._sequence_parallel
             )
-            return values.new_zeros(()), (micro_batch, values[: micro_batch.real].float())
+            shown, places = micro_batch.computed_here(torch.arange(micro_batch.real, device=values.device))
+            return values.new_zeros(()), (micro_batch.positions.to(values.device)[shown], values[places].float())
 
         values = torch.zeros(rows * length, self.shape.vocab_size, device=self.topology.device)
-        for micro_batch, part in self._run(micro_batches, on_last_stage, training=False):
-            values[micro_batch.positions.to(values.device)] = part
+        for positions, part in self._run(micro_batches, on_last_stage, training=False):
+            values[positions] = part
+        if self.topology.cp > 1 and self.topology.last_stage:
+            dist.all_reduce(values, group=self.topology.cp_group)
         return self._from_last_stage(values, sum_over_dp=False).cpu().reshape(rows, length, -1)
 
     @property
@@ -258,6 +304,10 @@ class Policy:
     @property
     def _multiple(self) -> int:
         return self.topology.tp if self._sequence_parallel else 1
+
+    @property
+    def _context(self) -> ContextShare:
+        return ContextShare(self.topology.cp, self.topology.cp_rank)
 
     @property
     def _head_settings(self) -> dict[str, Any]:
@@ -277,6 +327,7 @@ class Policy:
             capacity=self.trainer.max_tokens_per_micro_batch,
             multiple=self._multiple,
             device=self.topology.device,
+            context=self._context,
             keep=keep,
         )
 
@@ -291,7 +342,7 @@ class Policy:
                 data_iterator=iter(micro_batches),
                 model=[model],
                 num_microbatches=len(micro_batches),
-                seq_length=max(m.tokens.numel() for m in micro_batches),
+                seq_length=max(m.input_ids.numel() for m in micro_batches),
                 micro_batch_size=1,
                 forward_only=not training,
             )
@@ -299,20 +350,22 @@ class Policy:
     def _head(
         self, micro_batch: MicroBatch, hidden: Tensor, rows: Tensor, *, temperature: float, entropy: bool
     ) -> tuple[Tensor, Tensor | None]:
-        """Log-probs (and entropies) of the tokens behind `rows`, aligned with the shown tokens [shown]; elsewhere 0."""
+        """Log-probs (and entropies) of the tokens behind `rows`, aligned with the shown tokens [shown]; elsewhere 0.
+
+        Under context parallelism each rank gives those of its own tokens, and all get all: a loss sees whole sequences.
+        """
+        rows, places = micro_batch.computed_here(rows)
         logp, entropies = token_logprobs(
             hidden,
             self.module.head_weight,
             micro_batch.tokens[rows + 1],
-            rows=rows,
+            rows=places,
             temperature=temperature,
             entropy=entropy,
             **self._head_settings,
         )
-        aligned = logp.new_zeros(micro_batch.shown).index_copy(0, rows + 1, logp)
-        if entropies is None:
-            return aligned, None
-        return aligned, logp.new_zeros(micro_batch.shown).index_copy(0, rows + 1, entropies)
+        aligned = partial(micro_batch.aligned, rows, group=self.topology.cp_group)
+        return aligned(logp), (None if entropies is None else aligned(entropies))
 
     def _from_last_stage(self, values: Tensor, *, sum_over_dp: bool) -> Tensor:
         """Values of the last pipeline stage on every rank; each data-parallel rank may have filled its own places."""
@@ -367,6 +420,8 @@ def _with_gradient_buffers(module: HiddenStateModel, trainer: TrainerConfig) -> 
 def _finalize_sums(model: Sequence[torch.nn.Module], num_tokens: Tensor | None = None, **options: Any) -> None:
     """Reduce gradients without dividing by a number of tokens: the loss's weights hold every division already."""
     finalize_model_grads(list(model), None, **options)
+    for chunk in model:
+        lora.sum_gradients_over_expert_ranks(chunk)
 
 
 def _forward(
@@ -375,7 +430,7 @@ def _forward(
     """One micro-batch through this stage, as Megatron-Core's schedules call it."""
     micro_batch = next(micro_batches)
     output = model(
-        input_ids=micro_batch.tokens[None],
+        input_ids=micro_batch.input_ids[None],
         position_ids=None,
         attention_mask=None,
         packed_seq_params=micro_batch.packed_seq_params(),

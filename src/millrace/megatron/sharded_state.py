@@ -85,17 +85,24 @@ class InProcessSave(TorchDistSaveShardedStrategy):
             self.reserve.unlink()
 
 
-def sharded_state(module: MegatronModule, optimizer: Any | None, *, loading_step: int | None = None) -> dict[str, Any]:
+def sharded_state(
+    module: MegatronModule,
+    optimizer: Any | None,
+    *,
+    loading_step: int | None = None,
+    trained: dict[str, Any] | None = None,
+) -> dict[str, Any]:
     """Model (and optimizer) of this rank as Megatron's sharded state dict.
 
-    To load into it, give the optimizer step that the checkpoint was written at.
+    To load into it, give the optimizer step that the checkpoint was written at. `trained` stands for the model where
+    only part of it is trained: the sharded tensors of that part.
     """
-    model = module.sharded_state_dict(metadata=dict(SHARDING))
+    model = module.sharded_state_dict(metadata=dict(SHARDING)) if trained is None else trained
     state = {"model": _without_empty_objects(model)}
     if optimizer is not None:
         loading = loading_step is not None
         theirs = optimizer.sharded_state_dict(model, is_loading=loading, metadata=dict(SHARDING))
-        parameters = {item.key: item.data for item in nested_values(model) if isinstance(item, SHARDED)}
+        parameters = {_place(item): item.data for item in nested_values(model) if isinstance(item, SHARDED)}
         state["optimizer"] = _portable(
             theirs, parameters, optimizer_step(optimizer) if loading_step is None else loading_step
         )
@@ -107,7 +114,16 @@ def optimizer_step(optimizer: Any) -> int:
     return max((int(group.get("step", 0)) for group in optimizer.param_groups), default=0)
 
 
-def _portable(node: Any, parameters: dict[str, torch.Tensor], step: int) -> Any:
+Place = tuple[str, tuple[int, ...]]
+"""Name of a tensor and where a shard begins in it: the experts of a layer are shards of one tensor."""
+
+
+def _place(item: ShardedTensor | ShardedTensorFactory) -> Place:
+    first = item if isinstance(item, ShardedTensor) else next(iter(nested_values(item.build())))
+    return item.key.removeprefix(DISTRIBUTED_MASTER), tuple(first.global_offset)
+
+
+def _portable(node: Any, parameters: dict[Place, torch.Tensor], step: int) -> Any:
     """An optimizer's sharded state with nothing in it that depends on the layout or on the kind of optimizer.
 
     Only tensors go to the checkpoint. Groups, their options and the order of the parameters are the running
@@ -134,10 +150,11 @@ def _groups_at(groups: list[dict[str, Any]], step: int) -> LocalNonpersistentObj
     return LocalNonpersistentObject(own)
 
 
-def _master_copy(item: ShardedTensor | ShardedTensorFactory, parameters: dict[str, torch.Tensor]) -> Any:
-    name = item.key.removeprefix(DISTRIBUTED_MASTER)
-    if parameters[name].dtype == torch.float32:
-        return LocalNonpersistentObject(parameters[name])
+def _master_copy(item: ShardedTensor | ShardedTensorFactory, parameters: dict[Place, torch.Tensor]) -> Any:
+    name, begin = _place(item)
+    parameter = parameters[name, begin]
+    if parameter.dtype == torch.float32:
+        return LocalNonpersistentObject(parameter)
     item.key = MASTER + name
     return item
 
@@ -180,10 +197,11 @@ def read_sharded(state: dict[str, Any], folder: Path) -> dict[str, Any]:
         raise CheckpointError(f"{folder} does not fit this model or optimizer: {failure}") from failure
 
 
-def load_module(module: MegatronModule, values: dict[str, Any]) -> None:
-    """Put loaded tensors into the module. Raises CheckpointError when a parameter or buffer got none."""
+def load_module(module: MegatronModule, values: dict[str, Any], *, part: bool = False) -> None:
+    """Put loaded tensors into the module. Raises CheckpointError when a parameter or buffer got none; `part`: when the
+    module has no such parameter."""
     missing, unexpected = module.load_state_dict(values, strict=False)
-    wrong = [key for key in [*missing, *unexpected] if not key.endswith("_extra_state")]
+    wrong = [key for key in ([] if part else missing) + unexpected if not key.endswith("_extra_state")]
     if wrong:
         raise CheckpointError(f"the checkpoint does not fit this model: {wrong[0]} is only in one of them")
 

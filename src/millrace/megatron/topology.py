@@ -38,6 +38,7 @@ class Topology:
     dp: int
     dp_rank: int
     cp: int
+    cp_rank: int
     ep: int
     ep_rank: int
     etp: int
@@ -63,7 +64,13 @@ class Topology:
 
     @property
     def dp_group(self) -> dist.ProcessGroup:
+        """The ranks that train on other sequences than this one."""
         return parallel_state.get_data_parallel_group()
+
+    @property
+    def cp_group(self) -> dist.ProcessGroup:
+        """The ranks that share this one's sequences."""
+        return parallel_state.get_context_parallel_group()
 
     @property
     def last_stage_rank(self) -> int:
@@ -87,7 +94,7 @@ def init_distributed(parallel: ParallelConfig, trainer: TrainerConfig, seed: int
     """
     device = choose_device(trainer)
     rank, world = _ranks_from_environment()
-    _check_layout(parallel, world, device)
+    _check_layout(parallel, world)
     adapt(device)
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -138,7 +145,7 @@ def _ranks_from_environment() -> tuple[int, int]:
     return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 
 
-def _check_layout(parallel: ParallelConfig, world: int, device: torch.device) -> None:
+def _check_layout(parallel: ParallelConfig, world: int) -> None:
     p = parallel
     if p.world_size != world:
         raise LayoutError(
@@ -151,9 +158,6 @@ def _check_layout(parallel: ParallelConfig, world: int, device: torch.device) ->
             f"parallel.ep {p.ep} x parallel.etp {p.etp} does not divide the {model_ranks} ranks of one pipeline stage "
             "(tp x cp x dp)"
         )
-    if p.cp > 1:
-        where = "on CPU ranks" if device.type == "cpu" else "yet"
-        raise LayoutError(f"parallel.cp is {p.cp}, but context parallelism is not supported {where}; use parallel.cp=1")
 
 
 def _current_topology(device: torch.device) -> Topology:
@@ -169,6 +173,7 @@ def _current_topology(device: torch.device) -> Topology:
         dp=ps.get_data_parallel_world_size(),
         dp_rank=ps.get_data_parallel_rank(),
         cp=ps.get_context_parallel_world_size(),
+        cp_rank=ps.get_context_parallel_rank(),
         ep=ps.get_expert_model_parallel_world_size(),
         ep_rank=ps.get_expert_model_parallel_rank(),
         etp=ps.get_expert_tensor_parallel_world_size(),

@@ -92,7 +92,13 @@ class EngineProcess:
             served_name=self._served_name,
         )
         environment = server_environment(
-            self._config, inherited=os.environ, token=self._token, host=host, device=self._device, gpus=self._gpus
+            self._config,
+            model_path=self._model_path,
+            inherited=os.environ,
+            token=self._token,
+            host=host,
+            device=self._device,
+            gpus=self._gpus,
         )
         with open(self.log_path, "ab") as log:
             self._log_start = log.tell()

@@ -18,6 +18,7 @@ from typing import Literal
 
 from millrace.config.schema import FleetConfig
 from millrace.rollout.auth import TOKEN_VARIABLE
+from millrace.rollout.model_settings import model_settings
 
 Device = Literal["cpu", "cuda"]
 
@@ -68,7 +69,8 @@ def server_command(
     command += ["--logprobs-mode", "processed_logprobs", "--max-logprobs", "20", "--enable-scale-out"]
     command += ["--middleware", "millrace.rollout.auth.RequireToken", "--disable-uvicorn-access-log"]
     command += ["--worker-extension-cls", "millrace.rollout.vllm_worker.WeightReceiver"]
-    return command + _device_arguments(config, device) + list(config.extra_args)
+    command += _device_arguments(config, device)
+    return command + list(model_settings(model_path, on_cpu=device == "cpu").arguments) + list(config.extra_args)
 
 
 def _device_arguments(config: FleetConfig, device: Device) -> list[str]:
@@ -85,6 +87,7 @@ def _device_arguments(config: FleetConfig, device: Device) -> list[str]:
 def server_environment(
     config: FleetConfig,
     *,
+    model_path: str,
     inherited: Mapping[str, str],
     token: str,
     host: str,
@@ -108,7 +111,7 @@ def server_environment(
         environment |= _cpu_variables(config)
     elif gpus:
         environment["CUDA_VISIBLE_DEVICES"] = ",".join(gpus)
-    return environment
+    return environment | model_settings(model_path, on_cpu=device == "cpu").variables
 
 
 def _cpu_variables(config: FleetConfig) -> dict[str, str]:

@@ -32,10 +32,17 @@ from vllm.model_executor.layers.attention import is_deferred_attention_layer
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
+from vllm.platforms import current_platform
 
 from millrace.converters.fingerprint import fingerprint
 from millrace.rollout.transports.arrival import BucketReader
 from millrace.rollout.transports.nccl import Meeting
+
+if current_platform.is_cpu():
+    # vLLM imports this module before it builds the model.
+    from millrace.rollout import cpu_experts
+
+    cpu_experts.install()
 
 
 @dataclass
@@ -95,7 +102,8 @@ class WeightReceiver:
         received = {name: fingerprint(bucket[name]) for name in json.loads(sampled)}
         parameters = dict(model.named_parameters())
         for name in received:
-            _note_held(receipt, parameters.get(name), name, bucket[name])
+            kept_as = _name_in_engine(model, name)
+            _note_held(receipt, parameters.get(kept_as), kept_as, bucket[name])
         with set_current_vllm_config(self.vllm_config):  # type: ignore[attr-defined]
             receipt.loaded |= model.load_weights(iter(bucket.items()))  # type: ignore[operator]
         _let_go_of(bucket, model)
@@ -112,7 +120,7 @@ class WeightReceiver:
         model = self._millrace_model()
         missing = sorted((receipt.expected - receipt.loaded - _tied(model)) | _incomplete(model))
         self._millrace_finalize(model)
-        held = {name: model.get_parameter(name) for name in receipt.held}
+        held = {name: _values(model, name) for name in receipt.held}
         # A CPU engine packs a matrix for its kernel and drops the parameter's values.
         kept = {name: parameter for name, parameter in held.items() if parameter.numel()}
         changed = [name for name, parameter in kept.items() if fingerprint(parameter) != receipt.held[name]]
@@ -147,6 +155,21 @@ def _note_held(receipt: _Receipt, parameter: Tensor | None, name: str, tensor: T
     """Remember what a parameter must look like in the end, if the engine keeps it uncut under the same name."""
     if parameter is not None and parameter.shape == tensor.shape and parameter.is_floating_point():
         receipt.held[name] = fingerprint(tensor.to(parameter.dtype))
+
+
+def _name_in_engine(model: nn.Module, name: str) -> str:
+    """The parameter that holds the checkpoint's tensor `name` as it came; empty where the engine keeps it otherwise."""
+    mapper: Any = getattr(model, "hf_to_vllm_mapper", None)
+    mapped = mapper.map_name(name) if mapper else name
+    # A tensor whose own name changes is another quantity in the engine: Mamba's A_log is kept as A = -exp(A_log).
+    return mapped if mapped and mapped.rpartition(".")[2] == name.rpartition(".")[2] else ""
+
+
+def _values(model: nn.Module, name: str) -> Tensor:
+    """What the engine holds as parameter `name`: of a convolution that was packed on CPU, the unpacked copy."""
+    parameter = model.get_parameter(name)
+    unpacked = getattr(model.get_submodule(name.rpartition(".")[0]), "_cpu_unpacked_conv_weight", None)
+    return unpacked.view(parameter.shape) if name.endswith(".weight") and unpacked is not None else parameter
 
 
 def meet_workers(meeting: Meeting) -> Any:

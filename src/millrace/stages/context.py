@@ -64,6 +64,8 @@ class StageContext:
     """What is done: where a run that stops now should go on."""
     saved: Progress
     """Where a resumed run would go on."""
+    chat_template: str | None = None
+    """The chat template, if it is not the one that the model brings; the export then holds it."""
     seconds: dict[str, float] = field(default_factory=dict)
 
     def say(self, sentence: str) -> None:

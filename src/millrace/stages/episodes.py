@@ -18,6 +18,7 @@ from millrace.config.schema import CurriculumConfig, DomainConfig, SamplingConfi
 from millrace.data.curriculum import ChosenRows, choose_rows, rates_of_rows, read_pass_rates
 from millrace.data.datasets import PromptDataset
 from millrace.data.errors import DataError
+from millrace.data.messages import form_problem
 from millrace.data.tokenizer import ChatTokenizer
 from millrace.environments.base import Comparison, Environment, GroupEnvironment, Message, Observation, Reward
 from millrace.environments.gym_rows import plain_row
@@ -46,6 +47,9 @@ class Episode:
     seed: int
     scored: bool = True
     """Whether its answers are given rewards; where a teacher alone speaks of them, they may do without."""
+    opening: str = ""
+    """What of the answer stands in the prompt: the `<think>` that a thinking form opens. Environments read it with the
+    answer, or else reasoning that never ends would pass for an answer."""
 
 
 @dataclass(frozen=True)
@@ -75,11 +79,16 @@ class Domain:
     def __init__(self, name: str, config: DomainConfig, environment: Environment, tokenizer: ChatTokenizer) -> None:
         self.name, self.environment = name, environment
         self._system, self._tokenizer, self._pass_rates = config.system_prompt, tokenizer, config.pass_rates
-        self.train = PromptDataset(config.train, environment.required_fields, environment.validate, plain_row)
+        self._thinking = config.thinking
+
+        def check(row: Mapping[str, Any]) -> str | None:
+            return environment.validate(row) or form_problem(row)
+
+        self.train = PromptDataset(config.train, environment.required_fields, check, plain_row)
         alone = (
             environment.held_out_fields if isinstance(environment, GroupEnvironment) else environment.required_fields
         )
-        self.held_out = PromptDataset(config.held_out, alone, environment.validate, plain_row)
+        self.held_out = PromptDataset(config.held_out, alone, check, plain_row)
 
     @property
     def compares(self) -> bool:
@@ -91,8 +100,23 @@ class Domain:
         messages = list(self.environment.reset(row))
         if self._system is not None:
             messages = [{"role": "system", "content": self._system}, *messages]
-        prompt = tuple(self._tokenizer.render_prompt(messages))
-        return Episode(dataset.row_id(index), self.name, row, messages, prompt, seed, scored)
+        own = row.get("thinking")
+        try:
+            prompt = self._tokenizer.render_prompt(
+                messages, tools=row.get("tools"), thinking=self._thinking if own is None else own
+            )
+        except DataError as error:
+            raise DataError(f"{dataset.where(index)}: {error}") from error
+        return Episode(
+            id=dataset.row_id(index),
+            domain=self.name,
+            row=row,
+            messages=messages,
+            prompt=tuple(prompt),
+            seed=seed,
+            scored=scored,
+            opening=self._tokenizer.answer_opening(prompt),
+        )
 
     def training_rows(self, curriculum: CurriculumConfig) -> int | ChosenRows:
         """The training rows that a stage draws: how many there are, or those its curriculum chooses.
@@ -265,13 +289,13 @@ class EpisodePlayer:
         environment = self.domains[episode.domain].environment
         if comparison is None or not isinstance(environment, GroupEnvironment):
             return Group(episode, tuple(await asyncio.gather(*(self._score_one(episode, each) for each in rollouts))))
-        texts = [self._tokenizer.decode(rollout.answer) for rollout in rollouts]
+        texts = [self._text(episode, rollout) for rollout in rollouts]
         uncut = [None if r.finish_reason == "length" else text for r, text in zip(rollouts, texts, strict=True)]
         rewards = await environment.score_group(episode.row, episode.messages, uncut, comparison)
         return Group(episode, tuple(map(Scored, rollouts, texts, rewards)))
 
     async def _score_one(self, episode: Episode, rollout: Rollout) -> Scored:
-        text, environment = self._tokenizer.decode(rollout.answer), self.domains[episode.domain].environment
+        text, environment = self._text(episode, rollout), self.domains[episode.domain].environment
         if not episode.scored:
             return Scored(rollout, text, NOT_SCORED)
         hidden = rollout.finish_reason == "length" and isinstance(environment, GroupEnvironment)  # as in its group
@@ -282,6 +306,9 @@ class EpisodePlayer:
                 "episodes; use a single-turn environment here"
             )
         return Scored(rollout, text, outcome)
+
+    def _text(self, episode: Episode, rollout: Rollout) -> str:
+        return episode.opening + self._tokenizer.decode(rollout.answer)
 
     def close(self) -> None:
         """Cancel what is under way and close the environments."""

@@ -20,7 +20,8 @@ def run_sft(stage: SftStage, ctx: StageContext, progress: Progress) -> None:
     size = ctx.control.on_main(lambda: len(data) if data else 0)
     if data:
         dropped = f", {data.dropped} overlong ones left out" if data.dropped else ""
-        ctx.say(f"{stage.name}: {len(data)} conversations, {sum(data.lengths):,} tokens{dropped}")
+        sequences = f", {len(data)} training sequences" if len(data) + data.dropped != data.conversations else ""
+        ctx.say(f"{stage.name}: {data.conversations} conversations{sequences}, {sum(data.lengths):,} tokens{dropped}")
     sampler = EpochSampler(size, seed=ctx.recipe.seed + progress.stage)
     if progress.sampler is not None:
         sampler.load_state_dict(progress.sampler)
@@ -37,18 +38,24 @@ def run_sft(stage: SftStage, ctx: StageContext, progress: Progress) -> None:
 
 
 def open_conversations(stage: SftStage, tokenizer: ChatTokenizer) -> ConversationDataset:
-    return ConversationDataset(stage.data, tokenizer, max_length=stage.max_length, drop_overlong=stage.drop_overlong)
+    return ConversationDataset(
+        stage.data,
+        tokenizer,
+        max_length=stage.max_length,
+        drop_overlong=stage.drop_overlong,
+        thinking=stage.thinking,
+    )
 
 
-def total_steps(stage: SftStage, conversations: int) -> int:
+def total_steps(stage: SftStage, sequences: int) -> int:
     if stage.steps is not None:
         return stage.steps
     assert stage.epochs is not None, "the recipe's rules ask for steps or epochs"
-    return math.ceil(stage.epochs * conversations / stage.global_batch)
+    return math.ceil(stage.epochs * sequences / stage.global_batch)
 
 
 def sft_batch(data: ConversationDataset, indices: list[int]) -> TokenBatch:
-    """Conversations behind one another, each trained token weighted by one over their number in the whole batch."""
+    """Sequences behind one another, each trained token weighted by one over their number in the whole batch."""
     rows = [data[i] for i in indices]
     batch = TokenBatch.from_sequences([row.tokens for row in rows], {"mask": [row.loss_mask for row in rows]})
     return batch.with_streams(weight=token_weights(batch.streams["mask"], batch.lengths, kind="token"))

@@ -3,6 +3,7 @@ import os
 from pathlib import Path
 
 import pytest
+from chat_checkpoints import checkpoint
 from tiny_checkpoints import VOCABULARY, write_tokenizer
 
 from millrace.data.datasets import ConversationDataset, PromptDataset, read_rows
@@ -15,7 +16,7 @@ def write(path: Path, *rows: object) -> Path:
     return path
 
 
-def conversation(answer: str, **assistant: object) -> dict:
+def conversation(answer: object, **assistant: object) -> dict:
     return {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": answer, **assistant}]}
 
 
@@ -93,7 +94,7 @@ def test_conversations_of_several_files_are_tokenised_on_demand(tmp_path: Path, 
     assert len(data) == 3 and data.dropped == 0
     for index, answer in enumerate(["a", "bb", "ccc"]):
         item = data[index]
-        assert (item.tokens, item.loss_mask) == tokenizer.render_conversation(conversation(answer)["messages"])
+        assert [item] == tokenizer.render_conversation(conversation(answer)["messages"])
         assert sum(item.loss_mask) == len(answer) + 1
         assert data.lengths[index] == len(item.tokens) == len(item.loss_mask)
 
@@ -103,7 +104,7 @@ def test_overlong_conversations_are_an_error_or_are_dropped_and_counted(
 ) -> None:
     rows = [conversation("a"), conversation("b" * 50), conversation("c")]
     path = write(tmp_path / "data.jsonl", *rows)
-    longest = len(tokenizer.render_conversation(rows[1]["messages"])[0])
+    longest = len(tokenizer.render_conversation(rows[1]["messages"])[0].tokens)
     with pytest.raises(DataError, match=rf"data\.jsonl:2: the conversation has {longest} tokens, more than max_length"):
         ConversationDataset([path], tokenizer, max_length=longest - 1)
     assert len(ConversationDataset([path], tokenizer, max_length=longest)) == 3
@@ -123,6 +124,23 @@ def test_overlong_conversations_are_an_error_or_are_dropped_and_counted(
         ({"messages": [{"role": "user"}]}, "message 0 has no 'content'"),
         ({"messages": [{"role": "user", "content": "x"}]}, "no assistant message to train on"),
         (conversation("x", weight=0), "no assistant message to train on"),
+        (conversation("x", train=False), "no assistant message to train on"),
+        (conversation("x", weight=0.5), "message 1: 'weight' must be 0 or 1, not 0.5"),
+        (conversation("x", train="no"), "message 1: 'train' must be true or false, not 'no'"),
+        (conversation("x", train=True, weight=0), "message 1: 'train' and 'weight' contradict"),
+        ({"messages": [{"role": "user", "content": "x", "train": True}]}, "message 0: 'train' is true, but only an"),
+        ({**conversation("x"), "thinking": "no"}, "'thinking' must be true or false, not 'no'"),
+        ({**conversation("x"), "tools": "f"}, "'tools' must be a list of functions, not text"),
+        ({**conversation("x"), "tools": [{"type": "function"}]}, "tool 0 has no 'name'"),
+        (
+            conversation("<think>a</think>x", reasoning="b"),
+            "message 1: it has reasoning and a </think>",
+        ),
+        (conversation([{"type": "image"}]), "message 1: its content has a part of type 'image'"),
+        (conversation(7), "message 1: its content must be text, not 7"),
+        (conversation("x", tool_calls=[{}]), "message 1: a tool call has no 'name'"),
+        (conversation("x", tool_calls=[{"name": "f", "arguments": "{"}]), "the arguments of f are not valid JSON"),
+        (conversation("x", tool_calls=[{"name": "f", "arguments": [1]}]), "the arguments of f must be an object"),
         ({"prompt": "x"}, "no field 'messages'"),
     ],
 )
@@ -132,3 +150,53 @@ def test_a_bad_conversation_is_named_with_its_line(
     path = write(tmp_path / "data.jsonl", conversation("fine"), row)
     with pytest.raises(DataError, match=rf"data\.jsonl:2: .*{message}"):
         ConversationDataset([path], tokenizer, max_length=100)
+
+
+@pytest.fixture(scope="module")
+def nemotron(tmp_path_factory: pytest.TempPathFactory) -> ChatTokenizer:
+    return ChatTokenizer(checkpoint(tmp_path_factory.mktemp("nemotron")), VOCABULARY, chat_template="nemotron")
+
+
+def reasoning(turns: int) -> dict:
+    turn = [{"role": "user", "content": "q"}, {"role": "assistant", "reasoning_content": "r", "content": "a"}]
+    return {"messages": turn * turns}
+
+
+def test_a_conversation_whose_history_is_rewritten_is_several_sequences(
+    tmp_path: Path, nemotron: ChatTokenizer
+) -> None:
+    path = write(tmp_path / "data.jsonl", reasoning(1), reasoning(3), conversation("x"))
+    data = ConversationDataset([path], nemotron, max_length=1000)
+    assert data.conversations == 3 and len(data) == 5
+    expected = [*nemotron.render_conversation(reasoning(1)["messages"])]
+    expected += [*nemotron.render_conversation(reasoning(3)["messages"])]
+    assert [data[index] for index in range(4)] == expected
+    assert list(data.lengths) == [len(data[index].tokens) for index in range(5)]
+    cut = ConversationDataset([path], nemotron, max_length=max(data.lengths) - 1, drop_overlong=True)
+    assert (len(cut), cut.dropped) == (4, 1) and cut[3] == data[4]
+
+
+def test_a_row_says_its_form_and_its_tools(tmp_path: Path, nemotron: ChatTokenizer) -> None:
+    tools = [{"name": "f", "parameters": {}}]
+    rows = [reasoning(1), {**reasoning(1), "thinking": True}, {**conversation("x"), "tools": tools}]
+    path = write(tmp_path / "data.jsonl", *rows)
+    data = ConversationDataset([path], nemotron, max_length=1000, thinking=False)
+    texts = [nemotron.decode(data[index].tokens, skip_special=False) for index in range(3)]
+    assert texts[0].endswith("<think></think>a<|im_end|>")
+    assert texts[1].endswith("<think>\nr\n</think>\na<|im_end|>")
+    assert "<name>f</name>" in texts[2] and "# Tools" not in texts[0]
+
+
+def test_an_answer_that_no_prompt_of_the_template_leads_to_is_named_with_its_row(
+    tmp_path: Path, nemotron: ChatTokenizer
+) -> None:
+    path = write(tmp_path / "data.jsonl", reasoning(1), {**conversation("x"), "thinking": True})
+    with pytest.raises(DataError, match=r"data\.jsonl:2: the template nemotron renders message 1 otherwise"):
+        ConversationDataset([path], nemotron, max_length=1000)
+
+
+def test_content_in_parts_is_their_text(tmp_path: Path, tokenizer: ChatTokenizer) -> None:
+    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
+    path = write(tmp_path / "data.jsonl", conversation("ab"), conversation(parts))
+    data = ConversationDataset([path], tokenizer, max_length=100)
+    assert data[0] == data[1]

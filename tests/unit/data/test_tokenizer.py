@@ -2,7 +2,8 @@ import json
 from pathlib import Path
 
 import pytest
-from tiny_checkpoints import IM_END, PAD, VOCABULARY, write_tokenizer
+from chat_checkpoints import CHATML, THINKING_ONCE, checkpoint, shown
+from tiny_checkpoints import IM_END, PAD, VOCABULARY
 
 from millrace.data.errors import DataError
 from millrace.data.tokenizer import ChatTokenizer
@@ -12,32 +13,12 @@ FOUR = {"role": "assistant", "content": "4"}
 TURNS = [USER, FOUR, {"role": "user", "content": "3+3?"}, {"role": "assistant", "content": "\n6"}]
 
 
-def checkpoint(path: Path, template: str | None = None, *, merges: list[str] | None = None, **config: object) -> Path:
-    """A folder with the byte tokenizer, its chat template replaced and BPE merges added on demand."""
-    path.mkdir(parents=True, exist_ok=True)
-    write_tokenizer(path)
-    (path / "config.json").write_text(json.dumps({"eos_token_id": IM_END, **config}))
-    if template is not None:
-        settings = json.loads((path / "tokenizer_config.json").read_text())
-        (path / "tokenizer_config.json").write_text(json.dumps({**settings, "chat_template": template}))
-    if merges:
-        tokenizer = json.loads((path / "tokenizer.json").read_text())
-        tokenizer["model"]["merges"] = merges
-        tokenizer["model"]["vocab"].update({m.replace(" ", ""): 256 + i for i, m in enumerate(merges)})
-        (path / "tokenizer.json").write_text(json.dumps(tokenizer))
-    return path
-
-
-def trained_text(tokenizer: ChatTokenizer, tokens: list[int], mask: list[bool]) -> list[str]:
-    """The trained stretches as text."""
-    pieces, current = [], []
-    for token, in_loss in zip([*tokens, PAD], [*mask, False], strict=True):
-        if in_loss:
-            current.append(token)
-        elif current:
-            pieces.append(tokenizer.decode(current, skip_special=False))
-            current = []
-    return pieces
+def trained(tokenizer: ChatTokenizer, messages: list[dict], **form: object) -> list[list[str]]:
+    """The trained stretches of each training sequence as text."""
+    sequences = tokenizer.render_conversation(messages, **form)
+    return [
+        [piece.partition("]]")[0] for piece in shown(tokenizer, sequence).split("[[")[1:]] for sequence in sequences
+    ]
 
 
 def test_a_prompt_ends_where_the_assistant_answers(tmp_path: Path) -> None:
@@ -48,9 +29,12 @@ def test_a_prompt_ends_where_the_assistant_answers(tmp_path: Path) -> None:
 
 def test_loss_is_on_assistant_tokens_and_their_end_of_turn_only(tmp_path: Path) -> None:
     tokenizer = ChatTokenizer(checkpoint(tmp_path), VOCABULARY)
-    tokens, mask = tokenizer.render_conversation(TURNS)
-    assert trained_text(tokenizer, tokens, mask) == ["4<|im_end|>", "\n6<|im_end|>"]
-    assert tokens[-1] == IM_END and mask[-1] and len(tokens) == len(mask)
+    (sequence,) = tokenizer.render_conversation(TURNS)
+    assert shown(tokenizer, sequence) == (
+        "<|im_start|>user\n2+2?<|im_end|>\n<|im_start|>assistant\n[[4<|im_end|>]]\n"
+        "<|im_start|>user\n3+3?<|im_end|>\n<|im_start|>assistant\n[[\n6<|im_end|>]]"
+    )
+    assert len(sequence.tokens) == len(sequence.loss_mask)
 
 
 def test_a_conversation_starts_with_exactly_the_ids_of_its_prompt(tmp_path: Path) -> None:
@@ -58,20 +42,29 @@ def test_a_conversation_starts_with_exactly_the_ids_of_its_prompt(tmp_path: Path
     tokenizer = ChatTokenizer(checkpoint(tmp_path, merges=["Ċ Ċ"]), VOCABULARY)
     assert len(tokenizer.encode("\n\n")) == 1
     prompt = tokenizer.render_prompt(TURNS[:1])
-    tokens, mask = tokenizer.render_conversation([USER, {"role": "assistant", "content": "\n6"}])
-    assert tokens[: len(prompt)] == prompt
-    assert mask == [False] * len(prompt) + [True] * (len(tokens) - len(prompt))
-    assert tokens[len(prompt) :] == [*b"\n6", tokenizer.end_of_turn_id]
+    (sequence,) = tokenizer.render_conversation([USER, {"role": "assistant", "content": "\n6"}])
+    assert sequence.tokens == [*prompt, *b"\n6", tokenizer.end_of_turn_id]
+    assert sequence.loss_mask == [False] * len(prompt) + [True] * 3
 
 
-def test_messages_of_weight_zero_are_left_out_of_the_loss(tmp_path: Path) -> None:
+def test_an_answer_that_merges_with_its_prompt_in_later_prompts_is_not_gone_on_with(tmp_path: Path) -> None:
+    tokenizer = ChatTokenizer(checkpoint(tmp_path, merges=["Ċ Ċ"]), VOCABULARY)
+    merging = [USER, {"role": "assistant", "content": "\n6"}, *TURNS[:2]]
+    first, second = tokenizer.render_conversation(merging)
+    prompt = tokenizer.render_prompt(merging[:3])
+    assert second.tokens[: len(prompt)] == prompt and prompt[: len(first.tokens)] != first.tokens
+    assert len(tokenizer.render_conversation(TURNS[:2] * 2)) == 1
+
+
+@pytest.mark.parametrize("left_out", [{"weight": 0}, {"train": False}])
+def test_messages_are_left_out_of_the_loss_on_demand(tmp_path: Path, left_out: dict) -> None:
     tokenizer = ChatTokenizer(checkpoint(tmp_path), VOCABULARY)
-    first, second = {**FOUR, "weight": 0}, TURNS[3]
-    tokens, mask = tokenizer.render_conversation([USER, first, TURNS[2], second])
-    assert trained_text(tokenizer, tokens, mask) == ["\n6<|im_end|>"]
-    tokens, mask = tokenizer.render_conversation([USER, FOUR, TURNS[2], {**second, "weight": 0}])
-    assert trained_text(tokenizer, tokens, mask) == ["4<|im_end|>"]
-    assert tokens[-1] == IM_END, "nothing behind the last trained token is kept"
+    first, second = {**FOUR, **left_out}, TURNS[3]
+    assert trained(tokenizer, [USER, first, TURNS[2], second]) == [["\n6<|im_end|>"]]
+    assert trained(tokenizer, [USER, FOUR, TURNS[2], {**second, **left_out}]) == [["4<|im_end|>"]]
+    (whole,) = tokenizer.render_conversation(TURNS)
+    (sequence,) = tokenizer.render_conversation([USER, first, TURNS[2], {**second, "train": True, "weight": 1}])
+    assert sequence.tokens == whole.tokens, "what is left out of the loss is still read"
 
 
 def test_a_conversation_without_a_trained_message_is_refused(tmp_path: Path) -> None:
@@ -89,43 +82,72 @@ FORGETFUL = (
 )
 
 
-def test_a_template_that_rewrites_history_is_refused_and_weight_zero_is_the_way_out(tmp_path: Path) -> None:
+def test_a_template_that_rewrites_history_gives_a_sequence_for_each_turn(tmp_path: Path) -> None:
     tokenizer = ChatTokenizer(checkpoint(tmp_path, FORGETFUL), VOCABULARY)
-    with pytest.raises(DataError, match=r'renders message 1 .* differently once more .*"weight": 0'):
+    first, second = tokenizer.render_conversation(TURNS)
+    assert shown(tokenizer, first) == (
+        "<|im_start|>user\n2+2?<|im_end|>\n<|im_start|>assistant\n[[<think></think>4<|im_end|>]]"
+    )
+    assert shown(tokenizer, second) == (
+        "<|im_start|>user\n2+2?<|im_end|>\n<|im_start|>assistant\n4<|im_end|>\n"
+        "<|im_start|>user\n3+3?<|im_end|>\n<|im_start|>assistant\n[[<think></think>\n6<|im_end|>]]"
+    )
+
+
+def test_a_template_that_renders_no_answer_behind_its_own_prompt_is_refused(tmp_path: Path) -> None:
+    opening = CHATML.replace("assistant\n{% endif %}", "assistant\n<think>\n{% endif %}")
+    tokenizer = ChatTokenizer(checkpoint(tmp_path, opening), VOCABULARY)
+    with pytest.raises(
+        DataError, match=r"renders message 1 otherwise than its prompt begins \(.*assistant\\n4<.*name a template"
+    ):
         tokenizer.render_conversation(TURNS)
-    tokens, mask = tokenizer.render_conversation([USER, {**FOUR, "weight": 0}, *TURNS[2:]])
-    assert trained_text(tokenizer, tokens, mask) == ["<think></think>\n6<|im_end|>"]
+    assert trained(tokenizer, [USER, {"role": "assistant", "content": "<think>\na</think>4"}]) == [
+        ["a</think>4<|im_end|>"]
+    ]
 
 
-MARKED = (
-    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{% if m['role'] == 'assistant' %}{% generation %}"
-    "{{ m['content'] }}END{% endgeneration %}REST{% else %}{{ m['content'] }}<|im_end|>{% endif %}"
-    "{{ '\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
-
-
-@pytest.mark.parametrize("inside, outside", [("<|im_end|>", ""), ("", "<|im_end|>")])
-def test_generation_marks_of_the_template_are_used(tmp_path: Path, inside: str, outside: str) -> None:
-    template = MARKED.replace("END", inside).replace("REST", outside)
-    tokenizer = ChatTokenizer(checkpoint(tmp_path, template), VOCABULARY)
-    assert tokenizer._marks_generation
-    tokens, mask = tokenizer.render_conversation(TURNS)
-    assert trained_text(tokenizer, tokens, mask) == ["4<|im_end|>", "\n6<|im_end|>"]
+def test_a_template_with_generation_marks_gives_the_same(tmp_path: Path) -> None:
+    marked = CHATML.replace(
+        "{{ m['content'] }}<|im_end|>\n",
+        "{% if m['role'] == 'assistant' %}{% generation %}{{ m['content'] }}<|im_end|>{% endgeneration %}"
+        "{% else %}{{ m['content'] }}<|im_end|>{% endif %}{{ '\\n' }}",
+    )
+    assert "{% generation %}" in marked
+    tokenizer = ChatTokenizer(checkpoint(tmp_path / "marked", marked), VOCABULARY)
     plain = ChatTokenizer(checkpoint(tmp_path / "plain"), VOCABULARY)
-    assert (tokens, mask) == plain.render_conversation(TURNS)
-    tokens, mask = tokenizer.render_conversation([USER, {**FOUR, "weight": 0}, *TURNS[2:]])
-    assert trained_text(tokenizer, tokens, mask) == ["\n6<|im_end|>"]
+    assert tokenizer.render_conversation(TURNS) == plain.render_conversation(TURNS)
 
 
-def test_a_template_may_mark_the_last_generation_only(tmp_path: Path) -> None:
-    template = MARKED.replace("END", "<|im_end|>").replace("REST", "")
-    template = template.replace("m['role'] == 'assistant'", "m['role'] == 'assistant' and loop.last")
-    tokenizer = ChatTokenizer(checkpoint(tmp_path, template), VOCABULARY)
-    tokens, mask = tokenizer.render_conversation(TURNS)
-    assert trained_text(tokenizer, tokens, mask) == ["\n6<|im_end|>"]
-    with pytest.raises(DataError, match="marks 1 generations in a conversation with 2 assistant messages"):
-        tokenizer.render_conversation([USER, {**FOUR, "weight": 0}, *TURNS[2:]])
+def test_reasoning_of_a_field_stands_in_the_content_where_a_template_reads_no_field(tmp_path: Path) -> None:
+    tokenizer = ChatTokenizer(checkpoint(tmp_path), VOCABULARY)
+    thought = {**FOUR, "reasoning_content": "two and two"}
+    assert trained(tokenizer, [USER, thought]) == [["<think>\ntwo and two\n</think>\n\n4<|im_end|>"]]
+    assert trained(tokenizer, [USER, thought], thinking=False) == [["4<|im_end|>"]]
+    inside = {"role": "assistant", "content": "<think> x</think> 4"}
+    assert trained(tokenizer, [USER, inside]) == [["<think> x</think> 4<|im_end|>"]], "as it is written"
+
+
+def test_the_form_of_a_turn_is_told_by_its_reasoning_unless_it_is_given(tmp_path: Path) -> None:
+    tokenizer = ChatTokenizer(checkpoint(tmp_path, THINKING_ONCE), VOCABULARY)
+    assert trained(tokenizer, [USER, FOUR]) == [["4<|im_end|>"]]
+    assert trained(tokenizer, [USER, FOUR], thinking=True) == [["<think>\n\n</think>\n\n4<|im_end|>"]]
+    thought = {**FOUR, "reasoning_content": "x"}
+    assert trained(tokenizer, [USER, thought]) == [["<think>\nx\n</think>\n\n4<|im_end|>"]]
+    assert trained(tokenizer, [USER, thought], thinking=False) == [["4<|im_end|>"]]
+
+
+def test_thinking_is_refused_for_prompts_of_a_template_with_one_form(tmp_path: Path) -> None:
+    tokenizer = ChatTokenizer(checkpoint(tmp_path), VOCABULARY)
+    with pytest.raises(DataError, match=r"no thinking and non-thinking form .*thinking: false would change nothing"):
+        tokenizer.render_prompt([USER], thinking=False)
+
+
+def test_a_prompt_tells_what_of_the_answer_it_opened(tmp_path: Path) -> None:
+    nemotron = ChatTokenizer(checkpoint(tmp_path), VOCABULARY, chat_template="nemotron")
+    assert nemotron.answer_opening(nemotron.render_prompt([USER])) == "<think>\n"
+    assert nemotron.answer_opening(nemotron.render_prompt([USER], thinking=False)) == ""
+    told = {"role": "user", "content": "What does <think> mean?"}
+    assert nemotron.answer_opening(nemotron.render_prompt([told], thinking=False)) == ""
 
 
 def test_stop_ids_are_the_end_of_turn_and_every_declared_eos(tmp_path: Path) -> None:
@@ -140,6 +162,15 @@ def test_decoding_leaves_special_tokens_out_unless_asked(tmp_path: Path) -> None
     tokens = [*tokenizer.encode("Zürich 数"), IM_END]
     assert tokenizer.decode(tokens) == "Zürich 数"
     assert tokenizer.decode(tokens, skip_special=False) == "Zürich 数<|im_end|>"
+
+
+def test_marks_of_reasoning_and_tool_calls_are_text_even_if_they_are_special_tokens(tmp_path: Path) -> None:
+    path = checkpoint(tmp_path, special=("<think>", "</think>", "<tool_call>", "<|other|>"))
+    tokenizer = ChatTokenizer(path, VOCABULARY)
+    text = "<think>a</think><tool_call>b"
+    tokens = tokenizer.encode(text + "<|other|>")
+    assert len(tokens) == 6
+    assert tokenizer.decode([*tokens, IM_END]) == text
 
 
 def test_a_tokenizer_with_more_ids_than_the_model_has_rows_is_refused(tmp_path: Path) -> None:
@@ -176,6 +207,24 @@ def test_a_template_that_refuses_the_messages_says_so(tmp_path: Path) -> None:
     tokenizer = ChatTokenizer(checkpoint(tmp_path, picky), VOCABULARY)
     with pytest.raises(DataError, match="refuses the messages: no system role"):
         tokenizer.render_prompt([{"role": "system", "content": "x"}, USER])
+
+
+def test_a_template_file_can_be_named(tmp_path: Path) -> None:
+    (tmp_path / "mine.jinja").write_text(FORGETFUL)
+    path = checkpoint(tmp_path / "model")
+    tokenizer = ChatTokenizer(path, VOCABULARY, chat_template=str(tmp_path / "mine.jinja"))
+    assert tokenizer.chat_template == FORGETFUL and not tokenizer.brings_template
+    assert ChatTokenizer(path, VOCABULARY).brings_template
+    (path / "chat_template.jinja").write_text(FORGETFUL)
+    assert ChatTokenizer(path, VOCABULARY).chat_template == FORGETFUL, "as an export has it"
+    with pytest.raises(DataError, match=r"model\.chat_template: .*none\.jinja cannot be read"):
+        ChatTokenizer(path, VOCABULARY, chat_template=str(tmp_path / "none.jinja"))
+
+
+def test_a_template_that_takes_a_null_for_text_says_so(tmp_path: Path) -> None:
+    tokenizer = ChatTokenizer(checkpoint(tmp_path, CHATML.replace("m['content']", "'' + m['content']")), VOCABULARY)
+    with pytest.raises(DataError, match="refuses the messages: can only concatenate str"):
+        tokenizer.render_conversation([USER, {"role": "assistant", "content": None, "tool_calls": []}])
 
 
 def test_missing_and_broken_tokenizers_are_named(tmp_path: Path) -> None:

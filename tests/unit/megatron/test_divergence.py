@@ -34,7 +34,9 @@ def inputs(dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor, 
         return torch.randn(*size, generator=g, dtype=torch.float64).to(dtype)
 
     hidden, weight = normal(sum(TAUGHT), HIDDEN).requires_grad_(), normal(PADDED, HIDDEN).requires_grad_()
-    teachers = [TeacherRows(torch.arange(n), normal(n, HIDDEN), normal(PADDED, HIDDEN)) for n in TAUGHT]
+    teachers = [
+        TeacherRows(torch.arange(n), torch.arange(n), normal(n, HIDDEN), normal(PADDED, HIDDEN)) for n in TAUGHT
+    ]
     return hidden, weight, torch.randint(0, VOCABULARY, (sum(TAUGHT),), generator=g), teachers
 
 
@@ -96,7 +98,8 @@ def test_the_divergence_grows_with_the_support_to_the_full_one() -> None:
 @pytest.mark.parametrize("top_k", SUPPORTS, ids=str)
 def test_a_student_equal_to_its_teacher_is_left_alone(top_k: TopK | None) -> None:
     hidden, weight, targets, _ = inputs()
-    same = [TeacherRows(torch.arange(len(hidden)), hidden.detach(), weight.detach())]
+    rows = torch.arange(len(hidden))
+    same = [TeacherRows(rows, rows, hidden.detach(), weight.detach())]
     *_, values = VocabParallelReverseKL.apply(hidden, weight, targets, same, top_k, 1.0, VOCABULARY, 4, None, False)
     torch.testing.assert_close(values, torch.zeros_like(values))
     for gradient in torch.autograd.grad(values.sum(), (hidden, weight)):
@@ -142,7 +145,8 @@ class LargestAllocation(TorchDispatchMode):
 def test_the_chunk_bounds_the_largest_tensor_of_forward_and_backward(top_k: TopK | None) -> None:
     tokens, hidden_size, vocabulary = 1024, 4, 512
     hidden, weight = torch.randn(tokens, hidden_size).requires_grad_(), torch.randn(vocabulary, hidden_size)
-    teacher = TeacherRows(torch.arange(tokens), torch.randn(tokens, hidden_size), torch.randn(vocabulary, hidden_size))
+    rows = torch.arange(tokens)
+    teacher = TeacherRows(rows, rows, torch.randn(tokens, hidden_size), torch.randn(vocabulary, hidden_size))
     targets = torch.randint(0, vocabulary, (tokens,))
     for chunk in (64, 128, 256):
         with LargestAllocation() as largest:

@@ -3,6 +3,7 @@ import torch
 
 from millrace.data.batch import TokenBatch
 from millrace.data.errors import DataError
+from millrace.megatron.context import ContextShare
 from millrace.megatron.microbatch import MicroBatch, cut_batch, make_micro_batch
 
 CPU = torch.device("cpu")
@@ -28,18 +29,19 @@ def test_every_token_stands_in_exactly_one_micro_batch(dp: int, capacity: int) -
     positions = torch.cat([part.positions for part in parts])
     assert sorted(positions.tolist()) == list(range(53))
     for part in parts:
-        assert torch.equal(part.tokens[: part.real], batch.tokens[part.positions])
         assert part.real <= capacity
         if part.real:
+            assert torch.equal(part.tokens, batch.tokens[part.positions])
+            assert torch.equal(part.input_ids[part.model_rows], part.tokens)
             assert torch.equal(part.streams["weight"], batch.streams["weight"][part.positions])
 
 
 def test_ranks_get_equal_numbers_of_micro_batches_and_empty_ones_weigh_nothing() -> None:
     first, second = cut(batch_of(9), dp=2, capacity=10, multiple=4)
     assert len(first) == len(second) == 1
-    assert (first[0].real, first[0].tokens.numel(), first[0].lengths) == (9, 12, (9, 3))
+    assert (first[0].real, first[0].input_ids.numel(), first[0].padded_lengths) == (9, 12, (9, 3))
     empty = second[0]
-    assert (empty.real, empty.lengths, empty.shown) == (0, (4,), 1)
+    assert (empty.real, empty.lengths, empty.padded_lengths, empty.shown) == (0, (), (4,), 1)
     assert empty.streams["weight"].tolist() == [0.0]
     assert empty.predicting_rows.numel() == 0
 
@@ -75,3 +77,34 @@ def test_taught_rows_are_the_trained_rows_of_one_teacher() -> None:
     )
     part = make_micro_batch(batch, [0, 1, 2], 4, CPU)
     assert [part.taught_rows(teacher).tolist() for teacher in (0, 1, 2, 3)] == [[7, 8], [4, 5], [1, 2], []]
+
+
+@pytest.mark.parametrize(("ranks", "multiple"), [(2, 1), (2, 2), (3, 2), (4, 1)])
+def test_context_parallel_ranks_share_each_sequence_by_two_chunks_that_cost_the_same(ranks: int, multiple: int) -> None:
+    batch = batch_of(5, 1, 24)
+    shares = [
+        make_micro_batch(batch, [0, 1, 2], multiple, CPU, context=ContextShare(ranks, rank)) for rank in range(ranks)
+    ]
+    holders = torch.stack([part.model_rows >= 0 for part in shares])
+    assert torch.equal(holders.sum(0), torch.ones(30, dtype=torch.int64)), "each token is computed once"
+    first = shares[0]
+    total = sum(first.padded_lengths)
+    assert all(length % (2 * ranks) == 0 for length in first.padded_lengths)
+    edges = first.packed_seq_params().cu_seqlens_q_padded.tolist()
+    assert edges == [0, *torch.tensor(first.padded_lengths).cumsum(0).tolist()]
+    for rank, part in enumerate(shares):
+        assert part.input_ids.numel() * ranks == total and part.input_ids.numel() % multiple == 0
+        assert torch.equal(part.tokens, batch.tokens) and torch.equal(part.segment_ids, batch.segment_ids)
+        rows, places = part.computed_here(torch.arange(30))
+        assert torch.equal(part.input_ids[places], batch.tokens[rows])
+        # Transformer Engine's cut: of 2 CP chunks of a sequence rank r computes chunk r and the r-th from the end.
+        chunk = first.padded_lengths[2] // (2 * ranks)
+        mine = {*range(rank * chunk, (rank + 1) * chunk)}
+        mine |= {first.padded_lengths[2] - 1 - at for at in mine}
+        assert {int(row) - 6 for row in rows if row >= 6} == {at for at in mine if at < 24}
+
+
+def test_a_context_parallel_micro_batch_without_sequences_keeps_every_rank_busy_with_padding() -> None:
+    for rank in range(2):
+        part = make_micro_batch(batch_of(3), [], 2, CPU, context=ContextShare(2, rank))
+        assert (part.real, part.shown, part.input_ids.numel(), part.predicting_rows.numel()) == (0, 1, 2, 0)

@@ -19,7 +19,6 @@ def three_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         ({"tp": 2, "pp": 2}, "tp 2 x pp 2 x cp 1 x dp 1 = 4 ranks, but 3 started"),
         ({"dp": 3, "ep": 2}, "parallel.ep 2 x parallel.etp 1 does not divide the 3 ranks"),
-        ({"cp": 3}, "context parallelism is not supported on CPU ranks"),
     ],
 )
 def test_a_layout_that_does_not_fit_the_ranks_is_refused_before_any_group_exists(

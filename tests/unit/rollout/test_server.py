@@ -23,7 +23,9 @@ def command(config: FleetConfig, device: Device = "cpu") -> list[str]:
 
 
 def environment(config: FleetConfig, device: Device = "cpu", **more: object) -> dict[str, str]:
-    return server_environment(config, inherited=INHERITED, token="s3cret", host="127.0.0.1", device=device, **more)  # type: ignore[arg-type]
+    return server_environment(
+        config, model_path="/models/m", inherited=INHERITED, token="s3cret", host="127.0.0.1", device=device, **more
+    )  # type: ignore[arg-type]
 
 
 def test_the_token_is_in_the_environment_and_not_on_the_command_line() -> None:
