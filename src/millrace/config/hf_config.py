@@ -90,6 +90,10 @@ def _gemma3_text(config: HFConfig) -> ModelShape:
     local_theta, local_scaling = config.rope(layers="sliding_attention", theta_key="rope_local_base_freq")
     if local_scaling is not None:
         config.problem("the RoPE of the layers with a window is scaled; a gemma3_text is built with a plain one only")
+    score_divisor = config.number("query_pre_attn_scalar", 256)
+    if score_divisor <= 0:
+        config.problem(f"query_pre_attn_scalar is {score_divisor:g}; scores are divided by its square root")
+        score_divisor = 256
     return _decoder(
         config,
         positions=131072,
@@ -100,7 +104,7 @@ def _gemma3_text(config: HFConfig) -> ModelShape:
         tied=True,
         activation=config.activation("hidden_activation", "gelu_pytorch_tanh", ("gelu_pytorch_tanh",)),
         qk_norm=True,
-        attention_scale=config.number("query_pre_attn_scalar", 256) ** -0.5,
+        attention_scale=score_divisor**-0.5,
         rope_local_theta=local_theta,
         embedding_scale=config.size("hidden_size") ** 0.5,
         zero_centered_norms=True,
@@ -112,12 +116,13 @@ def _layers_with_windows(config: HFConfig) -> tuple[LayerShape, ...]:
     """Dense layers, whose attention has a window where `layer_types` says so; without it every
     `sliding_window_pattern`-th layer has none."""
     number, window = config.size("num_hidden_layers"), config.size("sliding_window", 4096)
-    kinds = config.facts.get("layer_types")
+    known, kinds = ("sliding_attention", "full_attention"), config.facts.get("layer_types")
     if kinds is None:
         pattern = config.size("sliding_window_pattern", 6)
         kinds = ["sliding_attention" if (n + 1) % pattern else "full_attention" for n in range(number)]
-    if len(kinds) != number or set(kinds) - {"sliding_attention", "full_attention"}:
-        config.problem(f"layer_types must name sliding_attention or full_attention for each of the {number} layers")
+    if not isinstance(kinds, list) or len(kinds) != number or any(kind not in known for kind in kinds):
+        config.problem(f"layer_types must name {' or '.join(known)} for each of the {number} layers")
+        return (LayerShape(),) * number
     return tuple(LayerShape(window=window if kind == "sliding_attention" else None) for kind in kinds)
 
 
@@ -395,8 +400,8 @@ NOT_BUILT = {
     "DeepseekV3ForCausalLM such as V3, R1 or V3.1",
     "DeepseekV2ForCausalLM": "its router (softmax scores, groups by their best expert) is not built; start from a "
     "DeepseekV3ForCausalLM",
-    "Gemma3ForConditionalGeneration": "Millrace trains text alone; save its text model as a checkpoint of its own with "
-    "transformers: Gemma3ForCausalLM.from_pretrained(FOLDER).save_pretrained(NEW_FOLDER)",
+    "Gemma3ForConditionalGeneration": "Millrace trains on text alone; with transformers make a Gemma3ForCausalLM of "
+    "its text_config and its model.language_model, and start from that",
 }
 """Close relatives of supported architectures -> why they are refused."""
 

@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -129,6 +130,65 @@ def test_yarns_numbers_are_complete(tmp_path: Path) -> None:
 )
 def test_a_deepseek_v3_that_is_not_built_is_refused(tmp_path: Path, facts: dict[str, object], reason: str) -> None:
     assert any(reason in problem for problem in problems(tmp_path, **DEEPSEEK | facts))
+
+
+GEMMA = {"architectures": ["Gemma3ForCausalLM"], "model_type": "gemma3_text", "head_dim": 32, "sliding_window": 48}
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_gemma3_is_read_as_transformers_reads_it(tmp_path: Path, tied: bool) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, Gemma3TextConfig
+
+    scaling = {"rope_type": "linear", "factor": 8.0}
+    facts = SMALL | GEMMA | {"num_hidden_layers": 8, "tie_word_embeddings": tied, "query_pre_attn_scalar": 168}
+    config = Gemma3TextConfig(**facts, rope_scaling=scaling, rope_local_base_freq=2e4)
+    config.save_pretrained(tmp_path)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    shape = ModelShape.from_hf(tmp_path)
+    assert shape.parameter_count() == sum(p.numel() for p in model.parameters())
+    assert [layer.window for layer in shape.layers] == [48] * 5 + [None] + [48] * 2
+    assert (shape.attention_scale, shape.embedding_scale) == (168**-0.5, 8.0)
+    assert (shape.rope_theta, shape.rope_scaling, shape.rope_local_theta) == (1e6, scaling, 2e4)
+    # transformers 5 has written layer_types and rope_parameters; releases have the older keys.
+    old = facts | {"rope_scaling": scaling, "rope_local_base_freq": 2e4, "sliding_window_pattern": 6}
+    assert ModelShape.from_hf(write(tmp_path, **old)) == replace(shape, torch_dtype="float32")
+
+
+def test_a_gemma3_without_its_defaults_is_read_as_transformers_reads_it(tmp_path: Path) -> None:
+    from transformers import Gemma3TextConfig
+
+    known = {key: value for key, value in SMALL.items() if key != "num_key_value_heads"}
+    (tmp_path / "config.json").write_text(json.dumps(known | {"architectures": ["Gemma3ForCausalLM"]}))
+    shape, config = ModelShape.from_hf(tmp_path), Gemma3TextConfig(**known)
+    assert (shape.num_kv_heads, shape.head_dim) == (config.num_key_value_heads, config.head_dim)
+    assert shape.max_position_embeddings == config.max_position_embeddings
+    assert {layer.window for layer in shape.layers} == {config.sliding_window}
+    assert shape.attention_scale == config.query_pre_attn_scalar**-0.5
+    rope = config.rope_parameters
+    assert shape.rope_theta == rope["full_attention"]["rope_theta"]
+    assert shape.rope_local_theta == rope["sliding_attention"]["rope_theta"]
+    assert shape.tied_embeddings and config.tie_word_embeddings
+
+
+@pytest.mark.parametrize(
+    ("facts", "reason"),
+    [
+        ({"architectures": ["Gemma3ForConditionalGeneration"]}, "on text alone"),
+        ({"final_logit_softcapping": 30.0}, "final_logit_softcapping is 30.0"),
+        ({"attn_logit_softcapping": 50.0}, "attn_logit_softcapping is 50.0"),
+        ({"use_bidirectional_attention": True}, "causal attention only"),
+        ({"attention_bias": True}, "attention_bias is true"),
+        ({"hidden_activation": "gelu"}, "hidden_activation is 'gelu'"),
+        ({"layer_types": ["full_attention"] * 3}, "for each of the 4 layers"),
+        ({"layer_types": ["chunked_attention"] * 4}, "sliding_attention or full_attention"),
+        ({"query_pre_attn_scalar": 0}, "query_pre_attn_scalar is 0"),
+        ({"rope_parameters": {"sliding_attention": {"rope_type": "linear", "factor": 2.0}}}, "is scaled"),
+    ],
+)
+def test_a_gemma3_that_is_not_built_is_refused(tmp_path: Path, facts: dict[str, object], reason: str) -> None:
+    assert any(reason in problem for problem in problems(tmp_path, **GEMMA | facts))
 
 
 def test_both_spellings_of_rope_are_read(tmp_path: Path) -> None:
