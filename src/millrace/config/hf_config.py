@@ -7,13 +7,14 @@ family. What Millrace does not build is refused here, all of it at once.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from millrace.config.errors import ConfigError
-from millrace.config.model_shape import Activation, LatentAttentionShape, LayerShape, ModelShape
+from millrace.config.model_shape import Activation, LatentAttentionShape, LayerShape, MambaShape, ModelShape
 
 ACTIVATIONS: dict[str, Activation] = {"silu": "silu", "relu2": "relu2", "gelu_pytorch_tanh": "gelu_tanh"}
 
@@ -77,6 +78,47 @@ def _mixtral(config: HFConfig) -> ModelShape:
         norm_topk_prob=True,
         default_eps=1e-5,
     )
+
+
+def _gemma3_text(config: HFConfig) -> ModelShape:
+    config.refuse_true("attention_bias")
+    if config.facts.get("use_bidirectional_attention"):
+        config.problem("use_bidirectional_attention is true; a gemma3_text is built with causal attention only")
+    for key in ("attn_logit_softcapping", "final_logit_softcapping"):
+        if config.facts.get(key) is not None:
+            config.problem(f"{key} is {config.facts[key]!r}; a gemma3_text is built without soft-capping only")
+    local_theta, local_scaling = config.rope(layers="sliding_attention", theta_key="rope_local_base_freq")
+    if local_scaling is not None:
+        config.problem("the RoPE of the layers with a window is scaled; a gemma3_text is built with a plain one only")
+    return _decoder(
+        config,
+        positions=131072,
+        head_dim=256,
+        kv_heads=4,
+        layers=_layers_with_windows(config),
+        default_theta=1e6,
+        tied=True,
+        activation=config.activation("hidden_activation", "gelu_pytorch_tanh", ("gelu_pytorch_tanh",)),
+        qk_norm=True,
+        attention_scale=config.number("query_pre_attn_scalar", 256) ** -0.5,
+        rope_local_theta=local_theta,
+        embedding_scale=config.size("hidden_size") ** 0.5,
+        zero_centered_norms=True,
+        sandwich_norms=True,
+    )
+
+
+def _layers_with_windows(config: HFConfig) -> tuple[LayerShape, ...]:
+    """Dense layers, whose attention has a window where `layer_types` says so; without it every
+    `sliding_window_pattern`-th layer has none."""
+    number, window = config.size("num_hidden_layers"), config.size("sliding_window", 4096)
+    kinds = config.facts.get("layer_types")
+    if kinds is None:
+        pattern = config.size("sliding_window_pattern", 6)
+        kinds = ["sliding_attention" if (n + 1) % pattern else "full_attention" for n in range(number)]
+    if len(kinds) != number or set(kinds) - {"sliding_attention", "full_attention"}:
+        config.problem(f"layer_types must name sliding_attention or full_attention for each of the {number} layers")
+    return tuple(LayerShape(window=window if kind == "sliding_attention" else None) for kind in kinds)
 
 
 def _deepseek_v3(config: HFConfig) -> ModelShape:
@@ -158,34 +200,165 @@ def _yarn(config: HFConfig, scaling: dict[str, Any] | None) -> dict[str, Any] | 
     }
 
 
+HYBRID_LAYERS = {
+    "M": LayerShape(mixer="mamba", ffn=None),
+    "*": LayerShape(mixer="attention", ffn=None),
+    "-": LayerShape(mixer=None, ffn="dense"),
+    "E": LayerShape(mixer=None, ffn="experts"),
+}
+HYBRID_NAMES = {
+    "linear_attention": "M",
+    "mamba": "M",
+    "full_attention": "*",
+    "attention": "*",
+    "mlp": "-",
+    "moe": "E",
+}
+"""What transformers writes instead of the pattern's letters, in its present and its earlier spelling."""
+
+
+def _nemotron_h(config: HFConfig) -> ModelShape:
+    layers = tuple(HYBRID_LAYERS[letter] for letter in _hybrid_pattern(config))
+    config.refuse_true("attention_bias", "mlp_bias", "use_bias", "mamba_proj_bias")
+    _refuse_unbuilt_hybrid(config)
+    heads = config.size("num_attention_heads", 32)
+    return ModelShape(
+        family=config.family,
+        layers=layers,
+        hidden_size=config.size("hidden_size", 4096),
+        num_heads=heads,
+        num_kv_heads=config.size("num_key_value_heads", 8),
+        head_dim=config.size("head_dim", 128),
+        ffn_hidden_size=config.size("intermediate_size", 21504),
+        vocab_size=config.size("vocab_size", 131072),
+        tied_embeddings=False,
+        norm_eps=config.number("layer_norm_epsilon", 1e-5),
+        max_position_embeddings=config.size("max_position_embeddings", 4096),
+        torch_dtype=config.torch_dtype(),
+        activation=config.activation("mlp_hidden_act", "relu2", ("relu2", "silu")),
+        gated=False,
+        position="none",
+        mamba=_mamba(config) if HYBRID_LAYERS["M"] in layers else None,
+        **(_hybrid_experts(config) if HYBRID_LAYERS["E"] in layers else {}),
+    )
+
+
+def _hybrid_pattern(config: HFConfig) -> str:
+    """A letter for each layer, from the released spelling (`hybrid_override_pattern`) or that of transformers 5."""
+    pattern = config.facts.get("hybrid_override_pattern")
+    key = "hybrid_override_pattern" if pattern is not None else "layers_block_type"
+    if pattern is None:
+        pattern = config.facts.get(key) or config.facts.get("layer_types")
+        if isinstance(pattern, list):
+            pattern = [HYBRID_NAMES.get(name, str(name)) for name in pattern]
+    if not pattern or not isinstance(pattern, str | list):
+        config.problem(
+            f"{key} is {'missing' if pattern is None else repr(pattern)}; it must name the part of each layer"
+        )
+        return "M"
+    if wrong := [letter for letter in pattern if letter not in HYBRID_LAYERS]:
+        known = ", ".join(HYBRID_LAYERS) if key == "hybrid_override_pattern" else ", ".join(HYBRID_NAMES)
+        config.problem(f"{key} names a layer {wrong[0]!r}; a {config.family} has layers of {known}")
+    count = config.facts.get("num_hidden_layers", len(pattern))
+    if count != len(pattern):
+        config.problem(f"num_hidden_layers is {count!r}, but {key} names {len(pattern)} layers")
+    return "".join(letter for letter in pattern if letter in HYBRID_LAYERS) or "M"
+
+
+def _mamba(config: HFConfig) -> MambaShape:
+    mamba = MambaShape(
+        heads=config.size("mamba_num_heads", 128),
+        head_dim=config.size("mamba_head_dim", 64),
+        groups=config.size("n_groups", 8),
+        state=config.size("ssm_state_size", 128),
+        conv_kernel=config.size("conv_kernel", 4),
+        chunk=config.size("chunk_size", 128),
+    )
+    config.activation("mamba_hidden_act", "silu")
+    if mamba.heads % mamba.groups:
+        config.problem(f"mamba_num_heads {mamba.heads} is not a multiple of n_groups {mamba.groups}")
+    if not config.flag("use_conv_bias", True):
+        config.problem("use_conv_bias is false; the convolution of a Mamba layer is built with a bias only")
+    limit = config.facts.get("time_step_limit")
+    if limit is not None and [_number_or_infinity(bound) for bound in limit] != [0.0, math.inf]:
+        config.problem(
+            f"time_step_limit is {limit}; time steps are built without a limit only, as Megatron-Core and vLLM do"
+        )
+    return mamba
+
+
+def _number_or_infinity(value: Any) -> Any:
+    """transformers 5 writes {"__float__": "Infinity"} for what JSON has no number for."""
+    return float(value["__float__"]) if isinstance(value, dict) and "__float__" in value else value
+
+
+def _hybrid_experts(config: HFConfig) -> dict[str, Any]:
+    per_token, experts = config.size("num_experts_per_tok", 2), config.size("n_routed_experts", 8)
+    groups, groups_per_token = config.groups(1, 1, experts=experts)
+    if config.size("n_shared_experts", 1) != 1:
+        config.problem(
+            f"n_shared_experts is {config.facts['n_shared_experts']}; a {config.family} is built with one shared "
+            "expert of the width moe_shared_expert_intermediate_size only"
+        )
+    return {
+        "num_experts": experts,
+        "experts_per_token": per_token,
+        "moe_ffn_hidden_size": config.size("moe_intermediate_size", 7688),
+        "shared_ffn_hidden_size": config.size("moe_shared_expert_intermediate_size", 7688),
+        "moe_latent_size": config.size("moe_latent_size") if config.facts.get("moe_latent_size") else 0,
+        "norm_topk_prob": config.flag("norm_topk_prob", True),
+        "router_score": "sigmoid",
+        "router_bias": True,
+        "router_scale": config.number("routed_scaling_factor", 1.0),
+        "expert_groups": groups,
+        "groups_per_token": groups_per_token,
+    }
+
+
+def _refuse_unbuilt_hybrid(config: HFConfig) -> None:
+    if config.flag("residual_in_fp32"):
+        config.problem("residual_in_fp32 is true; residuals are built in the model's data type only")
+    if config.facts.get("sliding_window"):
+        config.problem(f"sliding-window attention is in use; a {config.family} is built with full attention only")
+    if config.flag("tie_word_embeddings"):
+        config.problem("tie_word_embeddings is true; transformers and vLLM give this family a head of its own always")
+    if config.facts.get("num_nextn_predict_layers"):
+        config.problem("num_nextn_predict_layers is not 0; layers that predict several tokens are not built")
+
+
 def _decoder(
     config: HFConfig,
     *,
     positions: int,
     head_dim: int | None = None,
+    kv_heads: int | None = None,
     layers: tuple[LayerShape, ...] | None = None,
     default_eps: float = 1e-6,
     rope_types: tuple[str, ...] = ("default", "linear", "llama3"),
+    default_theta: float = 1e4,
+    tied: bool = False,
+    activation: Activation | None = None,
     **own: Any,
 ) -> ModelShape:
     """A decoder of attention and feed-forward layers; `own` are the fields that its family sets otherwise."""
     hidden, heads = config.size("hidden_size"), config.size("num_attention_heads")
-    theta, scaling = config.rope(rope_types)
-    config.refuse_sliding_window()
+    theta, scaling = config.rope(rope_types, default_theta=default_theta)
+    if not any(layer.window for layer in layers or ()):
+        config.refuse_sliding_window()
     return ModelShape(
         family=config.family,
         layers=layers or (LayerShape(),) * config.size("num_hidden_layers"),
         hidden_size=hidden,
         num_heads=heads,
-        num_kv_heads=config.size("num_key_value_heads", heads),
+        num_kv_heads=config.size("num_key_value_heads", kv_heads or heads),
         head_dim=config.size("head_dim", head_dim or max(hidden // heads, 1)),
         ffn_hidden_size=config.size("intermediate_size"),
         vocab_size=config.size("vocab_size"),
-        tied_embeddings=config.flag("tie_word_embeddings"),
+        tied_embeddings=config.flag("tie_word_embeddings", tied),
         norm_eps=config.number("rms_norm_eps", default_eps),
         max_position_embeddings=config.size("max_position_embeddings", positions),
         torch_dtype=config.torch_dtype(),
-        activation=config.activation("hidden_act", "silu"),
+        activation=activation or config.activation("hidden_act", "silu"),
         rope_theta=theta,
         rope_scaling=scaling,
         **own,
@@ -199,6 +372,8 @@ _READERS: dict[str, Callable[[HFConfig], ModelShape]] = {
     "qwen3_moe": _qwen3_moe,
     "mixtral": _mixtral,
     "deepseek_v3": _deepseek_v3,
+    "gemma3_text": _gemma3_text,
+    "nemotron_h": _nemotron_h,
 }
 """Family, which is also transformers' model_type -> its function."""
 
@@ -209,6 +384,8 @@ ARCHITECTURES = {
     "Qwen3MoeForCausalLM": "qwen3_moe",
     "MixtralForCausalLM": "mixtral",
     "DeepseekV3ForCausalLM": "deepseek_v3",
+    "Gemma3ForCausalLM": "gemma3_text",
+    "NemotronHForCausalLM": "nemotron_h",
 }
 """What config.json names in `architectures` -> family."""
 
@@ -218,6 +395,8 @@ NOT_BUILT = {
     "DeepseekV3ForCausalLM such as V3, R1 or V3.1",
     "DeepseekV2ForCausalLM": "its router (softmax scores, groups by their best expert) is not built; start from a "
     "DeepseekV3ForCausalLM",
+    "Gemma3ForConditionalGeneration": "Millrace trains text alone; save its text model as a checkpoint of its own with "
+    "transformers: Gemma3ForCausalLM.from_pretrained(FOLDER).save_pretrained(NEW_FOLDER)",
 }
 """Close relatives of supported architectures -> why they are refused."""
 
@@ -273,16 +452,28 @@ class HFConfig:
             name = supported[0]
         return ACTIVATIONS[name]
 
-    def rope(self, supported: tuple[str, ...]) -> tuple[float, dict[str, Any] | None]:
-        """RoPE base and scaling, from transformers 5's `rope_parameters` or the older pair of keys."""
+    def rope(
+        self,
+        supported: tuple[str, ...] = ("default", "linear", "llama3"),
+        *,
+        layers: str = "full_attention",
+        theta_key: str = "rope_theta",
+        default_theta: float = 1e4,
+    ) -> tuple[float, dict[str, Any] | None]:
+        """RoPE base and scaling of the layers of this type, from transformers 5's `rope_parameters` or the older pair
+        of keys, where sliding-window layers are not scaled."""
         parameters = self.facts.get("rope_parameters") or self.facts.get("rope_scaling") or {}
         if not isinstance(parameters, dict):
             self.problem(f"rope_parameters must be an object, not {parameters!r}")
             return 1e4, None
+        if any(isinstance(value, dict) for value in parameters.values()):
+            parameters = parameters.get(layers) or {}
+        elif layers != "full_attention":
+            parameters = {}
         kind = parameters.get("rope_type", parameters.get("type", "default"))
         if kind not in supported:
             self.problem(f"RoPE of type {kind!r} is not supported; the types are {', '.join(supported)}")
-        theta = parameters.get("rope_theta", self.facts.get("rope_theta", 1e4))
+        theta = parameters.get("rope_theta", self.facts.get(theta_key, default_theta))
         if not isinstance(theta, int | float) or isinstance(theta, bool):
             self.problem(f"rope_theta must be a number, not {theta!r}")
             theta = 1e4

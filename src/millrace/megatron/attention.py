@@ -43,6 +43,8 @@ class PackedAttention(MegatronModule):
     ) -> None:
         super().__init__(config=config)
         self.scale = softmax_scale
+        self.window: int | None = None
+        """Tokens that a query sees, itself included; None: all before it."""
         self.cp_group = parallel_state.get_context_parallel_group() if pg_collection is None else pg_collection.cp
 
     def forward(
@@ -108,10 +110,11 @@ class PackedAttention(MegatronModule):
 
     def _mask(self, queries: int, keys: int, device: torch.device) -> Tensor | None:
         """bool [S, L]: what each query sees; None for all that stands before it in a square, which needs no mask."""
-        if queries == keys:
+        if queries == keys and (self.window is None or self.window >= keys):
             return None
         at = torch.arange(keys, device=device)
-        return at <= at[keys - queries :, None]
+        distance = at[keys - queries :, None] - at
+        return (distance >= 0) & (distance < (self.window or keys))
 
 
 def _segment_lengths(packed: PackedSeqParams, tokens: int) -> list[int]:

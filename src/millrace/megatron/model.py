@@ -12,9 +12,10 @@ from megatron.core import parallel_state
 from megatron.core.models.gpt.gpt_model import GPTModel
 from torch import Tensor
 
-from millrace.config.model_shape import ModelShape
+from millrace.config.model_shape import MambaShape, ModelShape
 from millrace.config.schema import ParallelConfig, TrainerConfig
 from millrace.megatron.expert_groups import choose_groups_by_their_best_two
+from millrace.megatron.local_layers import make_local, needs_local_layers
 from millrace.megatron.model_config import rope_inverse_frequencies, transformer_config
 from millrace.megatron.specs import block_spec, transformer_engine_is_there
 from millrace.megatron.topology import LayoutError
@@ -55,22 +56,36 @@ def build_model(
     if shape.expert_groups > 1:
         choose_groups_by_their_best_two()
     first, last = layers_of_stage(shape, parallel.pp, parallel_state.get_pipeline_model_parallel_rank())
+    spec = block_spec(config, shape.layers[first:last], shape.mamba, device)
+    if needs_local_layers(shape):
+        make_local(spec, shape, shape.layers[first:last])
     model = HiddenStateModel(
         config=config,
-        transformer_layer_spec=block_spec(config, shape.layers[first:last], device),
+        transformer_layer_spec=spec,
         vocab_size=shape.padded_vocab_size(parallel.tp),
         max_sequence_length=shape.max_position_embeddings,
         pre_process=parallel_state.is_pipeline_first_stage(),
         post_process=parallel_state.is_pipeline_last_stage(),
         parallel_output=True,
         share_embeddings_and_output_weights=shape.tied_embeddings,
-        position_embedding_type="rope",
+        position_embedding_type=shape.position,
         rotary_base=shape.rope_theta,
     )
-    if shape.latent_attention is None:  # whose layers have a RoPE of their own
+    if shape.position == "rope" and shape.latent_attention is None:  # whose layers have a RoPE of their own
         model.rotary_pos_emb.inv_freq = rope_inverse_frequencies(shape).to(device)
+    if shape.embedding_scale != 1.0 and model.pre_process:
+        scale_embeddings(model.embedding, shape.embedding_scale)
     reduce_expert_gradients_over_expert_ranks(model, parallel)
     return model.to(device)
+
+
+def scale_embeddings(embedding: torch.nn.Module, scale: float) -> None:
+    """Multiply what the module gives by `scale`, rounded to its data type as transformers does."""
+
+    def scaled(module: torch.nn.Module, inputs: Any, output: Tensor) -> Tensor:
+        return output * torch.tensor(scale, dtype=output.dtype, device=output.device)
+
+    embedding.register_forward_hook(scaled)
 
 
 def check_layout(shape: ModelShape, parallel: ParallelConfig) -> None:
@@ -83,12 +98,22 @@ def check_layout(shape: ModelShape, parallel: ParallelConfig) -> None:
         )
     if shape.num_layers % p.pp:
         problems.append(f"parallel.pp {p.pp} does not divide the {shape.num_layers} layers")
+    problems += _mamba_problems(shape.mamba, p) if shape.mamba is not None else []
     if shape.num_experts:
         problems += _expert_problems(shape, p)
     elif p.ep > 1 or p.etp > 1:
         problems.append(f"parallel.ep {p.ep} and parallel.etp {p.etp} must be 1: the model has no experts")
     if problems:
         raise LayoutError("; ".join(problems))
+
+
+def _mamba_problems(mamba: MambaShape, p: ParallelConfig) -> list[str]:
+    problems = []
+    if mamba.heads % p.tp or mamba.groups % p.tp:
+        problems.append(
+            f"parallel.tp {p.tp} does not divide the {mamba.heads} heads and {mamba.groups} groups of the Mamba layers"
+        )
+    return problems
 
 
 def check_context_parallelism(shape: ModelShape, parallel: ParallelConfig, device: torch.device) -> None:

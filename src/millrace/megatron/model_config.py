@@ -15,7 +15,7 @@ from torch import Tensor
 
 from millrace.config.model_shape import Activation, ModelShape
 from millrace.config.schema import ParallelConfig, TrainerConfig
-from millrace.megatron.specs import transformer_engine_is_there
+from millrace.megatron.specs import uses_transformer_engine
 
 ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
@@ -35,7 +35,7 @@ def transformer_config(
 ) -> TransformerConfig:
     """Megatron-Core's description of the model. Kernels that exist on CUDA with Transformer Engine only are off
     without. `grouped_experts`: compute all experts of a rank in one grouped product, where that is possible."""
-    fused = device.type == "cuda" and transformer_engine_is_there()
+    fused = uses_transformer_engine(shape, device)
     describe = TransformerConfig if shape.latent_attention is None else MLATransformerConfig
     return describe(
         num_layers=shape.num_layers,
@@ -46,10 +46,12 @@ def transformer_config(
         ffn_hidden_size=shape.ffn_hidden_size,
         normalization="RMSNorm",
         layernorm_epsilon=shape.norm_eps,
+        layernorm_zero_centered_gamma=shape.zero_centered_norms,
         qk_layernorm=shape.qk_norm or shape.latent_attention is not None,
         add_bias_linear=False,
         add_qkv_bias=shape.attention_bias,
         gated_linear_unit=shape.gated,
+        softmax_scale=shape.attention_scale,
         activation_func=ACTIVATIONS[shape.activation],
         attention_dropout=0.0,
         hidden_dropout=0.0,
@@ -65,6 +67,7 @@ def transformer_config(
         variable_seq_lengths=True,  # packed micro-batches differ in length
         moe_token_dispatcher_type="alltoall",  # the one that takes unequal lengths
         calculate_per_token_loss=True,  # gradients are sums; the weights of the tokens hold every division
+        transformer_impl="transformer_engine" if fused else "local",
         use_cpu_initialization=device.type == "cpu",
         masked_softmax_fusion=False,
         persist_layer_norm=fused,
@@ -75,6 +78,7 @@ def transformer_config(
         **_recompute_options(trainer, shape, parallel),
         **_expert_options(shape, fused and grouped_experts),
         **_latent_attention_options(shape),
+        **_mamba_options(shape),
     )
 
 
@@ -94,6 +98,7 @@ def _expert_options(shape: ModelShape, grouped: bool) -> dict[str, Any]:
         "moe_layer_freq": [int(layer.ffn == "experts") for layer in shape.layers],
         "moe_ffn_hidden_size": shape.moe_ffn_hidden_size,
         "moe_shared_expert_intermediate_size": shape.shared_ffn_hidden_size or None,
+        "moe_latent_size": shape.moe_latent_size or None,
         "moe_router_dtype": "fp32",
         "moe_router_load_balancing_type": "none",
         "moe_aux_loss_coeff": 0.0,
@@ -146,6 +151,18 @@ def _latent_attention_options(shape: ModelShape) -> dict[str, Any]:
             "mscale_all_dim": yarn["mscale_all_dim"],
         }
     return options
+
+
+def _mamba_options(shape: ModelShape) -> dict[str, Any]:
+    if (mamba := shape.mamba) is None:
+        return {}
+    return {
+        "is_hybrid_model": True,
+        "mamba_num_heads": mamba.heads,
+        "mamba_head_dim": mamba.head_dim,
+        "mamba_num_groups": mamba.groups,
+        "mamba_state_dim": mamba.state,
+    }
 
 
 def rope_inverse_frequencies(shape: ModelShape) -> Tensor:

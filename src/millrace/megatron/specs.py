@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from megatron.core.extensions.transformer_engine_spec_provider import TESpecProvider
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.backends import LocalSpecProvider
 from megatron.core.models.gpt.gpt_layer_specs import (
@@ -29,15 +30,17 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 from torch import Tensor
 
-from millrace.config.model_shape import LayerShape
+from millrace.config.model_shape import LayerShape, MambaShape, ModelShape
 from millrace.megatron.attention import PackedAttention
 from millrace.megatron.latent_attention import LatentAttention, latent_attention_spec
+from millrace.megatron.local_layers import needs_local_layers
 
 log = logging.getLogger(__name__)
 
 
 class RMSNorm(torch.nn.Module):
-    """Root-mean-square norm (Zhang and Sennrich, 2019) over the last dimension.
+    """Root-mean-square norm (Zhang and Sennrich, 2019) over the last dimension, times the weight or, where the config
+    says so, 1 + weight.
 
     Under sequence parallelism each rank sees part of the tokens; the flag on the weight tells Megatron-Core to add up
     the ranks' gradients.
@@ -46,11 +49,15 @@ class RMSNorm(torch.nn.Module):
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **unused: Any) -> None:
         super().__init__()
         self.eps = eps
+        self.zero_centered = config.layernorm_zero_centered_gamma
         device = torch.cuda.current_device()
-        self.weight = torch.nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype, device=device))
+        unit = torch.zeros if self.zero_centered else torch.ones
+        self.weight = torch.nn.Parameter(unit(hidden_size, dtype=config.params_dtype, device=device))
         setattr(self.weight, "sequence_parallel", config.sequence_parallel)  # noqa: B010
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.zero_centered:  # 1 + weight would lose the weight's last bits in bfloat16
+            return F.rms_norm(x.float(), (x.shape[-1],), 1 + self.weight.float(), self.eps).type_as(x)
         return F.rms_norm(x, (x.shape[-1],), self.weight, self.eps)
 
 
@@ -68,20 +75,32 @@ def transformer_engine_is_there() -> bool:
     return importlib.util.find_spec("transformer_engine") is not None
 
 
+def uses_transformer_engine(shape: ModelShape, device: torch.device) -> bool:
+    """Whether the model's layers are Transformer Engine's; those of `local_layers` are always plain torch modules."""
+    return device.type == "cuda" and transformer_engine_is_there() and not needs_local_layers(shape)
+
+
 def block_spec(
-    config: TransformerConfig, layers: Sequence[LayerShape], device: torch.device
+    config: TransformerConfig, layers: Sequence[LayerShape], mamba: MambaShape | None, device: torch.device
 ) -> TransformerBlockSubmodules:
     """Specification of one pipeline stage, of these layers."""
-    use_te = device.type == "cuda" and transformer_engine_is_there()
+    use_te = config.transformer_impl == "transformer_engine"
     if device.type == "cuda" and not use_te:
+        reason = "has no such layers" if transformer_engine_is_there() else "is not installed"
         log.warning(
-            "Transformer Engine is not installed: layers are built from plain torch modules, which are slower and have "
-            "no FP8"
+            f"Transformer Engine {reason}: they are built from plain torch modules, which are slower and have no FP8"
         )
-    make = _transformer_engine_layer if use_te else _torch_layer
-    specs = {layer: make(config, layer.ffn == "experts") for layer in set(layers)}
+    specs = {layer: _layer(config, layer, mamba, use_te) for layer in set(layers)}
     norm = _transformer_engine_norm() if use_te else RMSNorm
     return TransformerBlockSubmodules(layer_specs=[specs[layer] for layer in layers], layer_norm=norm)
+
+
+def _layer(config: TransformerConfig, layer: LayerShape, mamba: MambaShape | None, use_te: bool) -> ModuleSpec:
+    if layer.mixer is None or layer.ffn is None:
+        from millrace.megatron.hybrid import part_layer  # not before megatron.cpu has adapted Megatron-Core
+
+        return part_layer(config, layer, mamba, TESpecProvider() if use_te else TorchSpecProvider())
+    return (_transformer_engine_layer if use_te else _torch_layer)(config, layer.ffn == "experts")
 
 
 def _transformer_engine_layer(config: TransformerConfig, moe: bool) -> ModuleSpec:
