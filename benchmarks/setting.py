@@ -94,4 +94,5 @@ def say(line: str) -> None:
 def _barrier() -> None:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
-    dist.barrier()
+    if dist.is_initialized():
+        dist.barrier()

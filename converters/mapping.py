@@ -23,7 +23,7 @@ from torch import Tensor
 from millrace.converters.errors import ConversionError
 from millrace.converters.rules import Column, Replicated, Row, Rule, Sections, Shape, Source, Vocabulary
 
-FAMILIES = ("llama", "qwen2", "qwen3", "qwen3_moe", "mixtral", "deepseek_v3", "gemma3_text")
+FAMILIES = ("llama", "qwen2", "qwen3", "qwen3_moe", "mixtral", "deepseek_v3", "gemma3_text", "nemotron_h")
 
 Kind = Literal["column", "gqa", "sections", "row", "vocabulary", "replicated"]
 """How a line is cut: `gqa` is a column interleaved per key/value group, `sections` a column in several blocks of rows,
@@ -308,6 +308,7 @@ _FUSED_NORMS = {
     ".self_attention.linear_q_up_proj.layer_norm_weight": ".self_attention.q_layernorm.weight",
     ".self_attention.linear_kv_up_proj.layer_norm_weight": ".self_attention.kv_layernorm.weight",
     ".mlp.linear_fc1.layer_norm_weight": ".pre_mlp_layernorm.weight",
+    ".mixer.in_proj.layer_norm_weight": ".norm.weight",
 }
 
 

@@ -183,7 +183,8 @@ class Manifest:
     files: dict[str, dict[str, int]]
 
 
-def _unfinished(path: str | Path) -> Path:
+def unfinished(path: str | Path) -> Path:
+    """Where an export to `path` is written before it is renamed."""
     path = Path(path)
     return path.with_name(path.name + ".writing")
 
@@ -196,8 +197,8 @@ def prepare_export(path: str | Path, *, overwrite: bool = False) -> None:
     if Path(path).exists() and not overwrite:
         raise ConversionError(f"{path} exists already; remove it or name another folder for the export")
     try:
-        shutil.rmtree(_unfinished(path), ignore_errors=True)
-        _unfinished(path).mkdir(parents=True)
+        shutil.rmtree(unfinished(path), ignore_errors=True)
+        unfinished(path).mkdir(parents=True)
     except OSError as error:
         raise ConversionError(f"{path} cannot be written: {error.strerror}") from error
 
@@ -210,7 +211,7 @@ class HFWriter:
     """
 
     def __init__(self, path: str | Path, *, max_shard_bytes: int = 2 << 30, rank: int = 0) -> None:
-        self.folder = _unfinished(path)
+        self.folder = unfinished(path)
         self.max_shard_bytes = max_shard_bytes
         self.rank = rank
         self._files: dict[str, dict[str, int]] = {}
@@ -255,7 +256,7 @@ def publish(
     besides, by name, in place of the source's. Raises ConversionError when two manifests hold the same tensor, or when
     there is none.
     """
-    path, folder = Path(path), _unfinished(path)
+    path, folder = Path(path), unfinished(path)
     try:
         index = _number_shards(folder, [pair for manifest in manifests for pair in manifest.files.items()])
         (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
@@ -265,16 +266,21 @@ def publish(
         _describe_export(folder / "config.json", dtype)
         for name, text in (texts or {}).items():
             (folder / name).write_text(text, encoding="utf-8")
-        _flush_to_disk(folder)
-        replaced = path.with_name(path.name + ".replaced")
-        if path.exists():
-            shutil.rmtree(replaced, ignore_errors=True)
-            path.rename(replaced)
-        folder.rename(path)
-        shutil.rmtree(replaced, ignore_errors=True)
+        put_in_place(folder, path)
     except OSError as error:
         raise ConversionError(f"{path} cannot be written: {error}") from error
     return path
+
+
+def put_in_place(folder: Path, path: Path) -> None:
+    """Rename a finished folder to `path`, where it replaces an earlier one."""
+    _flush_to_disk(folder)
+    replaced = path.with_name(path.name + ".replaced")
+    if path.exists():
+        shutil.rmtree(replaced, ignore_errors=True)
+        path.rename(replaced)
+    folder.rename(path)
+    shutil.rmtree(replaced, ignore_errors=True)
 
 
 def _number_shards(folder: Path, shards: Sequence[tuple[str, dict[str, int]]]) -> dict[str, Any]:

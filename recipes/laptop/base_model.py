@@ -5,11 +5,14 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any, Literal
 
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     GenerationConfig,
+    NemotronHConfig,
+    NemotronHForCausalLM,
     PreTrainedTokenizerFast,
     Qwen3Config,
     Qwen3ForCausalLM,
@@ -54,34 +57,52 @@ def train_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
     )
 
 
-def base_config(tokenizer: PreTrainedTokenizerFast, moe: bool) -> Qwen3Config | Qwen3MoeConfig:
-    shape = {
+Kind = Literal["dense", "moe", "hybrid"]
+
+LAYERS_OF_THE_HYBRID = "M*EM*E"
+"""Mamba-2 before attention, which then needs no positions of its own, and experts."""
+
+
+def base_config(tokenizer: PreTrainedTokenizerFast, kind: Kind) -> Qwen3Config | Qwen3MoeConfig | NemotronHConfig:
+    shape: dict[str, Any] = {
         "vocab_size": len(tokenizer),
         "hidden_size": 128,
         "intermediate_size": 384,
-        "num_hidden_layers": 2,
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
         "head_dim": 32,
         "max_position_embeddings": 512,
-        "rope_theta": 10000.0,
         "tie_word_embeddings": False,
         "bos_token_id": None,
         "eos_token_id": tokenizer.eos_token_id,
         "pad_token_id": tokenizer.pad_token_id,
         "initializer_range": 0.04,
     }
-    if moe:
-        return Qwen3MoeConfig(
-            **shape, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=192, norm_topk_prob=True
+    experts = {"num_experts_per_tok": 2, "moe_intermediate_size": 192, "norm_topk_prob": True}
+    if kind == "hybrid":
+        return NemotronHConfig(
+            **shape,
+            **experts,
+            hybrid_override_pattern=LAYERS_OF_THE_HYBRID,
+            mamba_num_heads=8,
+            mamba_head_dim=32,
+            n_groups=2,
+            ssm_state_size=16,
+            chunk_size=32,
+            n_routed_experts=4,
+            moe_shared_expert_intermediate_size=192,
         )
-    return Qwen3Config(**shape)
+    shape |= {"num_hidden_layers": 2, "rope_theta": 10000.0}
+    return Qwen3MoeConfig(**shape, **experts, num_experts=4) if kind == "moe" else Qwen3Config(**shape)
 
 
-def write_base(folder: Path, tokenizer: PreTrainedTokenizerFast, seed: int, moe: bool) -> None:
+MODELS = {"dense": Qwen3ForCausalLM, "moe": Qwen3MoeForCausalLM, "hybrid": NemotronHForCausalLM}
+
+
+def write_base(folder: Path, tokenizer: PreTrainedTokenizerFast, seed: int, kind: Kind) -> None:
     torch.manual_seed(seed)
-    config = base_config(tokenizer, moe)
-    model = Qwen3MoeForCausalLM(config) if moe else Qwen3ForCausalLM(config)
+    config = base_config(tokenizer, kind)
+    model = MODELS[kind](config)
     model.generation_config = GenerationConfig(
         eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, do_sample=True
     )

@@ -5,12 +5,13 @@
 Four tasks (`tasks/`), each scored by one of Millrace's own environments: math, instruction following, multiple choice
 and, compared by a judge, chat. Training and held-out prompts are disjoint. Besides the prompts there are
 
-* `sft.jsonl`: noisy demonstrations of math and instruction following, of which half pass, for dense.yaml and moe.yaml;
+* `sft.jsonl`: noisy demonstrations of math and instruction following, of which half pass, for dense.yaml, moe.yaml and
+  nemotron_h.yaml;
 * `cascade/sft.jsonl`: demonstrations of all four tasks for cascade.yaml, right in math and noisy elsewhere;
 * `judge/train.jsonl`, `judge/held_out.jsonl`: pairs of chat answers with the verdict of a rule, for judge.yaml.
 
-The base follows the Qwen3 layout (`base/`), and with --moe also the mixture-of-experts one (`base-moe/`). The same seed
-writes the same files.
+The base follows the Qwen3 layout (`base/`), with --moe also the mixture-of-experts one (`base-moe/`), and with --hybrid
+also that of Nemotron-H, with Mamba-2 layers (`base-hybrid/`). The same seed writes the same files.
 """
 
 from __future__ import annotations
@@ -149,13 +150,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
     parser.add_argument("--seed", type=int, default=1, help="seed of the data and of the base's weights")
     parser.add_argument("--moe", action="store_true", help="also write the mixture-of-experts base")
+    parser.add_argument("--hybrid", action="store_true", help="also write the hybrid base, with Mamba-2 layers")
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     texts = write_data(options.out, options.seed)
     tokenizer = train_tokenizer(texts)
-    write_base(options.out / "base", tokenizer, options.seed, moe=False)
+    write_base(options.out / "base", tokenizer, options.seed, "dense")
     if options.moe:
-        write_base(options.out / "base-moe", tokenizer, options.seed, moe=True)
+        write_base(options.out / "base-moe", tokenizer, options.seed, "moe")
+    if options.hybrid:
+        write_base(options.out / "base-hybrid", tokenizer, options.seed, "hybrid")
 
 
 if __name__ == "__main__":

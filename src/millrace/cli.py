@@ -242,6 +242,42 @@ def megatron_to_hf(
     _on_ranks("megatron.convert_worker", arguments, tp, pp, ep, etp, dp)
 
 
+@convert.command("adapter")
+def adapter(
+    checkpoint: Annotated[Path, typer.Option(help="A checkpoint of a run with model.lora, or the folder of several.")],
+    out: Annotated[Path, typer.Option(help="Folder of the PEFT adapter to write.")],
+    tp: Tp = 1,
+    pp: Pp = 1,
+    ep: Ep = 1,
+    etp: Etp = None,
+    dp: Dp = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace --out when it exists.")] = False,
+) -> None:
+    """Write the LoRA adapters of a checkpoint in PEFT's format, as peft and vLLM load them.
+
+    Example: `millrace convert adapter --checkpoint runs/x/checkpoints/step-00000010 --out adapter`
+    """
+    arguments = ["--checkpoint", str(checkpoint), "--out", str(out), *(["--overwrite"] if overwrite else [])]
+    _on_ranks("megatron.adapter_worker", arguments, tp, pp, ep, etp, dp)
+
+
+@convert.command("merge")
+def merge(
+    hf: HfFolder,
+    adapter: Annotated[Path, typer.Option(help="Folder of a PEFT adapter of that checkpoint.")],
+    out: Annotated[Path, typer.Option(help="Folder of the Hugging Face checkpoint to write.")],
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace --out when it exists.")] = False,
+) -> None:
+    """Write a checkpoint with a LoRA adapter merged into its weights.
+
+    Example: `millrace convert merge --hf demo/base --adapter runs/x/adapter --out merged`
+    """
+    from millrace.converters.adapters import merge_adapter
+
+    written = merge_adapter(hf, adapter, out, overwrite=overwrite)
+    Console(highlight=False, markup=False, soft_wrap=True).print(f"{hf} with {adapter} -> {written}")
+
+
 @verify.command()
 def roundtrip(
     hf: HfFolder, tp: Tp = 1, pp: Pp = 1, ep: Ep = 1, etp: Etp = None, dp: Dp = None, card: Card = None

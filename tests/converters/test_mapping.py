@@ -41,8 +41,11 @@ def exported(mapping: Mapping, shards: dict[str, list[Tensor]]) -> dict[str, Ten
     }
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("tied", [False, True])
+TYING = [(family, tied) for family in FAMILIES for tied in (False, True) if (family, tied) != ("nemotron_h", True)]
+"""Families with a head of their own, and with the embedding for a head."""
+
+
+@pytest.mark.parametrize(("family", "tied"), TYING)
 @pytest.mark.parametrize(("tp", "etp"), [(1, 1), (2, 1), (2, 2), (4, 2)])
 def test_a_round_trip_is_bitwise_at_every_width(tmp_path, family, tied, tp, etp):
     _, mapping, reader = checkpoint(
@@ -63,8 +66,7 @@ def test_every_shard_has_the_announced_shape(tmp_path, family):
         assert {tuple(shard.shape) for shard in shards} == {mapping[name].local_shape(2)}
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize(("family", "tied"), TYING)
 def test_the_mapping_names_exactly_the_tensors_that_transformers_stores(tmp_path, family, tied):
     overrides = {"mlp_only_layers": [1]} if family == "qwen3_moe" else {}
     _, mapping, reader = checkpoint(tmp_path, family, tied=tied, **overrides)
@@ -238,3 +240,62 @@ def test_an_unknown_parameter_and_an_unknown_family_are_refused(tmp_path):
     object.__setattr__(shape, "family", "gpt2")
     with pytest.raises(ConversionError, match=r"'gpt2' is not known; known are llama, qwen2"):
         mapping_for(shape)
+
+
+HYBRID = {"hybrid_override_pattern": "ME*-ME"}
+
+
+@pytest.mark.parametrize("latent", [{}, {"moe_latent_size": 32}])
+@pytest.mark.parametrize(("tp", "etp"), [(1, 1), (2, 1), (2, 2)])
+def test_a_hybrid_round_trip_is_bitwise_and_keeps_the_routers_bias_in_float32(tmp_path, tp, etp, latent):
+    _, mapping, reader = checkpoint(tmp_path, "nemotron_h", dtype="bfloat16", vocab_size=301, **HYBRID, **latent)
+    back = exported(mapping, shards_of(mapping, reader, tp, etp))
+    assert back.keys() == set(reader.names)
+    for name, tensor in back.items():
+        assert tensor.dtype == (torch.float32 if "e_score_correction" in name else torch.bfloat16), name
+        assert torch.equal(tensor, reader.tensor(name)), name
+
+
+def test_every_layer_of_a_hybrid_is_the_part_that_its_letter_says(tmp_path):
+    _, mapping, _ = checkpoint(tmp_path, "nemotron_h", **HYBRID, moe_latent_size=32)
+    of_layer = {layer: {} for layer in range(6)}
+    for entry in mapping:
+        if entry.layer is not None and (entry.expert or 0) == 0:
+            of_layer[entry.layer][entry.name.split(".", 3)[3]] = entry.local_shape(2 if entry.expert is None else 1)
+    assert of_layer[0] == {
+        "norm.weight": (64,),
+        "mixer.in_proj.weight": (164, 64),  # 64 of z, 64 of x, 16 of B, 16 of C, 4 time steps
+        "mixer.conv1d.weight": (96, 1, 4),
+        "mixer.conv1d.bias": (96,),
+        "mixer.dt_bias": (4,),
+        "mixer.A_log": (4,),
+        "mixer.D": (4,),
+        "mixer.norm.weight": (64,),
+        "mixer.out_proj.weight": (64, 64),
+    }
+    assert of_layer[1] == {
+        "pre_mlp_layernorm.weight": (64,),
+        "mlp.router.weight": (8, 64),
+        "mlp.router.expert_bias": (8,),
+        "mlp.shared_experts.linear_fc1.weight": (48, 64),
+        "mlp.shared_experts.linear_fc2.weight": (64, 48),
+        "mlp.fc1_latent_proj.weight": (32, 64),
+        "mlp.fc2_latent_proj.weight": (64, 32),
+        "mlp.experts.0.linear_fc1.weight": (64, 32),
+        "mlp.experts.0.linear_fc2.weight": (32, 64),
+    }
+    assert list(of_layer[2]) == [
+        "input_layernorm.weight",
+        "self_attention.linear_qkv.weight",
+        "self_attention.linear_proj.weight",
+    ]
+    assert list(of_layer[3]) == ["pre_mlp_layernorm.weight", "mlp.linear_fc1.weight", "mlp.linear_fc2.weight"]
+    assert (of_layer[4], of_layer[5]) == (of_layer[0], of_layer[1])
+
+
+def test_each_part_of_a_mamba_projection_is_cut_by_itself(tmp_path):
+    _, mapping, _ = checkpoint(tmp_path, "nemotron_h")
+    rows = torch.arange(328)[:, None].expand(328, 64)
+    shard = mapping["decoder.layers.0.mixer.in_proj.weight"].to_megatron([rows], 2, 1)[:, 0].tolist()
+    parts = [(64, 128), (192, 256), (272, 288), (304, 320), (324, 328)]
+    assert shard == [row for first, last in parts for row in range(first, last)]

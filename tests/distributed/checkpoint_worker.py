@@ -34,6 +34,8 @@ LAYOUTS = {
     "tp2_sp": ("qwen3", "float32", ParallelConfig(tp=2, sequence_parallel=True), False),
     "dp2_distributed": ("tied", "bfloat16", ParallelConfig(dp=2), True),
     "moe_ep2": ("qwen3_moe", "float32", ParallelConfig(dp=2, ep=2), False),
+    "hybrid_tp2_ep2": ("hybrid", "float32", ParallelConfig(tp=2, ep=2, sequence_parallel=True), False),
+    "hybrid_distributed": ("hybrid", "bfloat16", ParallelConfig(dp=2, ep=2), True),
     "cp2_distributed": ("qwen3", "float32", ParallelConfig(cp=2), True),
     "sandwich_pp2": ("gemma3_text", "float32", ParallelConfig(pp=2), False),
     "latent_tp2": ("deepseek_v3", "float32", ParallelConfig(tp=2, etp=2, sequence_parallel=True), True),
@@ -142,6 +144,7 @@ def resumed(folder: Path) -> dict[str, Any]:
             policy.set_schedule(OPTIMIZER, STEPS, done=policy.step)
             results[name] = {**outcome(policy, train(policy, range(SAVED_AT, STEPS))), "state": state}
     results["pp2_from_tp2"] = elsewhere(folder, "tp2_sp", ParallelConfig(pp=2), False)
+    results["pp2_from_hybrid"] = elsewhere(folder, "hybrid_tp2_ep2", ParallelConfig(pp=2), True)
     results["pp2_from_dp2"] = elsewhere(folder, "dp2_distributed", ParallelConfig(pp=2), True)
     return results
 
@@ -161,6 +164,7 @@ def single(folder: Path) -> dict[str, Any]:
     results: dict[str, Any] = {
         "one_from_tp2": elsewhere(folder, "tp2_sp", ParallelConfig(), True),
         "one_from_dp2": elsewhere(folder, "dp2_distributed", ParallelConfig(), False),
+        "one_from_hybrid": elsewhere(folder, "hybrid_tp2_ep2", ParallelConfig(), False),
         "one_from_ep2": elsewhere(folder, "moe_ep2", ParallelConfig(), False),
         "one_from_latent": elsewhere(folder, "latent_tp2", ParallelConfig(), False),
         "one_from_sandwich": elsewhere(folder, "sandwich_pp2", ParallelConfig(), False),

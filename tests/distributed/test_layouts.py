@@ -15,6 +15,8 @@ from ranks import free_port, launch
 from tiny_checkpoints import YARN, write_checkpoint
 from torch import Tensor
 
+from millrace.megatron import verify_worker
+
 LLAMA3_ROPE = {
     "rope_type": "llama3",
     "factor": 8.0,
@@ -31,6 +33,9 @@ MODELS: dict[str, dict[str, Any]] = {
     "qwen3_moe": {"family": "qwen3_moe"},
     "gemma3_text": {**GEMMA3, "sliding_window": 12},
     "gemma3_wide": {**GEMMA3, "sliding_window": 2048},
+    "hybrid": {"family": "nemotron_h", "hybrid_override_pattern": "M-*M"},
+    "hybrid_moe": {"family": "nemotron_h", "hybrid_override_pattern": "ME*-ME"},
+    "hybrid_latent": {"family": "nemotron_h", "hybrid_override_pattern": "E*ME", "moe_latent_size": 32},
     "mixed_moe": {"family": "qwen3_moe", "norm_topk_prob": False, "mlp_only_layers": [1]},
     "deepseek_v3": {"family": "deepseek_v3", "num_hidden_layers": 4},
     "deepseek_yarn": {
@@ -76,6 +81,9 @@ LAYOUTS += [
     ("gemma3_text", layout, DENSE[layout]) for layout in ("tp2", "tp2sp", "pp2", "dp2", "cp2", "tp2pp2", "tp2spcp2")
 ]
 LAYOUTS += [("qwen2", "tp2sp", DENSE["tp2sp"]), ("mixtral", "tp2ep2", MOE["tp2ep2"])]
+LAYOUTS += [("hybrid", layout, DENSE[layout]) for layout in ("tp2", "tp2sp", "pp2")]
+LAYOUTS += [("hybrid_moe", layout, parallel) for layout, parallel in MOE.items() if "cp" not in parallel]
+LAYOUTS += [("hybrid_latent", layout, MOE[layout]) for layout in ("tp2etp2", "ep2")]
 IDS = [f"{model}-{layout}" for model, layout, _ in LAYOUTS]
 
 Results = dict[str, list[dict[str, Any]]]
@@ -90,6 +98,7 @@ def case(model: str, layout: str, parallel: dict[str, Any], **more: Any) -> dict
 def cases_of_one_rank() -> list[dict[str, Any]]:
     cases = [case(model, "one", {}, capacities=CUTS) for model in MODELS]
     cases += [case("qwen3_moe", f"recompute-{kind}", {}, trainer={"recompute": kind}) for kind in ("selective", "full")]
+    cases.append(case("hybrid_moe", "recompute-full", {}, trainer={"recompute": "full"}))
     return [*cases, case("qwen3_moe", "again", {})]
 
 
@@ -137,9 +146,7 @@ def results(checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPathFacto
 
 @pytest.fixture(scope="module")
 def transformers_model(checkpoints: dict[str, Path]) -> Callable[[str], Any]:
-    from transformers import AutoModelForCausalLM
-
-    return lambda name: AutoModelForCausalLM.from_pretrained(checkpoints[name], dtype=torch.float32)
+    return lambda name: verify_worker.transformers_model(checkpoints[name])
 
 
 def merged(ranks: list[dict[str, Any]], take: Callable[[dict[str, Any]], dict[str, Tensor]]) -> dict[str, Tensor]:
@@ -196,7 +203,7 @@ def _entropy(logits: Tensor) -> Tensor:
     return torch.cat([torch.zeros(1), -(logp.exp() * logp).sum(-1)])
 
 
-@pytest.mark.parametrize("model", ["llama", "qwen2", "qwen3", "deepseek_v3", "deepseek_yarn", "gemma3_text"])
+@pytest.mark.parametrize("model", ["llama", "qwen2", "qwen3", "deepseek_v3", "deepseek_yarn", "gemma3_text", "hybrid"])
 def test_gradients_equal_those_of_transformers(
     model: str, results: Results, transformers_model: Callable[[str], Any], record_property: Callable[..., None]
 ) -> None:
@@ -279,7 +286,7 @@ def test_the_gradient_does_not_depend_on_the_micro_batches(
     assert cut["parts"] == {64: 2, 48: 3, 30: 4}[capacity]
     worst = difference(cut["gradients"], uncut(one))
     record_property("gradients", worst)
-    assert worst <= 1e-6
+    assert worst <= (1e-5 if "hybrid" in model else 1e-6)  # a state adds up rounding over a whole sequence
     assert cut["metrics"]["loss"] == pytest.approx(one[f"cut {UNCUT}"]["metrics"]["loss"], abs=1e-6)
 
 

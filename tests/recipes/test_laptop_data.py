@@ -37,7 +37,7 @@ def make_data(scripts):
 @pytest.fixture(scope="module")
 def demo(make_data, tmp_path_factory):
     folder = tmp_path_factory.mktemp("demo")
-    make_data(["--out", str(folder), "--seed", "3", "--moe"])
+    make_data(["--out", str(folder), "--seed", "3", "--moe", "--hybrid"])
     return folder
 
 
@@ -136,7 +136,7 @@ def test_pairs_are_shown_to_the_judge_as_it_has_learnt_them(demo):
     assert list(judge_messages("roles", messages[:1], first, second)) == messages[:-1]
 
 
-@pytest.mark.parametrize("base", ["base", "base-moe"])
+@pytest.mark.parametrize("base", ["base", "base-moe", "base-hybrid"])
 def test_the_base_and_its_tokenizer_load_and_fit_each_other(demo, base):
     shape = ModelShape.from_hf(demo / base)
     tokenizer = ChatTokenizer(demo / base, shape.vocab_size)

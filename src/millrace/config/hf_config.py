@@ -7,13 +7,14 @@ family. What Millrace does not build is refused here, all of it at once.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from millrace.config.errors import ConfigError
-from millrace.config.model_shape import Activation, LatentAttentionShape, LayerShape, ModelShape
+from millrace.config.model_shape import Activation, LatentAttentionShape, LayerShape, MambaShape, ModelShape
 
 ACTIVATIONS: dict[str, Activation] = {"silu": "silu", "relu2": "relu2", "gelu_pytorch_tanh": "gelu_tanh"}
 
@@ -204,6 +205,132 @@ def _yarn(config: HFConfig, scaling: dict[str, Any] | None) -> dict[str, Any] | 
     }
 
 
+HYBRID_LAYERS = {
+    "M": LayerShape(mixer="mamba", ffn=None),
+    "*": LayerShape(mixer="attention", ffn=None),
+    "-": LayerShape(mixer=None, ffn="dense"),
+    "E": LayerShape(mixer=None, ffn="experts"),
+}
+HYBRID_NAMES = {
+    "linear_attention": "M",
+    "mamba": "M",
+    "full_attention": "*",
+    "attention": "*",
+    "mlp": "-",
+    "moe": "E",
+}
+"""What transformers writes instead of the pattern's letters, in its present and its earlier spelling."""
+
+
+def _nemotron_h(config: HFConfig) -> ModelShape:
+    layers = tuple(HYBRID_LAYERS[letter] for letter in _hybrid_pattern(config))
+    config.refuse_true("attention_bias", "mlp_bias", "use_bias", "mamba_proj_bias")
+    _refuse_unbuilt_hybrid(config)
+    heads = config.size("num_attention_heads", 32)
+    return ModelShape(
+        family=config.family,
+        layers=layers,
+        hidden_size=config.size("hidden_size", 4096),
+        num_heads=heads,
+        num_kv_heads=config.size("num_key_value_heads", 8),
+        head_dim=config.size("head_dim", 128),
+        ffn_hidden_size=config.size("intermediate_size", 21504),
+        vocab_size=config.size("vocab_size", 131072),
+        tied_embeddings=False,
+        norm_eps=config.number("layer_norm_epsilon", 1e-5),
+        max_position_embeddings=config.size("max_position_embeddings", 4096),
+        torch_dtype=config.torch_dtype(),
+        activation=config.activation("mlp_hidden_act", "relu2", ("relu2", "silu")),
+        gated=False,
+        position="none",
+        mamba=_mamba(config) if HYBRID_LAYERS["M"] in layers else None,
+        **(_hybrid_experts(config) if HYBRID_LAYERS["E"] in layers else {}),
+    )
+
+
+def _hybrid_pattern(config: HFConfig) -> str:
+    """A letter for each layer, from the released spelling (`hybrid_override_pattern`) or that of transformers 5."""
+    pattern = config.facts.get("hybrid_override_pattern")
+    key = "hybrid_override_pattern" if pattern is not None else "layers_block_type"
+    if pattern is None:
+        pattern = config.facts.get(key) or config.facts.get("layer_types")
+        if isinstance(pattern, list):
+            pattern = [HYBRID_NAMES.get(name, str(name)) for name in pattern]
+    if not pattern or not isinstance(pattern, str | list):
+        config.problem(
+            f"{key} is {'missing' if pattern is None else repr(pattern)}; it must name the part of each layer"
+        )
+        return "M"
+    if wrong := [letter for letter in pattern if letter not in HYBRID_LAYERS]:
+        known = ", ".join(HYBRID_LAYERS) if key == "hybrid_override_pattern" else ", ".join(HYBRID_NAMES)
+        config.problem(f"{key} names a layer {wrong[0]!r}; a {config.family} has layers of {known}")
+    count = config.facts.get("num_hidden_layers", len(pattern))
+    if count != len(pattern):
+        config.problem(f"num_hidden_layers is {count!r}, but {key} names {len(pattern)} layers")
+    return "".join(letter for letter in pattern if letter in HYBRID_LAYERS) or "M"
+
+
+def _mamba(config: HFConfig) -> MambaShape:
+    mamba = MambaShape(
+        heads=config.size("mamba_num_heads", 128),
+        head_dim=config.size("mamba_head_dim", 64),
+        groups=config.size("n_groups", 8),
+        state=config.size("ssm_state_size", 128),
+        conv_kernel=config.size("conv_kernel", 4),
+        chunk=config.size("chunk_size", 128),
+    )
+    config.activation("mamba_hidden_act", "silu")
+    if mamba.heads % mamba.groups:
+        config.problem(f"mamba_num_heads {mamba.heads} is not a multiple of n_groups {mamba.groups}")
+    if not config.flag("use_conv_bias", True):
+        config.problem("use_conv_bias is false; the convolution of a Mamba layer is built with a bias only")
+    limit = config.facts.get("time_step_limit")
+    if limit is not None and [_number_or_infinity(bound) for bound in limit] != [0.0, math.inf]:
+        config.problem(
+            f"time_step_limit is {limit}; time steps are built without a limit only, as Megatron-Core and vLLM do"
+        )
+    return mamba
+
+
+def _number_or_infinity(value: Any) -> Any:
+    """transformers 5 writes {"__float__": "Infinity"} for what JSON has no number for."""
+    return float(value["__float__"]) if isinstance(value, dict) and "__float__" in value else value
+
+
+def _hybrid_experts(config: HFConfig) -> dict[str, Any]:
+    per_token, experts = config.size("num_experts_per_tok", 2), config.size("n_routed_experts", 8)
+    groups, groups_per_token = config.groups(1, 1, experts=experts)
+    if config.size("n_shared_experts", 1) != 1:
+        config.problem(
+            f"n_shared_experts is {config.facts['n_shared_experts']}; a {config.family} is built with one shared "
+            "expert of the width moe_shared_expert_intermediate_size only"
+        )
+    return {
+        "num_experts": experts,
+        "experts_per_token": per_token,
+        "moe_ffn_hidden_size": config.size("moe_intermediate_size", 7688),
+        "shared_ffn_hidden_size": config.size("moe_shared_expert_intermediate_size", 7688),
+        "moe_latent_size": config.size("moe_latent_size") if config.facts.get("moe_latent_size") else 0,
+        "norm_topk_prob": config.flag("norm_topk_prob", True),
+        "router_score": "sigmoid",
+        "router_bias": True,
+        "router_scale": config.number("routed_scaling_factor", 1.0),
+        "expert_groups": groups,
+        "groups_per_token": groups_per_token,
+    }
+
+
+def _refuse_unbuilt_hybrid(config: HFConfig) -> None:
+    if config.flag("residual_in_fp32"):
+        config.problem("residual_in_fp32 is true; residuals are built in the model's data type only")
+    if config.facts.get("sliding_window"):
+        config.problem(f"sliding-window attention is in use; a {config.family} is built with full attention only")
+    if config.flag("tie_word_embeddings"):
+        config.problem("tie_word_embeddings is true; transformers and vLLM give this family a head of its own always")
+    if config.facts.get("num_nextn_predict_layers"):
+        config.problem("num_nextn_predict_layers is not 0; layers that predict several tokens are not built")
+
+
 def _decoder(
     config: HFConfig,
     *,
@@ -251,6 +378,7 @@ _READERS: dict[str, Callable[[HFConfig], ModelShape]] = {
     "mixtral": _mixtral,
     "deepseek_v3": _deepseek_v3,
     "gemma3_text": _gemma3_text,
+    "nemotron_h": _nemotron_h,
 }
 """Family, which is also transformers' model_type -> its function."""
 
@@ -262,6 +390,7 @@ ARCHITECTURES = {
     "MixtralForCausalLM": "mixtral",
     "DeepseekV3ForCausalLM": "deepseek_v3",
     "Gemma3ForCausalLM": "gemma3_text",
+    "NemotronHForCausalLM": "nemotron_h",
 }
 """What config.json names in `architectures` -> family."""
 
@@ -271,8 +400,8 @@ NOT_BUILT = {
     "DeepseekV3ForCausalLM such as V3, R1 or V3.1",
     "DeepseekV2ForCausalLM": "its router (softmax scores, groups by their best expert) is not built; start from a "
     "DeepseekV3ForCausalLM",
-    "Gemma3ForConditionalGeneration": "Millrace trains on text alone; with transformers make a Gemma3ForCausalLM of its "
-    "text_config and its model.language_model, and start from that",
+    "Gemma3ForConditionalGeneration": "Millrace trains on text alone; with transformers make a Gemma3ForCausalLM of "
+    "its text_config and its model.language_model, and start from that",
 }
 """Close relatives of supported architectures -> why they are refused."""
 

@@ -39,8 +39,6 @@ class MambaShape:
     conv_kernel: int
     chunk: int
     """Tokens of one chunk of the scan; it decides speed and rounding, not the result."""
-    time_step_min: float
-    """Smallest time step: smaller ones are raised to it."""
 
     @property
     def inner(self) -> int:

@@ -11,12 +11,17 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
+import importlib.util
+import logging
+import sys
 from collections.abc import Callable, Iterable
 from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from millrace.megatron import state_space
 
 CPU = torch.device("cpu")
 
@@ -50,6 +55,8 @@ def adapt(device: torch.device) -> None:
     use_adam_with_step_in_group()
     define_router_gemm()
     give_split_sizes_as_arrays()
+    scan_state_spaces_in_torch()
+    project_latents_in_torch()
     _adapted = True
 
 
@@ -137,8 +144,10 @@ def map_literal_devices() -> None:
 
 def draw_random_numbers_on_cpu() -> None:
     """The random-state tracker (dropout regions, activation recomputation) reads and writes CUDA generators; here it
-    keeps the CPU generator's state."""
+    keeps the CPU generator's state. Its warning about draws from the CPU generator is therefore void."""
     from megatron.core.tensor_parallel import random as tracker
+
+    logging.getLogger(tracker.__name__).addFilter(lambda record: "CPU RNG state changed" not in record.getMessage())
 
     _replace(tracker, "_get_cuda_rng_state", lambda *args, **kwargs: torch.get_rng_state())
     _replace(tracker, "_set_cuda_rng_state", lambda state, *args, **kwargs: torch.set_rng_state(state))
@@ -273,6 +282,72 @@ def give_split_sizes_as_arrays() -> None:
         return original(tensor, as_numpy=as_numpy, record_stream=record_stream)
 
     _replace(token_dispatcher, "maybe_move_tensor_to_cpu", move)
+
+
+def scan_state_spaces_in_torch() -> None:
+    """MambaMixer takes its scan and its norm from mamba_ssm, when it is imported. Without mamba_ssm it finds
+    `megatron.state_space` under that name, for the time of that import only: nothing else, transformers in particular,
+    shall take the stand-ins for the package. Packed sequences, which the mixer ties to versions of the CUDA packages,
+    are right in them.
+
+    Its import also takes three inference kernels from a module that needs triton; where triton is missing, these are
+    left undefined.
+    """
+    if importlib.util.find_spec("mamba_ssm") is None:
+        stand_ins = _mamba_ssm()
+        if importlib.util.find_spec("triton") is None:
+            inference = ModuleType("megatron.core.inference.contexts.attention_context.triton.tensor_ops")
+            vars(inference).update(tensor_get_slice_after=None, tensor_masked_update=None, tensor_merge=None)
+            stand_ins.append(inference)
+        sys.modules.update({module.__name__: module for module in stand_ins})
+        try:
+            mixer = importlib.import_module("megatron.core.ssm.mamba_mixer")
+        finally:
+            for module in stand_ins:
+                del sys.modules[module.__name__]
+        _replace(mixer, "_check_mamba_sequence_packing_support", lambda **unused: (True, None))
+
+
+def _mamba_ssm() -> list[ModuleType]:
+    """The modules of mamba_ssm that MambaMixer imports from, over `megatron.state_space`."""
+    names = ("", ".ops", ".ops.triton", ".ops.triton.ssd_combined", ".ops.triton.layernorm_gated")
+    modules = [ModuleType("mamba_ssm" + name) for name in names]
+    for module in modules[:3]:
+        module.__path__ = []
+    scans = {
+        "mamba_chunk_scan_combined": state_space.mamba_chunk_scan_combined,
+        "mamba_split_conv1d_scan_combined": state_space.mamba_split_conv1d_scan_combined,
+    }
+    vars(modules[3]).update(scans)
+    vars(modules[4]).update(RMSNorm=state_space.RMSNorm)
+    return modules
+
+
+class _DuplicatedLinear(torch.nn.Module):
+    """A linear without bias that every tensor-parallel rank holds whole: x [..., I] -> [..., O] and no bias.
+
+    Under sequence parallelism each rank sees part of the tokens, and the ranks' gradients are added up.
+    """
+
+    def __init__(
+        self, inputs: int, outputs: int, *, config: Any, init_method: Callable[[Tensor], Any], **unused: Any
+    ) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.empty(outputs, inputs, dtype=config.params_dtype))
+        init_method(self.weight)
+        setattr(self.weight, "sequence_parallel", config.sequence_parallel)  # noqa: B010
+
+    def forward(self, x: Tensor) -> tuple[Tensor, None]:
+        return torch.nn.functional.linear(x, self.weight), None
+
+
+def project_latents_in_torch() -> None:
+    """Experts that work in a latent space have a projection into it and out of it, for which Megatron-Core asks
+    Transformer Engine by name."""
+    from megatron.core.transformer.moe import moe_layer
+
+    moe_layer.TELinear = _DuplicatedLinear
+    _replace(moe_layer, "HAVE_TE", True)
 
 
 def _replace(owner: Any, name: str, value: Any) -> None:

@@ -12,7 +12,7 @@ from megatron.core import parallel_state
 from megatron.core.models.gpt.gpt_model import GPTModel
 from torch import Tensor
 
-from millrace.config.model_shape import ModelShape
+from millrace.config.model_shape import MambaShape, ModelShape
 from millrace.config.schema import ParallelConfig, TrainerConfig
 from millrace.megatron.expert_groups import choose_groups_by_their_best_two
 from millrace.megatron.local_layers import make_local, needs_local_layers
@@ -40,17 +40,23 @@ class HiddenStateModel(GPTModel):
 
 
 def build_model(
-    shape: ModelShape, parallel: ParallelConfig, trainer: TrainerConfig, dtype: torch.dtype, device: torch.device
+    shape: ModelShape,
+    parallel: ParallelConfig,
+    trainer: TrainerConfig,
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    grouped_experts: bool = True,
 ) -> HiddenStateModel:
-    """This rank's pipeline stage, on `device`, with random weights. Raises LayoutError for a layout that cannot hold
-    it."""
+    """This rank's pipeline stage, on `device`, with random weights; `grouped_experts` as for `transformer_config`.
+    Raises LayoutError for a layout that cannot hold it."""
     check_layout(shape, parallel)
     check_context_parallelism(shape, parallel, device)
-    config = transformer_config(shape, parallel, trainer, dtype, device)
+    config = transformer_config(shape, parallel, trainer, dtype, device, grouped_experts=grouped_experts)
     if shape.expert_groups > 1:
         choose_groups_by_their_best_two()
     first, last = layers_of_stage(shape, parallel.pp, parallel_state.get_pipeline_model_parallel_rank())
-    spec = block_spec(config, shape.layers[first:last], device)
+    spec = block_spec(config, shape.layers[first:last], shape.mamba, device)
     if needs_local_layers(shape):
         make_local(spec, shape, shape.layers[first:last])
     model = HiddenStateModel(
@@ -62,10 +68,10 @@ def build_model(
         post_process=parallel_state.is_pipeline_last_stage(),
         parallel_output=True,
         share_embeddings_and_output_weights=shape.tied_embeddings,
-        position_embedding_type="rope",
+        position_embedding_type=shape.position,
         rotary_base=shape.rope_theta,
     )
-    if shape.latent_attention is None:  # whose layers have a RoPE of their own
+    if shape.position == "rope" and shape.latent_attention is None:  # whose layers have a RoPE of their own
         model.rotary_pos_emb.inv_freq = rope_inverse_frequencies(shape).to(device)
     if shape.embedding_scale != 1.0 and model.pre_process:
         scale_embeddings(model.embedding, shape.embedding_scale)
@@ -92,12 +98,22 @@ def check_layout(shape: ModelShape, parallel: ParallelConfig) -> None:
         )
     if shape.num_layers % p.pp:
         problems.append(f"parallel.pp {p.pp} does not divide the {shape.num_layers} layers")
+    problems += _mamba_problems(shape.mamba, p) if shape.mamba is not None else []
     if shape.num_experts:
         problems += _expert_problems(shape, p)
     elif p.ep > 1 or p.etp > 1:
         problems.append(f"parallel.ep {p.ep} and parallel.etp {p.etp} must be 1: the model has no experts")
     if problems:
         raise LayoutError("; ".join(problems))
+
+
+def _mamba_problems(mamba: MambaShape, p: ParallelConfig) -> list[str]:
+    problems = []
+    if mamba.heads % p.tp or mamba.groups % p.tp:
+        problems.append(
+            f"parallel.tp {p.tp} does not divide the {mamba.heads} heads and {mamba.groups} groups of the Mamba layers"
+        )
+    return problems
 
 
 def check_context_parallelism(shape: ModelShape, parallel: ParallelConfig, device: torch.device) -> None:

@@ -25,10 +25,16 @@ ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
 
 
 def transformer_config(
-    shape: ModelShape, parallel: ParallelConfig, trainer: TrainerConfig, dtype: torch.dtype, device: torch.device
+    shape: ModelShape,
+    parallel: ParallelConfig,
+    trainer: TrainerConfig,
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    grouped_experts: bool = True,
 ) -> TransformerConfig:
     """Megatron-Core's description of the model. Kernels that exist on CUDA with Transformer Engine only are off
-    without."""
+    without. `grouped_experts`: compute all experts of a rank in one grouped product, where that is possible."""
     fused = uses_transformer_engine(shape, device)
     describe = TransformerConfig if shape.latent_attention is None else MLATransformerConfig
     return describe(
@@ -70,8 +76,9 @@ def transformer_config(
         apply_rope_fusion=fused and shape.latent_attention is None,
         gradient_accumulation_fusion=False,
         **_recompute_options(trainer, shape, parallel),
-        **_expert_options(shape, fused),
+        **_expert_options(shape, fused and grouped_experts),
         **_latent_attention_options(shape),
+        **_mamba_options(shape),
     )
 
 
@@ -83,7 +90,7 @@ def _recompute_options(trainer: TrainerConfig, shape: ModelShape, parallel: Para
     return {}
 
 
-def _expert_options(shape: ModelShape, fused: bool) -> dict[str, Any]:
+def _expert_options(shape: ModelShape, grouped: bool) -> dict[str, Any]:
     if not shape.num_experts:
         return {}
     return {
@@ -91,10 +98,11 @@ def _expert_options(shape: ModelShape, fused: bool) -> dict[str, Any]:
         "moe_layer_freq": [int(layer.ffn == "experts") for layer in shape.layers],
         "moe_ffn_hidden_size": shape.moe_ffn_hidden_size,
         "moe_shared_expert_intermediate_size": shape.shared_ffn_hidden_size or None,
+        "moe_latent_size": shape.moe_latent_size or None,
         "moe_router_dtype": "fp32",
         "moe_router_load_balancing_type": "none",
         "moe_aux_loss_coeff": 0.0,
-        "moe_grouped_gemm": fused,
+        "moe_grouped_gemm": grouped,
         "moe_permute_fusion": False,
         **_router_options(shape),
     }
@@ -143,6 +151,18 @@ def _latent_attention_options(shape: ModelShape) -> dict[str, Any]:
             "mscale_all_dim": yarn["mscale_all_dim"],
         }
     return options
+
+
+def _mamba_options(shape: ModelShape) -> dict[str, Any]:
+    if (mamba := shape.mamba) is None:
+        return {}
+    return {
+        "is_hybrid_model": True,
+        "mamba_num_heads": mamba.heads,
+        "mamba_head_dim": mamba.head_dim,
+        "mamba_num_groups": mamba.groups,
+        "mamba_state_dim": mamba.state,
+    }
 
 
 def rope_inverse_frequencies(shape: ModelShape) -> Tensor:

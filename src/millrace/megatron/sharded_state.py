@@ -93,12 +93,19 @@ class InProcessSave(TorchDistSaveShardedStrategy):
             self.reserve.unlink()
 
 
-def sharded_state(module: MegatronModule, optimizer: Any | None, *, loading_step: int | None = None) -> dict[str, Any]:
+def sharded_state(
+    module: MegatronModule,
+    optimizer: Any | None,
+    *,
+    loading_step: int | None = None,
+    trained: dict[str, Any] | None = None,
+) -> dict[str, Any]:
     """Model (and optimizer) of this rank as Megatron's sharded state dict.
 
-    To load into it, give the optimizer step that the checkpoint was written at.
+    To load into it, give the optimizer step that the checkpoint was written at. `trained` stands for the model where
+    only part of it is trained: the sharded tensors of that part.
     """
-    model = module.sharded_state_dict(metadata=dict(SHARDING))
+    model = module.sharded_state_dict(metadata=dict(SHARDING)) if trained is None else trained
     state = {"model": _without_empty_objects(model)}
     if optimizer is not None:
         loading = loading_step is not None
@@ -213,10 +220,11 @@ def read_sharded(state: dict[str, Any], folder: Path) -> dict[str, Any]:
         raise CheckpointError(f"{folder} does not fit this model or optimizer: {failure}") from failure
 
 
-def load_module(module: MegatronModule, values: dict[str, Any]) -> None:
-    """Put loaded tensors into the module. Raises CheckpointError when a parameter or buffer got none."""
+def load_module(module: MegatronModule, values: dict[str, Any], *, part: bool = False) -> None:
+    """Put loaded tensors into the module. Raises CheckpointError when a parameter or buffer got none; `part`: when the
+    module has no such parameter."""
     missing, unexpected = module.load_state_dict(values, strict=False)
-    wrong = [key for key in [*missing, *unexpected] if not key.endswith("_extra_state")]
+    wrong = [key for key in ([] if part else missing) + unexpected if not key.endswith("_extra_state")]
     if wrong:
         raise CheckpointError(f"the checkpoint does not fit this model: {wrong[0]} is only in one of them")
 

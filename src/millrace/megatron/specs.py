@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from megatron.core.extensions.transformer_engine_spec_provider import TESpecProvider
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.backends import LocalSpecProvider
 from megatron.core.models.gpt.gpt_layer_specs import (
@@ -29,7 +30,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 from torch import Tensor
 
-from millrace.config.model_shape import LayerShape, ModelShape
+from millrace.config.model_shape import LayerShape, MambaShape, ModelShape
 from millrace.megatron.attention import PackedAttention
 from millrace.megatron.latent_attention import LatentAttention, latent_attention_spec
 from millrace.megatron.local_layers import needs_local_layers
@@ -80,7 +81,7 @@ def uses_transformer_engine(shape: ModelShape, device: torch.device) -> bool:
 
 
 def block_spec(
-    config: TransformerConfig, layers: Sequence[LayerShape], device: torch.device
+    config: TransformerConfig, layers: Sequence[LayerShape], mamba: MambaShape | None, device: torch.device
 ) -> TransformerBlockSubmodules:
     """Specification of one pipeline stage, of these layers."""
     use_te = config.transformer_impl == "transformer_engine"
@@ -89,10 +90,17 @@ def block_spec(
         log.warning(
             f"Transformer Engine {reason}: they are built from plain torch modules, which are slower and have no FP8"
         )
-    make = _transformer_engine_layer if use_te else _torch_layer
-    specs = {layer: make(config, layer.ffn == "experts") for layer in set(layers)}
+    specs = {layer: _layer(config, layer, mamba, use_te) for layer in set(layers)}
     norm = _transformer_engine_norm() if use_te else RMSNorm
     return TransformerBlockSubmodules(layer_specs=[specs[layer] for layer in layers], layer_norm=norm)
+
+
+def _layer(config: TransformerConfig, layer: LayerShape, mamba: MambaShape | None, use_te: bool) -> ModuleSpec:
+    if layer.mixer is None or layer.ffn is None:
+        from millrace.megatron.hybrid import part_layer  # not before megatron.cpu has adapted Megatron-Core
+
+        return part_layer(config, layer, mamba, TESpecProvider() if use_te else TorchSpecProvider())
+    return (_transformer_engine_layer if use_te else _torch_layer)(config, layer.ffn == "experts")
 
 
 def _transformer_engine_layer(config: TransformerConfig, moe: bool) -> ModuleSpec:

@@ -22,6 +22,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -151,13 +152,26 @@ def given_tokens(text: str, shape: ModelShape) -> Tensor:
     return torch.tensor([[int(part) for part in parts]])
 
 
-def transformers_logits(path: str, tokens: Tensor, device: torch.device) -> Tensor:
-    """float32 [B, S, V] on the CPU."""
+def transformers_model(path: str | Path) -> Any:
+    """The checkpoint as transformers computes it, in float32 on the CPU.
+
+    Mamba layers take the time steps' limit that config.json names; transformers 5.19 clamps those of whole sequences to
+    time_step_min instead, unlike its own generation, vLLM and Megatron-Core (see `state_space`).
+    """
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, local_files_only=True).to(device).eval()  # type: ignore[arg-type]
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, local_files_only=True).eval()
+    for module in model.modules():
+        if hasattr(module, "time_step_limit"):
+            module.time_step_limit = tuple(model.config.time_step_limit)
+    return model
+
+
+def transformers_logits(path: str, tokens: Tensor, device: torch.device) -> Tensor:
+    """float32 [B, S, V] on the CPU."""
+    model = transformers_model(path).to(device)
     with torch.no_grad():
         return model(tokens.to(device)).logits.float().cpu()
 

@@ -1,4 +1,5 @@
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -35,6 +36,13 @@ def test_a_layout_that_cannot_hold_the_model_is_refused(
 ) -> None:
     with pytest.raises(LayoutError, match=sentence):
         check_layout(shape, ParallelConfig(**layout))
+
+
+def test_tensor_parallelism_must_divide_the_heads_and_groups_of_mamba_layers(tmp_path: Path) -> None:
+    hybrid = ModelShape.from_hf(write_checkpoint("nemotron_h", tmp_path, num_key_value_heads=4))
+    check_layout(hybrid, ParallelConfig(tp=2))
+    with pytest.raises(LayoutError, match="tp 4 does not divide the 8 heads and 2 groups of the Mamba layers"):
+        check_layout(hybrid, ParallelConfig(tp=4))
 
 
 def test_expert_ranks_without_experts_are_refused(dense: ModelShape) -> None:
@@ -76,7 +84,7 @@ def test_rope_frequencies_are_those_of_transformers(scaling: dict[str, float] | 
 
 
 def test_mamba_layers_share_sequences_through_transformer_engine_only(dense: ModelShape) -> None:
-    mamba = MambaShape(heads=8, head_dim=16, groups=2, state=16, conv_kernel=4, chunk=32, time_step_min=0.001)
+    mamba = MambaShape(heads=8, head_dim=16, groups=2, state=16, conv_kernel=4, chunk=32)
     cpu = torch.device("cpu")
     check_context_parallelism(dense, ParallelConfig(cp=2), cpu)
     check_context_parallelism(replace(dense, mamba=mamba), ParallelConfig(), cpu)
