@@ -17,12 +17,13 @@ Everything is written into `path` + ".writing" and renamed as a whole, so that a
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import struct
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +34,11 @@ from torch import Tensor
 
 from millrace.converters.errors import ConversionError
 from millrace.converters.rules import Shape
+from millrace.converters.torch_dist import read_into
 
 INDEX = "model.safetensors.index.json"
+PLAN = "conversion.json"
+"""In a folder that is not finished: what a conversion is converting, so that it can go on after a kill."""
 DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -61,7 +65,10 @@ class LazyTensor:
     name: str
     shape: Shape
     dtype: torch.dtype
-    _handle: Any = field(repr=False, compare=False)
+    start: int
+    """Where its bytes start in the file."""
+    _handle: Callable[[], Any] = field(repr=False, compare=False)
+    """safetensors' view of the file, which maps it into memory."""
 
     @property
     def nbytes(self) -> int:
@@ -69,16 +76,25 @@ class LazyTensor:
 
     def __getitem__(self, index: Any) -> Tensor:
         try:
-            return self._handle.get_slice(self.name)[index]
+            return self._handle().get_slice(self.name)[index]
         except (SafetensorError, OSError) as error:
             raise ConversionError(f"{self.name} cannot be read from {self.file}: {error}") from error
+
+    def read(self) -> Tensor:
+        """The whole tensor in memory of its own; indexing maps the file, whose pages then count as the process's."""
+        tensor = torch.empty(self.shape, dtype=self.dtype)
+        try:
+            read_into(self.file, self.start, tensor)
+        except (EOFError, OSError) as error:
+            raise ConversionError(f"{self.name} cannot be read from {self.file}: {error}") from error
+        return tensor
 
 
 class HFReader:
     """The tensors of a Hugging Face checkpoint (its folder, or one safetensors file), by name.
 
     Raises ConversionError when the folder holds no safetensors, when a file that the index names is missing or
-    truncated, or when the index and the files disagree.
+    truncated, or when the index and the files disagree: files of two checkpoints are then mixed.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -91,17 +107,34 @@ class HFReader:
         files = sorted(set(weight_map.values())) if weight_map is not None else [_single_file(self.path)]
         for file in files:
             self._open(self.path / file)
-        for name, file in (weight_map or {}).items():
+        if weight_map is not None:
+            self._check_index(weight_map)
+
+    def _check_index(self, weight_map: dict[str, str]) -> None:
+        index = self.path / INDEX
+        for name, file in weight_map.items():
             if name not in self._tensors or self._tensors[name].file.name != file:
-                raise ConversionError(f"{self.path / INDEX} places {name} in {file}, but that file does not hold it")
+                raise ConversionError(f"{index} places {name} in {file}, but that file does not hold it")
+        for name, tensor in self._tensors.items():
+            if name not in weight_map:
+                raise ConversionError(
+                    f"{tensor.file} holds {name}, which {index} does not name: are these files of one checkpoint?"
+                )
 
     def _open(self, file: Path) -> None:
         header = read_header(file)
-        handle = safe_open(file, framework="pt", device="cpu")
+        handle = cache(partial(safe_open, file, framework="pt", device="cpu"))
+        data = _data_start(file)
         for name, facts in header.items():
             if facts["dtype"] not in DTYPES:
                 raise ConversionError(f"{name} in {file} has data type {facts['dtype']}, which is not supported")
-            self._tensors[name] = LazyTensor(file, name, tuple(facts["shape"]), DTYPES[facts["dtype"]], handle)
+            if name in self._tensors:
+                raise ConversionError(f"{name} is both in {self._tensors[name].file} and in {file}")
+            start, end = facts["data_offsets"]
+            tensor = LazyTensor(file, name, tuple(facts["shape"]), DTYPES[facts["dtype"]], data + start, handle)
+            if end - start != tensor.nbytes:
+                raise ConversionError(f"{file} is damaged: {name} has {end - start} bytes, not {tensor.nbytes}")
+            self._tensors[name] = tensor
 
     def __contains__(self, name: str) -> bool:
         return name in self._tensors
@@ -174,6 +207,24 @@ def read_header(file: Path) -> dict[str, dict[str, Any]]:
         what = "truncated" if size < expected else "damaged"
         raise ConversionError(f"{file} is {what}: it has {size} bytes, its header asks for {expected}; fetch it again")
     return header
+
+
+def _data_start(file: Path) -> int:
+    with file.open("rb") as stream:
+        return 8 + int(struct.unpack("<Q", stream.read(8))[0])
+
+
+def header_of(tensors: Mapping[str, tuple[torch.dtype, Shape]]) -> bytes:
+    """The first bytes of a safetensors file whose tensors follow in this order, one behind the other."""
+    names = {dtype: name for name, dtype in DTYPES.items()}
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, (dtype, shape) in tensors.items():
+        start, end = end, end + math.prod(shape) * dtype.itemsize
+        header[name] = {"dtype": names[dtype], "shape": list(shape), "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # values start at a multiple of eight
+    return struct.pack("<Q", len(text)) + text
 
 
 @dataclass(frozen=True)
@@ -266,6 +317,7 @@ def publish(
         _describe_export(folder / "config.json", dtype)
         for name, text in (texts or {}).items():
             (folder / name).write_text(text, encoding="utf-8")
+        (folder / PLAN).unlink(missing_ok=True)
         put_in_place(folder, path)
     except OSError as error:
         raise ConversionError(f"{path} cannot be written: {error}") from error

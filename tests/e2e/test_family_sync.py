@@ -17,12 +17,12 @@ import pytest
 import torch
 from engine_policy import TransformersPolicy
 from safetensors.torch import load_file, save_file
-from tiny_checkpoints import YARN, write_checkpoint
+from tiny_checkpoints import FAMILIES, YARN, write_checkpoint
 
 from millrace.config.schema import FleetConfig
 from millrace.rollout.fleet import Fleet
 from millrace.rollout.types import Request, SamplingParams
-from millrace.rollout.weight_sync import SyncMismatch, WeightSync
+from millrace.rollout.weight_sync import SAMPLE_PERIOD, SyncMismatch, WeightSync, _sampler
 
 ALONE = SimpleNamespace(rank=0, world=1)
 NEVER = (319,)
@@ -165,12 +165,20 @@ def assert_computes_as_policy(stand: Stand) -> None:
 
 
 def test_an_engine_given_other_weights_computes_what_transformers_does_with_them(stand: Stand) -> None:
-    for version, checkpoint in enumerate((*reversed(stand.checkpoints), stand.checkpoints[1]), start=1):
+    """And given back those it was started with, it computes bit for bit what it did when it was fresh."""
+    probe = [requests()[3].prompt]
+    stand.fleet.serve_checkpoint()
+    fresh = stand.fleet.prompt_logprobs(probe)
+    # At these versions the last norm is among the tensors that are compared; every engine keeps a norm as it came.
+    last_norm = FAMILIES[stand.model.checkpoint["family"]].final_norm
+    versions = [version for version in range(1, 2 * SAMPLE_PERIOD + 1) if _sampler(version, False)(last_norm)]
+    for version, checkpoint in zip(versions, reversed(stand.checkpoints), strict=True):
         stand.policy.load(checkpoint)
         report = stand.push(version)
         assert report.probe_max <= stand.model.tolerance
-        assert report.fingerprints > 0
+        assert 0 < report.held <= report.fingerprints
         assert_computes_as_policy(stand)
+    assert stand.fleet.prompt_logprobs(probe) == fresh
 
 
 def test_a_tensor_that_is_left_out_is_missed_by_name_and_would_show(stand: Stand, tmp_path: Path) -> None:
@@ -178,7 +186,7 @@ def test_a_tensor_that_is_left_out_is_missed_by_name_and_would_show(stand: Stand
     stand.policy.load(stand.checkpoints[1])
     tokens = requests()[1].prompt
     right = stand.policy.sequence_logprobs(tokens)
-    for version, (tensor, parameter) in enumerate(stand.model.left_out.items(), start=10):
+    for version, (tensor, parameter) in enumerate(stand.model.left_out.items(), start=20):
         stale = load_file(stand.checkpoints[1] / "model.safetensors")
         stale[tensor] = load_file(stand.checkpoints[0] / "model.safetensors")[tensor]
         (tmp_path / "config.json").write_bytes((stand.checkpoints[1] / "config.json").read_bytes())
@@ -188,7 +196,7 @@ def test_a_tensor_that_is_left_out_is_missed_by_name_and_would_show(stand: Stand
 
         with pytest.raises(SyncMismatch, match=rf"got no values, or not all, for .*\b{re.escape(parameter)}\b"):
             stand.push(version, Forgetful(stand.checkpoints[1], tensor))
-    stand.push(20)
+    stand.push(30)
     assert_computes_as_policy(stand)
 
 

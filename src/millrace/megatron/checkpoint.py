@@ -20,7 +20,6 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict
 from functools import cache
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,9 +30,14 @@ from millrace.converters.fingerprint import folder_checksum
 from millrace.converters.safetensors_io import copy_companions
 from millrace.megatron.checkpoint_store import (
     FACTS,
+    FORMAT,
+    HF_FOLDER,
+    SHARDS,
     CheckpointError,
     CheckpointStore,
     FileRecord,
+    checkpoint_facts,
+    comparable,
     file_problem,
     file_record,
     flush_to_disk,
@@ -59,10 +63,6 @@ if TYPE_CHECKING:
     from millrace.megatron.policy import Policy
 
 log = logging.getLogger("millrace")
-
-FORMAT = 1
-HF_FOLDER = "hf"
-SHARDS = "shards"
 
 _RESERVE = "reserve"
 _RESERVE_BYTES = 1 << 20
@@ -200,7 +200,7 @@ class Checkpointer:
         if facts["format"] != FORMAT:
             raise CheckpointError(f"{folder} has format {facts['format']}; this version reads format {FORMAT}")
         self._require_same_adapters(folder, facts, policy)
-        mine = _comparable(asdict(policy.shape))
+        mine = comparable(policy.shape)
         differing = [key for key, value in facts["model"].items() if mine.get(key) != value]
         if differing:
             key = differing[0]
@@ -249,6 +249,8 @@ class Checkpointer:
             restore_random_state(torch.load(folder / _random_file(dist.get_rank()), weights_only=True))
             return
         reseed(policy.seed, facts["step"], dist.get_rank())
+        if facts["layout"] is None:
+            return
         log.info(
             "%s was written with layout %s; at %s the random states cannot be kept and are drawn anew",
             folder,
@@ -258,18 +260,14 @@ class Checkpointer:
 
 
 def _facts(policy: Policy, step: int) -> dict[str, Any]:
+    facts = checkpoint_facts(
+        policy.shape, _layout(policy), step=step, policy_step=policy.step, optimizer_step=_updates(policy)
+    )
     return {
-        "format": FORMAT,
-        "step": step,
-        "policy_step": policy.step,
-        "optimizer_step": _updates(policy),
-        "saved_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "layout": _layout(policy),
-        "model": _comparable(asdict(policy.shape)),
+        **facts,
         "lora": _lora_facts(policy),
         "base": str(Path(policy.config.path).resolve()) if policy.config.lora else None,
         "dtype": policy.config.dtype,
-        "versions": {package: version(package) for package in ("millrace", "megatron-core", "torch", "transformers")},
     }
 
 
@@ -322,11 +320,6 @@ def _put(policy: Policy, values: dict[str, Any]) -> None:
 
 def _layout(policy: Policy) -> dict[str, Any]:
     return {**asdict(policy.parallel), "device": policy.topology.device.type}
-
-
-def _comparable(shape: dict[str, Any]) -> dict[str, Any]:
-    """As JSON gives it back."""
-    return {key: list(value) if isinstance(value, tuple) else value for key, value in shape.items()}
 
 
 def _random_file(rank: int) -> str:

@@ -8,7 +8,6 @@ rank itself with torch.distributed.checkpoint's writer, which costs milliseconds
 from __future__ import annotations
 
 import errno
-import pickle
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +32,10 @@ from megatron.core.dist_checkpointing.strategies.torch import (
 from megatron.core.dist_checkpointing.validation import StrictHandling
 from megatron.core.transformer.module import MegatronModule
 from torch.distributed import checkpoint as torch_checkpoint
-from torch.distributed.checkpoint import CheckpointException, FileSystemWriter, metadata
+from torch.distributed.checkpoint import CheckpointException, FileSystemWriter
 
+from millrace.converters.errors import ConversionError
+from millrace.converters.torch_metadata import read_metadata
 from millrace.megatron.checkpoint_store import CheckpointError
 
 SHARDING = {
@@ -52,19 +53,6 @@ DISTRIBUTED_MASTER = "optimizer.state.param."
 MASTER = "optimizer.state.fp32_param."
 """Names of the float32 master copies: of Megatron's distributed optimizer, and of its other one and of checkpoints."""
 
-METADATA_TYPES = {
-    ("pathlib", "PosixPath"),
-    ("pathlib._local", "PosixPath"),  # Python 3.13
-    ("torch", "Size"),
-    ("torch.serialization", "_get_layout"),
-    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
-    *(("torch.distributed.checkpoint.metadata", name) for name in vars(metadata) if "Metadata" in name),
-    ("torch.distributed.checkpoint.metadata", "StorageMeta"),
-    ("torch.distributed.checkpoint.metadata", "TensorProperties"),
-    ("torch.distributed.checkpoint.metadata", "_MEM_FORMAT_ENCODING"),
-}
-"""What torch's checkpoint metadata is made of, besides data types."""
-
 OUT_OF_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -75,21 +63,25 @@ class InProcessSave(TorchDistSaveShardedStrategy):
     alone, and a disk that fills up there would leave the other ranks waiting.
     """
 
-    def __init__(self, reserve: Path) -> None:
+    def __init__(self, reserve: Path | None = None) -> None:
         super().__init__("torch_dist", 1)
         self.reserve = reserve
+
+    def writer(self, folder: Path | str) -> FileSystemWriter:
+        """What writes this rank's tensors."""
+        return FileSystemWriter(folder, thread_count=1, sync_files=True)
 
     def save(self, sharded_state_dict: dict[str, Any], checkpoint_dir: Path | str) -> None:
         """Raises torch's CheckpointException on every rank when one cannot write."""
         flat, _, _ = _replace_state_dict_keys_with_sharded_keys(sharded_state_dict, self.keep_only_main_replica)
         torch_checkpoint.save(
             mcore_to_pyt_state_dict(flat, False),
-            storage_writer=FileSystemWriter(checkpoint_dir, thread_count=1, sync_files=True),
+            storage_writer=self.writer(checkpoint_dir),
             planner=MCoreSavePlanner(
                 dedup_replicated_tensors=False, flatten_state_dict=False, flatten_sharded_tensors=False
             ),
         )
-        if dist.get_rank() == 0:
+        if dist.get_rank() == 0 and self.reserve is not None:
             self.reserve.unlink()
 
 
@@ -186,27 +178,12 @@ def write_sharded(state: dict[str, Any], folder: Path, *, reserve: Path) -> None
         raise CheckpointError(f"the checkpoint cannot be written to {folder}: {failure}") from failure
 
 
-class _OnlyFormatTypes(pickle.Unpickler):
-    """Reads torch's checkpoint metadata, and refuses a pickle that names anything else, since unpickling runs code."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) not in METADATA_TYPES and not (module == "torch" and _is_data_type(name)):
-            raise pickle.UnpicklingError(f"it names {module}.{name}, which no checkpoint needs")
-        return super().find_class(module, name)
-
-
-def _is_data_type(name: str) -> bool:
-    return isinstance(getattr(torch, name, None), torch.dtype)
-
-
 def check_metadata(folder: Path) -> None:
     """Raises CheckpointError when the folder's pickled metadata holds more than a checkpoint's tables."""
-    path = folder / ".metadata"
     try:
-        with path.open("rb") as file:
-            _OnlyFormatTypes(file).load()
-    except (pickle.UnpicklingError, EOFError, OSError) as error:
-        raise CheckpointError(f"{path} is not read: {error}") from None
+        read_metadata(folder)
+    except ConversionError as problem:
+        raise CheckpointError(str(problem)) from None
 
 
 def read_sharded(state: dict[str, Any], folder: Path) -> dict[str, Any]:
