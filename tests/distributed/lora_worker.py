@@ -167,7 +167,15 @@ def refusal(work: Callable[[], Any]) -> str | None:
     return None
 
 
-WORK = {"layout": layout, "resume": resume, "elsewhere": elsewhere, "export": export}
+def frozen(case: dict[str, Any], parallel: ParallelConfig, trainer: TrainerConfig, topology: Topology) -> Any:
+    """The model without adapters, frozen: torch multiplies by frozen matrices in another order than by trained ones."""
+    config = ModelConfig(path=case["model"], dtype=case["dtype"])
+    policy = Policy(config, ModelShape.from_hf(config.path), parallel, trainer, topology, optimizer=None, seed=1)
+    policy.load_hf(config.path)
+    return {"logits": policy.logits(example_tokens())}
+
+
+WORK = {"frozen": frozen, "layout": layout, "resume": resume, "elsewhere": elsewhere, "export": export}
 
 
 if __name__ == "__main__":

@@ -57,6 +57,7 @@ RESUMED = (
     "sandwich_pp2",
     "hybrid_tp2_ep2",
     "hybrid_distributed",
+    "sandwich_pp2",
 )
 
 
