@@ -9,11 +9,14 @@ tolerance. It is no cryptographic hash.
 
 from __future__ import annotations
 
+import hashlib
 from functools import lru_cache
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
+_END_BYTES = 1 << 20
 _CHUNK_WORDS = 1 << 19
 _MASK = (1 << 64) - 1
 _HORNER = 0x9E3779B97F4A7C15
@@ -59,3 +62,20 @@ def _weights(device: torch.device) -> Tensor:
 
 def _signed(word: int) -> int:
     return word - (1 << 64) if word >> 63 else word
+
+
+def folder_checksum(folder: str | Path) -> str:
+    """SHA-256 of what tells the weights of a Hugging Face folder from others: config.json, and of each weight file
+    name, size and both ends, its header and weights that any training moves."""
+    digest = hashlib.sha256((Path(folder) / "config.json").read_bytes())
+    for file in sorted(Path(folder).glob("*.safetensors")):
+        digest.update(f"{file.name} {file.stat().st_size}".encode())
+        digest.update(_both_ends(file))
+    return digest.hexdigest()
+
+
+def _both_ends(path: Path) -> bytes:
+    with path.open("rb") as file:
+        first = file.read(_END_BYTES)
+        file.seek(max(0, path.stat().st_size - _END_BYTES))
+        return first + file.read()

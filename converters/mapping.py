@@ -23,7 +23,7 @@ from torch import Tensor
 from millrace.converters.errors import ConversionError
 from millrace.converters.rules import Column, Replicated, Row, Rule, Sections, Shape, Source, Vocabulary
 
-FAMILIES = ("llama", "qwen2", "qwen3", "qwen3_moe", "mixtral", "nemotron_h")
+FAMILIES = ("llama", "qwen2", "qwen3", "qwen3_moe", "mixtral", "deepseek_v3", "gemma3_text", "nemotron_h")
 
 Kind = Literal["column", "gqa", "sections", "row", "vocabulary", "replicated"]
 """How a line is cut: `gqa` is a column interleaved per key/value group, `sections` a column in several blocks of rows,
@@ -64,9 +64,13 @@ class ModelFacts(Protocol):
     """`MambaShape` or None"""
     latent_attention: Any
     """`LatentAttentionShape` or None"""
+    prediction_layers: int
 
     @property
     def layers(self) -> Sequence[LayerFacts]: ...
+
+    @property
+    def num_layers(self) -> int: ...
 
     def padded_vocab_size(self, tp: int) -> int: ...
 
@@ -100,6 +104,8 @@ class Family:
     """Parameters of one expert, relative to `decoder.layers.n.mlp.experts.e.` and `hf_expert`."""
     hf_expert: str = "model.layers.{layer}.mlp.experts.{expert}."
     dimensions: Callable[[ModelFacts], dict[str, int]] = field(default=lambda facts: dimensions(facts))
+    unread: Callable[[ModelFacts], tuple[str, ...]] = field(default=lambda facts: ())
+    """How the names of HF tensors begin that a checkpoint may hold and that have no place in the model."""
 
 
 def dimensions(facts: ModelFacts) -> dict[str, int]:
@@ -183,6 +189,8 @@ class Mapping:
     """All parameters of one model, in the order of the layers."""
 
     entries: tuple[Entry, ...]
+    unread: tuple[str, ...] = ()
+    """How the names of HF tensors begin that a checkpoint may hold and that have no place in the model."""
     _by_name: dict[str, Entry] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -210,15 +218,20 @@ class Mapping:
     def check_names(self, names: Collection[str]) -> None:
         """Raise ConversionError when a checkpoint with these tensors lacks one, or holds one that has no place.
 
-        A tied model may store its output layer besides; it is the embedding and is not read.
+        A tied model may store its output layer besides; it is the embedding and is not read. Neither is what the
+        family says has no place, see `unread_names`.
         """
         expected = self.hf_shapes()
         present = set(names)
         if missing := [name for name in expected if name not in present]:
             raise ConversionError(f"the checkpoint lacks {_some(missing)}, which config.json asks for")
         allowed = {"lm_head.weight"} if any(entry.is_copy for entry in self.entries) else set()
-        if extra := sorted(present - set(expected) - allowed):
+        if extra := sorted(present - set(expected) - allowed - set(self.unread_names(names))):
             raise ConversionError(f"the checkpoint holds {_some(extra)}, for which the model has no parameter")
+
+    def unread_names(self, names: Collection[str]) -> list[str]:
+        """Those of a checkpoint's tensors that are known and left out at import, so that no export holds them."""
+        return [name for name in names if name.startswith(self.unread)]
 
 
 def _some(names: Sequence[str]) -> str:
@@ -246,7 +259,7 @@ def mapping_for(facts: ModelFacts) -> Mapping:
                 "expert": expert,
             }
             entries += [write_out(line, **here) for line in family.expert]
-    return Mapping(tuple(entries))
+    return Mapping(tuple(entries), family.unread(facts))
 
 
 def _tie(entries: list[Entry]) -> list[Entry]:
@@ -292,6 +305,8 @@ _LOCAL_EXPERT = re.compile(r"\.experts\.local_experts\.(\d+)\.")
 _GROUPED_EXPERT = re.compile(r"\.experts\.(linear_fc[12])\.(weight|bias)(\d+)$")
 _FUSED_NORMS = {
     ".self_attention.linear_qkv.layer_norm_weight": ".input_layernorm.weight",
+    ".self_attention.linear_q_up_proj.layer_norm_weight": ".self_attention.q_layernorm.weight",
+    ".self_attention.linear_kv_up_proj.layer_norm_weight": ".self_attention.kv_layernorm.weight",
     ".mlp.linear_fc1.layer_norm_weight": ".pre_mlp_layernorm.weight",
     ".mixer.in_proj.layer_norm_weight": ".norm.weight",
 }

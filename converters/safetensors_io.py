@@ -17,12 +17,13 @@ Everything is written into `path` + ".writing" and renamed as a whole, so that a
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import struct
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +34,11 @@ from torch import Tensor
 
 from millrace.converters.errors import ConversionError
 from millrace.converters.rules import Shape
+from millrace.converters.torch_dist import read_into
 
 INDEX = "model.safetensors.index.json"
+PLAN = "conversion.json"
+"""In a folder that is not finished: what a conversion is converting, so that it can go on after a kill."""
 DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -61,7 +65,10 @@ class LazyTensor:
     name: str
     shape: Shape
     dtype: torch.dtype
-    _handle: Any = field(repr=False, compare=False)
+    start: int
+    """Where its bytes start in the file."""
+    _handle: Callable[[], Any] = field(repr=False, compare=False)
+    """safetensors' view of the file, which maps it into memory."""
 
     @property
     def nbytes(self) -> int:
@@ -69,16 +76,25 @@ class LazyTensor:
 
     def __getitem__(self, index: Any) -> Tensor:
         try:
-            return self._handle.get_slice(self.name)[index]
+            return self._handle().get_slice(self.name)[index]
         except (SafetensorError, OSError) as error:
             raise ConversionError(f"{self.name} cannot be read from {self.file}: {error}") from error
+
+    def read(self) -> Tensor:
+        """The whole tensor in memory of its own; indexing maps the file, whose pages then count as the process's."""
+        tensor = torch.empty(self.shape, dtype=self.dtype)
+        try:
+            read_into(self.file, self.start, tensor)
+        except (EOFError, OSError) as error:
+            raise ConversionError(f"{self.name} cannot be read from {self.file}: {error}") from error
+        return tensor
 
 
 class HFReader:
     """The tensors of a Hugging Face checkpoint (its folder, or one safetensors file), by name.
 
     Raises ConversionError when the folder holds no safetensors, when a file that the index names is missing or
-    truncated, or when the index and the files disagree.
+    truncated, or when the index and the files disagree: files of two checkpoints are then mixed.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -91,17 +107,34 @@ class HFReader:
         files = sorted(set(weight_map.values())) if weight_map is not None else [_single_file(self.path)]
         for file in files:
             self._open(self.path / file)
-        for name, file in (weight_map or {}).items():
+        if weight_map is not None:
+            self._check_index(weight_map)
+
+    def _check_index(self, weight_map: dict[str, str]) -> None:
+        index = self.path / INDEX
+        for name, file in weight_map.items():
             if name not in self._tensors or self._tensors[name].file.name != file:
-                raise ConversionError(f"{self.path / INDEX} places {name} in {file}, but that file does not hold it")
+                raise ConversionError(f"{index} places {name} in {file}, but that file does not hold it")
+        for name, tensor in self._tensors.items():
+            if name not in weight_map:
+                raise ConversionError(
+                    f"{tensor.file} holds {name}, which {index} does not name: are these files of one checkpoint?"
+                )
 
     def _open(self, file: Path) -> None:
         header = read_header(file)
-        handle = safe_open(file, framework="pt", device="cpu")
+        handle = cache(partial(safe_open, file, framework="pt", device="cpu"))
+        data = _data_start(file)
         for name, facts in header.items():
             if facts["dtype"] not in DTYPES:
                 raise ConversionError(f"{name} in {file} has data type {facts['dtype']}, which is not supported")
-            self._tensors[name] = LazyTensor(file, name, tuple(facts["shape"]), DTYPES[facts["dtype"]], handle)
+            if name in self._tensors:
+                raise ConversionError(f"{name} is both in {self._tensors[name].file} and in {file}")
+            start, end = facts["data_offsets"]
+            tensor = LazyTensor(file, name, tuple(facts["shape"]), DTYPES[facts["dtype"]], data + start, handle)
+            if end - start != tensor.nbytes:
+                raise ConversionError(f"{file} is damaged: {name} has {end - start} bytes, not {tensor.nbytes}")
+            self._tensors[name] = tensor
 
     def __contains__(self, name: str) -> bool:
         return name in self._tensors
@@ -176,6 +209,24 @@ def read_header(file: Path) -> dict[str, dict[str, Any]]:
     return header
 
 
+def _data_start(file: Path) -> int:
+    with file.open("rb") as stream:
+        return 8 + int(struct.unpack("<Q", stream.read(8))[0])
+
+
+def header_of(tensors: Mapping[str, tuple[torch.dtype, Shape]]) -> bytes:
+    """The first bytes of a safetensors file whose tensors follow in this order, one behind the other."""
+    names = {dtype: name for name, dtype in DTYPES.items()}
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, (dtype, shape) in tensors.items():
+        start, end = end, end + math.prod(shape) * dtype.itemsize
+        header[name] = {"dtype": names[dtype], "shape": list(shape), "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # values start at a multiple of eight
+    return struct.pack("<Q", len(text)) + text
+
+
 @dataclass(frozen=True)
 class Manifest:
     """What one writer wrote: file name in the unfinished folder -> bytes of each tensor in it."""
@@ -183,7 +234,8 @@ class Manifest:
     files: dict[str, dict[str, int]]
 
 
-def _unfinished(path: str | Path) -> Path:
+def unfinished(path: str | Path) -> Path:
+    """Where an export to `path` is written before it is renamed."""
     path = Path(path)
     return path.with_name(path.name + ".writing")
 
@@ -196,8 +248,8 @@ def prepare_export(path: str | Path, *, overwrite: bool = False) -> None:
     if Path(path).exists() and not overwrite:
         raise ConversionError(f"{path} exists already; remove it or name another folder for the export")
     try:
-        shutil.rmtree(_unfinished(path), ignore_errors=True)
-        _unfinished(path).mkdir(parents=True)
+        shutil.rmtree(unfinished(path), ignore_errors=True)
+        unfinished(path).mkdir(parents=True)
     except OSError as error:
         raise ConversionError(f"{path} cannot be written: {error.strerror}") from error
 
@@ -210,7 +262,7 @@ class HFWriter:
     """
 
     def __init__(self, path: str | Path, *, max_shard_bytes: int = 2 << 30, rank: int = 0) -> None:
-        self.folder = _unfinished(path)
+        self.folder = unfinished(path)
         self.max_shard_bytes = max_shard_bytes
         self.rank = rank
         self._files: dict[str, dict[str, int]] = {}
@@ -255,25 +307,32 @@ def publish(
     besides, by name, in place of the source's. Raises ConversionError when two manifests hold the same tensor, or when
     there is none.
     """
-    path, folder = Path(path), _unfinished(path)
+    path, folder = Path(path), unfinished(path)
     try:
         index = _number_shards(folder, [pair for manifest in manifests for pair in manifest.files.items()])
         (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
         for file in folder.glob("*.safetensors"):
             file.chmod((folder / INDEX).stat().st_mode)  # save_file leaves them readable to their owner alone
-        copy_companions(source, folder, dtype=dtype)
+        copy_companions(source, folder)
+        _describe_export(folder / "config.json", dtype)
         for name, text in (texts or {}).items():
             (folder / name).write_text(text, encoding="utf-8")
-        _flush_to_disk(folder)
-        replaced = path.with_name(path.name + ".replaced")
-        if path.exists():
-            shutil.rmtree(replaced, ignore_errors=True)
-            path.rename(replaced)
-        folder.rename(path)
-        shutil.rmtree(replaced, ignore_errors=True)
+        (folder / PLAN).unlink(missing_ok=True)
+        put_in_place(folder, path)
     except OSError as error:
         raise ConversionError(f"{path} cannot be written: {error}") from error
     return path
+
+
+def put_in_place(folder: Path, path: Path) -> None:
+    """Rename a finished folder to `path`, where it replaces an earlier one."""
+    _flush_to_disk(folder)
+    replaced = path.with_name(path.name + ".replaced")
+    if path.exists():
+        shutil.rmtree(replaced, ignore_errors=True)
+        path.rename(replaced)
+    folder.rename(path)
+    shutil.rmtree(replaced, ignore_errors=True)
 
 
 def _number_shards(folder: Path, shards: Sequence[tuple[str, dict[str, int]]]) -> dict[str, Any]:
@@ -290,21 +349,27 @@ def _number_shards(folder: Path, shards: Sequence[tuple[str, dict[str, int]]]) -
     return {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
 
 
-def copy_companions(source: str | Path, target: str | Path, *, dtype: str | None = None) -> None:
+def copy_companions(source: str | Path, target: str | Path) -> None:
     """Copy config, tokenizer, chat template and generation config of a checkpoint; weights and their index stay."""
     source, target = Path(source), Path(target)
     files = {file for pattern in COPIED for file in source.glob(pattern) if file.is_file()}
     for file in sorted(files):
         if not file.name.endswith(".index.json"):
             shutil.copyfile(file, target / file.name)
-    if dtype is not None:
-        _set_dtype(target / "config.json", dtype)
 
 
-def _set_dtype(file: Path, dtype: str) -> None:
+def _describe_export(file: Path, dtype: str | None) -> None:
+    """Layers for multi-token prediction are not exported; a config.json that announces them must not."""
+    if dtype is None and not file.is_file():
+        return
     config = json.loads(file.read_text(encoding="utf-8"))
-    config["dtype" if "dtype" in config else "torch_dtype"] = dtype
-    file.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    changes: dict[str, Any] = {}
+    if dtype is not None:
+        changes["dtype" if "dtype" in config else "torch_dtype"] = dtype
+    if config.get("num_nextn_predict_layers"):
+        changes["num_nextn_predict_layers"] = 0
+    if changes:
+        file.write_text(json.dumps(config | changes, indent=2) + "\n", encoding="utf-8")
 
 
 def _flush_to_disk(folder: Path) -> None:

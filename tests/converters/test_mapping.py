@@ -55,7 +55,7 @@ def test_a_round_trip_is_bitwise_at_every_width(tmp_path, family, tied, tp, etp)
     back = exported(mapping, shards)
     assert back.keys() == set(reader.names)
     for name, tensor in back.items():
-        assert tensor.dtype == torch.bfloat16
+        assert tensor.dtype == (torch.float32 if name.endswith("e_score_correction_bias") else torch.bfloat16)
         assert torch.equal(tensor, reader.tensor(name)), name
 
 
@@ -89,6 +89,59 @@ def test_dense_parameters_have_megatrons_names_and_shapes(tmp_path):
         "decoder.layers.0.mlp.linear_fc1.weight": (128, 64),
         "decoder.layers.0.mlp.linear_fc2.weight": (64, 64),
     }
+
+
+def test_latent_attention_and_experts_have_megatrons_names_and_shapes(tmp_path):
+    _, mapping, _ = checkpoint(tmp_path, "deepseek_v3", num_hidden_layers=2, n_shared_experts=2, n_routed_experts=8)
+    layers = {entry.name: entry.local_shape(2) for entry in mapping if entry.layer is not None and entry.expert is None}
+    attention = {
+        "input_layernorm.weight": (64,),
+        "pre_mlp_layernorm.weight": (64,),
+        "self_attention.linear_q_down_proj.weight": (48, 64),
+        "self_attention.q_layernorm.weight": (48,),
+        "self_attention.linear_q_up_proj.weight": (2 * (32 + 16), 48),
+        "self_attention.linear_kv_down_proj.weight": (32 + 16, 64),
+        "self_attention.kv_layernorm.weight": (32,),
+        "self_attention.linear_kv_up_proj.weight": (2 * (32 + 24), 32),
+        "self_attention.linear_proj.weight": (64, 2 * 24),
+    }
+    dense = {"mlp.linear_fc1.weight": (128, 64), "mlp.linear_fc2.weight": (64, 64)}
+    experts = {
+        "mlp.router.weight": (8, 64),
+        "mlp.router.expert_bias": (8,),
+        "mlp.shared_experts.linear_fc1.weight": (128, 64),
+        "mlp.shared_experts.linear_fc2.weight": (64, 64),
+    }
+    expected = [attention | dense, attention | experts]
+    assert layers == {f"decoder.layers.{n}.{name}": s for n in (0, 1) for name, s in expected[n].items()}
+    assert mapping["decoder.layers.1.mlp.router.expert_bias"].dtype == torch.float32
+    assert {entry.expert for entry in mapping if entry.layer == 1} == {None, *range(8)}
+
+
+def test_queries_without_a_latent_are_one_projection(tmp_path):
+    _, mapping, _ = checkpoint(tmp_path, "deepseek_v3", q_lora_rank=None)
+    entry = mapping["decoder.layers.0.self_attention.linear_q_proj.weight"]
+    assert entry.hf == {"model.layers.0.self_attn.q_proj.weight": (4 * (32 + 16), 64)}
+    assert "decoder.layers.0.self_attention.linear_q_up_proj.weight" not in mapping
+
+
+def test_a_head_of_latent_attention_stays_on_one_rank(tmp_path):
+    _, mapping, _ = checkpoint(tmp_path, "deepseek_v3")
+    entry = mapping["decoder.layers.0.self_attention.linear_kv_up_proj.weight"]
+    heads = torch.arange(4).repeat_interleave(32 + 24)[:, None].expand(4 * 56, 32)
+    assert entry.to_megatron([heads], 2, 1)[:, 0].unique().tolist() == [2, 3]
+
+
+def test_layers_for_multi_token_prediction_are_left_out(tmp_path):
+    _, mapping, reader = checkpoint(tmp_path, "deepseek_v3", num_nextn_predict_layers=1)
+    behind = ["model.layers.3.eh_proj.weight", "model.layers.3.mlp.experts.0.up_proj.weight"]
+    mapping.check_names([*reader.names, *behind])
+    assert mapping.unread_names([*reader.names, *behind]) == behind
+    with pytest.raises(ConversionError, match=r"holds model.layers.4.eh_proj.weight"):
+        mapping.check_names([*reader.names, "model.layers.4.eh_proj.weight"])
+    _, without, _ = checkpoint(tmp_path, "deepseek_v3")
+    with pytest.raises(ConversionError, match=r"holds model.layers.3.eh_proj.weight"):
+        without.check_names([*reader.names, behind[0]])
 
 
 def test_queries_keys_and_values_are_interleaved_per_group(tmp_path):
@@ -138,6 +191,12 @@ def test_the_names_of_both_layer_specs_lead_to_one_canonical_name():
         "decoder.layers.0.mlp.linear_fc1.layer_norm_weight": "decoder.layers.4.pre_mlp_layernorm.weight",
         "decoder.layers.0.mlp.experts.local_experts.3.linear_fc1.weight": (
             "decoder.layers.4.mlp.experts.11.linear_fc1.weight"
+        ),
+        "decoder.layers.0.self_attention.linear_q_up_proj.layer_norm_weight": (
+            "decoder.layers.4.self_attention.q_layernorm.weight"
+        ),
+        "decoder.layers.0.self_attention.linear_kv_up_proj.layer_norm_weight": (
+            "decoder.layers.4.self_attention.kv_layernorm.weight"
         ),
         "decoder.layers.0.mlp.experts.linear_fc2.weight3": "decoder.layers.4.mlp.experts.11.linear_fc2.weight",
         "embedding.word_embeddings.weight": "embedding.word_embeddings.weight",

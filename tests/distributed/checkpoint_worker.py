@@ -37,6 +37,8 @@ LAYOUTS = {
     "hybrid_tp2_ep2": ("hybrid", "float32", ParallelConfig(tp=2, ep=2, sequence_parallel=True), False),
     "hybrid_distributed": ("hybrid", "bfloat16", ParallelConfig(dp=2, ep=2), True),
     "cp2_distributed": ("qwen3", "float32", ParallelConfig(cp=2), True),
+    "sandwich_pp2": ("gemma3_text", "float32", ParallelConfig(pp=2), False),
+    "latent_tp2": ("deepseek_v3", "float32", ParallelConfig(tp=2, etp=2, sequence_parallel=True), True),
 }
 """Base model (a folder), data type, layout, distributed optimizer of each run that is saved."""
 
@@ -164,6 +166,8 @@ def single(folder: Path) -> dict[str, Any]:
         "one_from_dp2": elsewhere(folder, "dp2_distributed", ParallelConfig(), False),
         "one_from_hybrid": elsewhere(folder, "hybrid_tp2_ep2", ParallelConfig(), False),
         "one_from_ep2": elsewhere(folder, "moe_ep2", ParallelConfig(), False),
+        "one_from_latent": elsewhere(folder, "latent_tp2", ParallelConfig(), False),
+        "one_from_sandwich": elsewhere(folder, "sandwich_pp2", ParallelConfig(), False),
     }
     layout = ("qwen3", "float32", ParallelConfig(), False)
     with running(folder, *layout, forward_only=True) as reference:

@@ -15,8 +15,11 @@ from pathlib import Path
 from millrace.config.model_shape import ModelShape
 from millrace.config.schema import TrainerConfig
 from millrace.converters.safetensors_io import HFReader
-from millrace.megatron import convert_worker, verify_worker
-from millrace.megatron.worker import conclude, end_with, ranks
+from millrace.megatron import verify_worker
+from millrace.megatron.checkpoint import Checkpointer
+from millrace.megatron.export import export_hf
+from millrace.megatron.policy import Policy
+from millrace.megatron.worker import add_layout_arguments, conclude, end_with, model_config, ranks
 
 
 def altered_roundtrip(argv: list[str]) -> int:
@@ -31,7 +34,29 @@ def altered_roundtrip(argv: list[str]) -> int:
     return conclude("verify roundtrip", arguments, verdict, time.monotonic())
 
 
-PROGRAMS = {"convert": convert_worker.main, "verify": verify_worker.main, "altered": altered_roundtrip}
+def save_or_load(argv: list[str]) -> int:
+    """`--save`: a policy read from `--hf` writes a checkpoint; `--load`: one with other weights takes those of a
+    checkpoint and is exported."""
+    parser = argparse.ArgumentParser()
+    for name in ("hf", "save", "load", "out"):
+        parser.add_argument(f"--{name}")
+    add_layout_arguments(parser)
+    arguments = parser.parse_args(argv)
+    shape, trainer = ModelShape.from_hf(arguments.hf), TrainerConfig(device="cpu")
+    with ranks(arguments, trainer) as (topology, parallel):
+        policy = Policy(
+            model_config(arguments.hf, "bfloat16"), shape, parallel, trainer, topology, optimizer=None, seed=1
+        )
+        if arguments.save:
+            verify_worker.load_with_bar(policy, arguments.hf)
+            Checkpointer(arguments.save, keep=1).save(policy, 0, {})
+        else:
+            Checkpointer(arguments.load, keep=1).load(policy)
+            export_hf(policy, arguments.hf, Path(arguments.out))
+    return 0
+
+
+PROGRAMS = {"checkpoint": save_or_load, "verify": verify_worker.main, "altered": altered_roundtrip}
 
 
 def main(steps: list[dict], codes: Path) -> None:

@@ -21,6 +21,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_checkpoint("qwen3", folder / "qwen3", num_hidden_layers=2, seed=3)
     write_checkpoint("qwen3", folder / "tied", num_hidden_layers=2, seed=6, tied=True)
     write_checkpoint("qwen3_moe", folder / "qwen3_moe", num_hidden_layers=2, seed=4)
+    write_checkpoint("gemma3_text", folder / "gemma3_text", num_hidden_layers=4, seed=9)
+    write_checkpoint("deepseek_v3", folder / "deepseek_v3", num_hidden_layers=2, seed=8)
     write_checkpoint("nemotron_h", folder / "hybrid", hybrid_override_pattern="ME*-ME", seed=7)
     write_checkpoint("qwen3", folder / "tiny", num_hidden_layers=1, seed=5)
     return folder
@@ -46,9 +48,20 @@ def single(folder: Path, straight: dict[str, Any]) -> dict[str, Any]:
     return run_phase(folder, "single", 1)
 
 
-@pytest.mark.parametrize(
-    "run", ["tp2_sp", "dp2_distributed", "moe_ep2", "cp2_distributed", "hybrid_tp2_ep2", "hybrid_distributed"]
+RESUMED = (
+    "tp2_sp",
+    "dp2_distributed",
+    "moe_ep2",
+    "cp2_distributed",
+    "latent_tp2",
+    "sandwich_pp2",
+    "hybrid_tp2_ep2",
+    "hybrid_distributed",
+    "sandwich_pp2",
 )
+
+
+@pytest.mark.parametrize("run", RESUMED)
 def test_a_resumed_run_ends_with_the_same_bits_as_one_that_never_stopped(run, straight, resumed):
     for key in ("losses", "step", "ranks"):
         assert resumed[run][key] == straight[run][key], key
@@ -64,8 +77,10 @@ def test_a_resumed_run_ends_with_the_same_bits_as_one_that_never_stopped(run, st
         ("tp2_sp", "single", "one_from_tp2"),
         ("dp2_distributed", "single", "one_from_dp2"),
         ("moe_ep2", "single", "one_from_ep2"),
+        ("latent_tp2", "single", "one_from_latent"),
         ("hybrid_tp2_ep2", "resumed", "pp2_from_hybrid"),
         ("hybrid_tp2_ep2", "single", "one_from_hybrid"),
+        ("sandwich_pp2", "single", "one_from_sandwich"),
     ],
 )
 def test_a_checkpoint_loads_at_another_layout_with_the_same_logits_and_next_losses(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ import pytest
 import torch
 from layout_data import example_batch, example_tokens, negative_log_likelihood
 from ranks import free_port, launch
-from tiny_checkpoints import write_checkpoint
+from tiny_checkpoints import YARN, write_checkpoint
 from torch import Tensor
 
 from millrace.megatron import verify_worker
@@ -25,16 +25,29 @@ LLAMA3_ROPE = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 64,
 }
+GEMMA3 = {"family": "gemma3_text", "rope_scaling": {"rope_type": "linear", "factor": 8.0}}
 MODELS: dict[str, dict[str, Any]] = {
     "llama": {"family": "llama", "rope_scaling": LLAMA3_ROPE},
     "qwen2": {"family": "qwen2"},
     "mixtral": {"family": "mixtral"},
     "qwen3": {"family": "qwen3", "tied": True},
     "qwen3_moe": {"family": "qwen3_moe"},
+    "gemma3_text": {**GEMMA3, "sliding_window": 12},
+    "gemma3_wide": {**GEMMA3, "sliding_window": 2048},
     "hybrid": {"family": "nemotron_h", "hybrid_override_pattern": "M-*M"},
     "hybrid_moe": {"family": "nemotron_h", "hybrid_override_pattern": "ME*-ME"},
     "hybrid_latent": {"family": "nemotron_h", "hybrid_override_pattern": "E*ME", "moe_latent_size": 32},
     "mixed_moe": {"family": "qwen3_moe", "norm_topk_prob": False, "mlp_only_layers": [1]},
+    "deepseek_v3": {"family": "deepseek_v3", "num_hidden_layers": 4},
+    "deepseek_yarn": {
+        "family": "deepseek_v3",
+        "num_hidden_layers": 2,
+        "rope_scaling": YARN | {"mscale": 0.7},
+        "q_lora_rank": None,
+        "n_shared_experts": 2,
+        "rms_norm_eps": 1e-4,
+        "num_experts_per_tok": 4,
+    },
 }
 UNCUT = 4096
 CUTS = (UNCUT, 64, 48, 30)
@@ -63,7 +76,11 @@ MOE = {
     "cp4": {"cp": 4},
 }
 LAYOUTS = [(model, layout, DENSE[layout]) for model in ("llama", "qwen3") for layout in DENSE]
-LAYOUTS += [("qwen3_moe", layout, MOE[layout]) for layout in MOE]
+LAYOUTS += [(model, layout, MOE[layout]) for model in ("qwen3_moe", "deepseek_v3") for layout in MOE]
+LAYOUTS += [("deepseek_yarn", layout, MOE[layout]) for layout in ("tp2etp2", "pp2")]
+LAYOUTS += [
+    ("gemma3_text", layout, DENSE[layout]) for layout in ("tp2", "tp2sp", "pp2", "dp2", "cp2", "tp2pp2", "tp2spcp2")
+]
 LAYOUTS += [("qwen2", "tp2sp", DENSE["tp2sp"]), ("mixtral", "tp2ep2", MOE["tp2ep2"])]
 LAYOUTS += [("hybrid", layout, DENSE[layout]) for layout in ("tp2", "tp2sp", "pp2")]
 LAYOUTS += [("hybrid_moe", layout, parallel) for layout, parallel in MOE.items() if "cp" not in parallel]
@@ -169,6 +186,14 @@ def test_logits_and_logprobs_equal_those_of_transformers(
     torch.testing.assert_close(found["entropy"], entropy, atol=1e-4, rtol=0)
 
 
+def test_a_window_hides_what_is_farther_away_and_nothing_else(results: Results) -> None:
+    """The two models have the same weights. Within the window of the first token both see everything."""
+    narrow, wide = (results[f"{model}-one"][0]["logits"] for model in ("gemma3_text", "gemma3_wide"))
+    torch.testing.assert_close(narrow[:, :12], wide[:, :12], atol=1e-5, rtol=0)
+    apart = (narrow[:, 12:] - wide[:, 12:]).abs().amax(dim=-1)
+    assert (apart > 1e-2).all()
+
+
 def _logp(logits: Tensor, tokens: Tensor) -> Tensor:
     following = logits[:-1].log_softmax(-1).gather(1, tokens[1:, None])[:, 0]
     return torch.cat([torch.zeros(1), following])
@@ -179,17 +204,33 @@ def _entropy(logits: Tensor) -> Tensor:
     return torch.cat([torch.zeros(1), -(logp.exp() * logp).sum(-1)])
 
 
-@pytest.mark.parametrize("model", ["llama", "qwen2", "qwen3", "hybrid"])
+@pytest.mark.parametrize("model", ["llama", "qwen2", "qwen3", "deepseek_v3", "deepseek_yarn", "gemma3_text", "hybrid"])
 def test_gradients_equal_those_of_transformers(
-    model: str, results: Results, transformers_model: Callable[[str], Any]
+    model: str, results: Results, transformers_model: Callable[[str], Any], record_property: Callable[..., None]
 ) -> None:
     reference, batch = transformers_model(model), example_batch()
     logp = torch.cat([_logp(reference(t[None]).logits[0], t) for t in batch.sequences()])
     negative_log_likelihood(logp, batch.streams, batch.segment_ids)[0].backward()
     # Of a hybrid, transformers stores what it calls model as backbone.
     root = "backbone." if model == "hybrid" else "model."
-    expected = {re.sub(r"^model\.", root, name): p.grad for name, p in reference.named_parameters()}
-    assert difference(uncut(results[f"{model}-one"][0]), expected) <= 1e-5
+    expected = {re.sub(r"^model\.", root, name): gradient for name, gradient in checkpoint_gradients(reference)}
+    worst = difference(uncut(results[f"{model}-one"][0]), expected)
+    record_property("gradients", worst)
+    assert worst <= 1e-5
+
+
+def checkpoint_gradients(model: torch.nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Gradients under the names of the checkpoint's tensors: transformers stacks the experts of a layer."""
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None
+        experts, _, stacked = name.rpartition(".")
+        if stacked not in ("gate_up_proj", "down_proj"):
+            yield name, parameter.grad
+            continue
+        for expert, gradient in enumerate(parameter.grad):
+            names = ["gate_proj", "up_proj"] if stacked == "gate_up_proj" else ["down_proj"]
+            for part, piece in zip(names, gradient.chunk(len(names)), strict=True):
+                yield f"{experts}.{expert}.{part}.weight", piece
 
 
 @pytest.mark.parametrize(("model", "layout", "parallel"), LAYOUTS, ids=IDS)
@@ -280,6 +321,16 @@ def test_the_distributed_optimizer_makes_the_same_update(model: str, layout: str
     moved = {name: tensor - one["weights"][name] for name, tensor in one["updated"].items()}
     off = sum(float((sharded[n] - one["updated"][n]).square().sum()) for n in moved) ** 0.5
     assert off <= 1e-3 * sum(float(m.square().sum()) for m in moved.values()) ** 0.5
+
+
+@pytest.mark.parametrize("layout", ["one", "tp2ep2"])
+def test_an_update_leaves_the_routers_correction_bias_as_it_came(layout: str, results: Results) -> None:
+    for rank in results[f"deepseek_v3-{layout}"]:
+        for name in rank["updated"]:
+            if "e_score_correction_bias" in name:
+                assert torch.equal(rank["updated"][name], rank["weights"][name])
+    names = merged(results[f"deepseek_v3-{layout}"], lambda rank: rank["updated"]).keys()
+    assert sum("e_score_correction_bias" in name for name in names) == 3
 
 
 @pytest.mark.parametrize("layout", ["tp2-bfloat16", "dp2-bfloat16"])

@@ -43,6 +43,12 @@ class TransformersPolicy:
         return self.logprobs(TokenBatch.from_sequences([tokens]), temperature=temperature)[0].tolist()
 
     @torch.no_grad()
+    def is_greedy(self, prompt: tuple[int, ...], answer: tuple[int, ...]) -> bool:
+        """Whether each token of the answer is the likeliest after those before it: `greedy` at the cost of one pass."""
+        best = self._model(torch.tensor([prompt + answer])).logits[0].argmax(-1).tolist()
+        return tuple(best[len(prompt) - 1 : -1]) == answer
+
+    @torch.no_grad()
     def greedy(self, prompt: tuple[int, ...], length: int) -> tuple[int, ...]:
         tokens = list(prompt)
         for _ in range(length):

@@ -291,7 +291,7 @@ DEEPSEEK_V3: Config = dict(
     ep_size=1,
     pretraining_tp=1,
 )
-# A value of `rope_scaling` for deepseek_v3. The tiny model's positions pass the original length at once.
+# A value of `rope_scaling` for deepseek_v3; vLLM has no positions beyond factor * original_max_position_embeddings.
 YARN: Config = dict(
     type="yarn",
     factor=8,
@@ -299,7 +299,7 @@ YARN: Config = dict(
     beta_slow=1,
     mscale=1.0,
     mscale_all_dim=1.0,
-    original_max_position_embeddings=32,
+    original_max_position_embeddings=256,
 )
 NEMOTRON_H: Config = dict(
     architectures=["NemotronHForCausalLM"],

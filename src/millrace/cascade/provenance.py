@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from millrace.config.schema import Recipe, SamplingStage, SftStage, StageConfig
+from millrace.converters.fingerprint import folder_checksum
 from millrace.megatron.checkpoint_store import MANIFEST
 from millrace.observe.writer import read_metrics
 from millrace.stages.sources import WeightSource
 
 _READ_BYTES = 4 << 20
-_END_BYTES = 1 << 20
 
 
 def origin_facts(source: WeightSource) -> dict[str, str]:
@@ -27,11 +27,7 @@ def checksum(source: WeightSource) -> str:
     of a Hugging Face folder its config.json and of each weight file name, size and both ends."""
     if source.checkpoint:
         return hashlib.sha256((source.folder / MANIFEST).read_bytes()).hexdigest()
-    digest = hashlib.sha256((source.folder / "config.json").read_bytes())
-    for file in sorted(source.folder.glob("*.safetensors")):
-        digest.update(f"{file.name} {file.stat().st_size}".encode())
-        digest.update(_both_ends(file))
-    return digest.hexdigest()
+    return folder_checksum(source.folder)
 
 
 def input_facts(stage: StageConfig, recipe: Recipe) -> dict[str, dict[str, Any]]:
@@ -77,14 +73,6 @@ def cost_facts(run_dir: Path, stage: str) -> dict[str, float]:
 
 def _total(rows: Sequence[dict[str, float]], metric: str) -> float:
     return sum(row.get(metric, 0.0) for row in rows)
-
-
-def _both_ends(path: Path) -> bytes:
-    """The first and last megabyte of a file: its header, and weights that any training moves."""
-    with path.open("rb") as file:
-        first = file.read(_END_BYTES)
-        file.seek(max(0, path.stat().st_size - _END_BYTES))
-        return first + file.read()
 
 
 def _sha256(path: Path) -> str:

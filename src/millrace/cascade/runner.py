@@ -31,7 +31,7 @@ from millrace.config.loading import written
 from millrace.config.schema import EvaluateStage, MopdStage, Recipe, RlStage, SftStage, StageConfig
 from millrace.data.chat_template import TEMPLATE_FILE
 from millrace.errors import MillraceError
-from millrace.megatron.export import export_hf
+from millrace.megatron.export import export_adapter, export_hf
 from millrace.megatron.topology import init_distributed
 from millrace.observe.entries import stage_of
 from millrace.observe.report import write_report
@@ -151,6 +151,9 @@ class Cascade:
             export_hf(self.ctx.policy, self.recipe.model.path, out, overwrite=True, texts=texts)
             self._record("exported", path="export", of=result, step=self.ctx.policy.step)
             self.ctx.say(f"exported {result} to {out}")
+            if self.recipe.model.lora is not None:
+                export_adapter(self.ctx.policy, self.recipe.model.path, self.ctx.run_dir / "adapter", overwrite=True)
+                self.ctx.say(f"its adapter is in {self.ctx.run_dir / 'adapter'}")
         self._record("finished", stages=self.names)
         if self.ctx.console and history.rows:
             self.ctx.console.matrix("held-out pass rates", _matrix_texts(history))

@@ -34,6 +34,7 @@ from millrace.config.sources import SHARED, InterpolatedText, KeyPath, Source, a
 
 _PATHS_OF_THE_RECIPE = (
     ("model", "path"),
+    ("model", "lora", "adapter"),
     ("model", "chat_template"),  # unless it names a built-in one
     ("domains", "*", "train"),
     ("domains", "*", "held_out"),

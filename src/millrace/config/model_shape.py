@@ -132,6 +132,9 @@ class ModelShape:
     groups_per_token: int = 1
     """Groups out of which a token's experts are chosen."""
 
+    prediction_layers: int = 0
+    """Layers for predicting several tokens ahead that the checkpoint may hold behind the others; they are not built."""
+
     embedding_scale: float = 1.0
     """Factor of the embeddings."""
     zero_centered_norms: bool = False

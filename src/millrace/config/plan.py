@@ -9,9 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from millrace.config.graph import stage_graph, teacher_rule
+from millrace.config.linears import adapted
 from millrace.config.model_shape import ModelShape
 from millrace.config.schema import (
     FleetConfig,
+    LoraConfig,
     MopdStage,
     ParallelConfig,
     Recipe,
@@ -42,7 +44,9 @@ class RankPlan:
     first_layer: int
     layers: int
     parameters: int
-    """Weights this rank holds, vocabulary padding included."""
+    """Weights this rank holds, vocabulary padding and adapters included."""
+    trained: int
+    """Those of them that are trained, with LoRA the adapters alone. They have gradients and optimizer state."""
     weight_bytes: int
     gradient_bytes: int
     optimizer_bytes: int
@@ -161,6 +165,10 @@ def _rank(rank: int, recipe: Recipe, shape: ModelShape) -> RankPlan:
     layers = shape.num_layers // p.pp
     first = place["pp"] * layers
     shared, experts = _parameters(shape, p, place["pp"])
+    trained, trained_experts = shared, experts
+    if recipe.model.lora is not None:
+        trained, trained_experts = _adapter_parameters(recipe.model.lora, shape, p, place["pp"])
+        shared, experts = shared + trained, experts + trained_experts
     held = ADAM_BYTES + (MASTER_BYTES if recipe.model.dtype != "float32" else 0)
     replicas = p.dp * p.cp if recipe.trainer.distributed_optimizer else 1
     expert_replicas = p.tp * p.cp * p.dp // (p.ep * p.etp) if recipe.trainer.distributed_optimizer else 1
@@ -170,10 +178,21 @@ def _rank(rank: int, recipe: Recipe, shape: ModelShape) -> RankPlan:
         first_layer=first,
         layers=layers,
         parameters=shared + experts,
+        trained=trained + trained_experts,
         weight_bytes=(shared + experts) * BYTES[recipe.model.dtype],
-        gradient_bytes=(shared + experts) * GRADIENT_BYTES,
-        optimizer_bytes=held * (-(-shared // replicas) + -(-experts // expert_replicas)),
+        gradient_bytes=(trained + trained_experts) * GRADIENT_BYTES,
+        optimizer_bytes=held * (-(-trained // replicas) + -(-trained_experts // expert_replicas)),
     )
+
+
+def _adapter_parameters(lora: LoraConfig, shape: ModelShape, p: ParallelConfig, pp_rank: int) -> tuple[int, int]:
+    """Parameters of one rank's adapters: outside of experts, and of its experts."""
+    each = shape.num_layers // p.pp
+    found = [adapted(shape, layer, lora.targets) for layer in range(pp_rank * each, (pp_rank + 1) * each)]
+    flat = [linear for of_layer in found for linear in of_layer]
+    shared = sum(linear.adapter_parameters(lora.rank, p.tp) for linear in flat if not linear.expert)
+    experts = sum(linear.adapter_parameters(lora.rank, p.etp) for linear in flat if linear.expert)
+    return shared, experts * (shape.num_experts // p.ep)
 
 
 def _parameters(shape: ModelShape, p: ParallelConfig, pp_rank: int) -> tuple[int, int]:
@@ -289,7 +308,21 @@ Table = list[tuple[str, ...]]
 
 
 def _rank_table(plan: Plan) -> Table:
-    titles = ("rank", "pp", "dp", "cp", "tp", "ep", "etp", "layers", "parameters", "weights", "gradients", "optimizer")
+    titles = (
+        "rank",
+        "pp",
+        "dp",
+        "cp",
+        "tp",
+        "ep",
+        "etp",
+        "layers",
+        "parameters",
+        "trained",
+        "weights",
+        "gradients",
+        "optimizer",
+    )
     return [titles, *map(_rank_row, plan.ranks)]
 
 
@@ -327,7 +360,7 @@ def _rank_row(r: RankPlan) -> tuple[str, ...]:
     places = (r.rank, r.pp, r.dp, r.cp, r.tp, r.ep, r.etp)
     layers = f"{r.first_layer}-{r.first_layer + r.layers - 1}"
     sizes = (_bytes(n) for n in (r.weight_bytes, r.gradient_bytes, r.optimizer_bytes))
-    return (*map(str, places), layers, _short(r.parameters), *sizes)
+    return (*map(str, places), layers, _short(r.parameters), _short(r.trained), *sizes)
 
 
 def _aligned(rows: Sequence[Sequence[str]]) -> str:

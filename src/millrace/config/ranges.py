@@ -16,6 +16,7 @@ from millrace.config.schema import (
     GateConfig,
     JudgeConfig,
     KlConfig,
+    LoraConfig,
     MismatchConfig,
     MopdStage,
     OffPolicyConfig,
@@ -54,6 +55,7 @@ _COUNT, _FROM_ZERO, _POSITIVE = Range(1), Range(0), Range(0, above=True)
 _SHARE = Range(0, 1, above=True)
 
 RANGES: dict[type, dict[str, Range]] = {
+    LoraConfig: {"rank": _COUNT, "alpha": _POSITIVE, "dropout": Range(0, 1, below=True)},
     ParallelConfig: dict.fromkeys(("tp", "pp", "cp", "dp", "ep", "etp"), _COUNT),
     OptimizerConfig: {
         **dict.fromkeys(("min_lr", "warmup_steps", "warmup_from", "weight_decay", "clip_grad"), _FROM_ZERO),

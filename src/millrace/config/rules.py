@@ -18,6 +18,7 @@ from urllib.parse import urlsplit
 from millrace.config.checkpoint_files import checkpoint_problems
 from millrace.config.errors import ConfigError
 from millrace.config.graph import graph_problems
+from millrace.config.linears import ALL_LINEAR, linear_names
 from millrace.config.model_shape import ModelShape
 from millrace.config.ranges import range_problems
 from millrace.config.schema import (
@@ -48,6 +49,7 @@ def check_recipe(recipe: Recipe, *, world_size: int | None = None) -> list[str]:
     problems += _layout(recipe, world_size)
     if shape is not None:
         problems += _layout_of_model(recipe, shape)
+    problems += _lora(recipe, shape)
     problems += _lengths(recipe, shape)
     problems += _fleet(recipe)
     problems += _servers(recipe)
@@ -125,11 +127,29 @@ def layout_problems(p: ParallelConfig, shape: ModelShape) -> Problems:
         return
     yield from _must_divide("parallel.ep", p.ep, shape.num_experts, "experts")
     yield from _must_divide("parallel.etp", p.etp, shape.moe_ffn_hidden_size, "columns of an expert")
+    if shape.shared_ffn_hidden_size:
+        yield from _must_divide("parallel.tp", p.tp, shape.shared_ffn_hidden_size, "columns of the shared expert")
     if p.tp > 1 and not p.sequence_parallel:
         yield (
             f"parallel.tp is {p.tp} with a mixture of experts, which needs sequence parallelism; "
             "set parallel.sequence_parallel=true"
         )
+
+
+def _lora(recipe: Recipe, shape: ModelShape | None) -> Problems:
+    lora = recipe.model.lora
+    if lora is None:
+        return
+    if not lora.targets:
+        yield f"model.lora.targets is empty, so that nothing would be trained; name linear layers, or {ALL_LINEAR}"
+    known = linear_names(shape) if shape is not None else list(lora.targets)
+    for target in lora.targets:
+        if target != ALL_LINEAR and target not in known:
+            yield f"model.lora.targets: the model has no {target}; name {ALL_LINEAR}, or of {', '.join(known)}"
+    if lora.adapter is not None:
+        for file in (Path(lora.adapter, name) for name in ("adapter_config.json", "adapter_model.safetensors")):
+            if not file.is_file():
+                yield f"model.lora.adapter: {file} does not exist; name the folder of a PEFT adapter"
 
 
 def _must_divide(key: str, ranks: int, count: int, what: str) -> Problems:

@@ -24,7 +24,7 @@ from millrace.config.model_shape import ModelShape
 from millrace.config.rules import layout_problems
 from millrace.config.schema import ParallelConfig, TrainerConfig
 from millrace.errors import MillraceError
-from millrace.launch.local import RankFailed, free_port, run_ranks, trainer_environment
+from millrace.launch.local import STOPPED, RankFailed, free_port, run_ranks, trainer_environment
 from millrace.launch.run_dir import versions
 
 LAYOUTS: dict[str, dict[str, Any]] = {
@@ -64,6 +64,10 @@ def fitting_layouts(shape: ModelShape) -> dict[str, ParallelConfig]:
     """The layouts of LAYOUTS that can hold the model, each kind once."""
     layouts = {name: ParallelConfig(**sizes) for name, sizes in LAYOUTS.items()}
     return {name: parallel for name, parallel in layouts.items() if not any(layout_problems(parallel, shape))}
+
+
+class Interrupted(MillraceError):
+    """The user wants no more checks."""
 
 
 @dataclass(frozen=True)
@@ -179,9 +183,11 @@ def _run(module: str, arguments: Sequence[str], ranks: int, folder: Path) -> str
     """Run a module as ranks; what the first one that failed wrote last, None when none did."""
     logs = Path(tempfile.mkdtemp(dir=folder))
     try:
-        run_ranks(f"millrace.{module}", arguments, ranks, trainer_environment(TrainerConfig(), ranks), logs)
+        code = run_ranks(f"millrace.{module}", arguments, ranks, trainer_environment(TrainerConfig(), ranks), logs)
     except RankFailed:
         return _last_words(logs)
+    if code == STOPPED:
+        raise Interrupted("stopped on request; no card was written")
     return None
 
 

@@ -43,6 +43,8 @@ class PackedAttention(MegatronModule):
     ) -> None:
         super().__init__(config=config)
         self.scale = softmax_scale
+        self.window: int | None = None
+        """Tokens that a query sees, itself included; None: all before it."""
         self.cp_group = parallel_state.get_context_parallel_group() if pg_collection is None else pg_collection.cp
 
     def forward(
@@ -97,17 +99,22 @@ class PackedAttention(MegatronModule):
         if repeats > 1:  # the memory-linear CPU kernel takes equal head counts only
             key, value = (t.repeat_interleave(repeats, dim=2) for t in (key, value))
         query, key, value = (t.transpose(1, 2) for t in (query, key, value))
+        channels = value.shape[-1]
+        if channels < key.shape[-1]:  # nor does it take values with fewer channels than the keys
+            value = F.pad(value, (0, key.shape[-1] - channels))
         mask = self._mask(query.shape[2], key.shape[2], query.device)
-        return F.scaled_dot_product_attention(
+        output = F.scaled_dot_product_attention(
             query, key, value, attn_mask=mask, is_causal=mask is None, scale=self.scale
-        ).transpose(1, 2)
+        )
+        return output[..., :channels].transpose(1, 2)
 
     def _mask(self, queries: int, keys: int, device: torch.device) -> Tensor | None:
         """bool [S, L]: what each query sees; None for all that stands before it in a square, which needs no mask."""
-        if queries == keys:
+        if queries == keys and (self.window is None or self.window >= keys):
             return None
         at = torch.arange(keys, device=device)
-        return at <= at[keys - queries :, None]
+        distance = at[keys - queries :, None] - at
+        return (distance >= 0) & (distance < (self.window or keys))
 
 
 def _segment_lengths(packed: PackedSeqParams, tokens: int) -> list[int]:

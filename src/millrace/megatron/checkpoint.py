@@ -1,7 +1,8 @@
 """Checkpoints of a run: save, publish, verify, resume bit for bit.
 
-A checkpoint holds the policy's weights, optimizer state and step, the random states of every rank, what the run says
-about its own progress, and the Hugging Face config and tokenizer, so that it can be read without the run that wrote it.
+A checkpoint holds the policy's weights (with LoRA the adapters alone), optimizer state and step, the random states of
+every rank, what the run says about its own progress, and the Hugging Face config and tokenizer, so that it can be read
+without the run that wrote it.
 All ranks call `save` and `load` together; rank 0 alone touches names, manifest and pointer. It reads back at any
 parallel layout, with or without a distributed optimizer. Resumed at its own layout, training goes on exactly as if it
 had never stopped; at another one the random states cannot be kept and are drawn anew, which a log line says.
@@ -18,19 +19,25 @@ import os
 import time
 from collections.abc import Callable
 from dataclasses import asdict
-from importlib.metadata import version
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 
+from millrace.converters.fingerprint import folder_checksum
 from millrace.converters.safetensors_io import copy_companions
 from millrace.megatron.checkpoint_store import (
     FACTS,
+    FORMAT,
+    HF_FOLDER,
+    SHARDS,
     CheckpointError,
     CheckpointStore,
     FileRecord,
+    checkpoint_facts,
+    comparable,
     file_problem,
     file_record,
     flush_to_disk,
@@ -56,10 +63,6 @@ if TYPE_CHECKING:
     from millrace.megatron.policy import Policy
 
 log = logging.getLogger("millrace")
-
-FORMAT = 1
-HF_FOLDER = "hf"
-SHARDS = "shards"
 
 _RESERVE = "reserve"
 _RESERVE_BYTES = 1 << 20
@@ -94,7 +97,9 @@ class Checkpointer:
         """
         start = time.perf_counter()
         name = name or f"step-{step:08d}"
-        sharded = sharded_state(policy.module, policy.optimizer if _updates(policy) else None)
+        sharded = sharded_state(
+            policy.module, policy.optimizer if _updates(policy) else None, trained=policy.sharded_adapters()
+        )
         size = _sum_over_ranks(owned_bytes(sharded))
         needed = size + size // 50 + 2 * _RESERVE_BYTES
         facts = {**_facts(policy, step), "state": state, "keep_always": keep_always}
@@ -194,7 +199,8 @@ class Checkpointer:
             raise CheckpointError(f"{damage}{self._way_out(folder)}") from None
         if facts["format"] != FORMAT:
             raise CheckpointError(f"{folder} has format {facts['format']}; this version reads format {FORMAT}")
-        mine = _comparable(asdict(policy.shape))
+        self._require_same_adapters(folder, facts, policy)
+        mine = comparable(policy.shape)
         differing = [key for key, value in facts["model"].items() if mine.get(key) != value]
         if differing:
             key = differing[0]
@@ -203,6 +209,25 @@ class Checkpointer:
                 f"{policy.config.path}"
             )
         return facts, manifest
+
+    def _require_same_adapters(self, folder: Path, facts: dict[str, Any], policy: Policy) -> None:
+        """Adapters of other ranks or targets do not fit, nor do those of another base, whose weights are not here."""
+        theirs, mine = facts.get("lora"), _lora_facts(policy)
+        if theirs is None and mine is None:
+            return
+        if theirs is None:
+            raise CheckpointError(f"{folder} holds all weights, but the policy trains adapters; leave model.lora out")
+        if mine is None:
+            raise CheckpointError(
+                f"{folder} holds adapters alone; `millrace convert adapter` writes them out, and a policy needs "
+                "model.lora to load them"
+            )
+        for key, value in theirs.items():
+            if mine[key] != value:
+                raise CheckpointError(
+                    f"{folder} holds adapters whose {key} is {value}, but the policy's is {mine[key]} "
+                    f"(model.lora, with the base {policy.config.path})"
+                )
 
     def _verify(self, folder: Path, manifest: dict[str, FileRecord]) -> None:
         """Each file is read by one rank."""
@@ -224,6 +249,8 @@ class Checkpointer:
             restore_random_state(torch.load(folder / _random_file(dist.get_rank()), weights_only=True))
             return
         reseed(policy.seed, facts["step"], dist.get_rank())
+        if facts["layout"] is None:
+            return
         log.info(
             "%s was written with layout %s; at %s the random states cannot be kept and are drawn anew",
             folder,
@@ -233,16 +260,34 @@ class Checkpointer:
 
 
 def _facts(policy: Policy, step: int) -> dict[str, Any]:
+    facts = checkpoint_facts(
+        policy.shape, _layout(policy), step=step, policy_step=policy.step, optimizer_step=_updates(policy)
+    )
     return {
-        "format": FORMAT,
-        "step": step,
-        "policy_step": policy.step,
-        "optimizer_step": _updates(policy),
-        "saved_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "layout": _layout(policy),
-        "model": _comparable(asdict(policy.shape)),
-        "versions": {package: version(package) for package in ("millrace", "megatron-core", "torch", "transformers")},
+        **facts,
+        "lora": _lora_facts(policy),
+        "base": str(Path(policy.config.path).resolve()) if policy.config.lora else None,
+        "dtype": policy.config.dtype,
     }
+
+
+def _lora_facts(policy: Policy) -> dict[str, Any] | None:
+    """What must be the same for adapters to mean the same; None where all weights are trained."""
+    lora = policy.config.lora
+    if lora is None:
+        return None
+    return {
+        "rank": lora.rank,
+        "alpha": lora.alpha,
+        "rslora": lora.rslora,
+        "targets": sorted(lora.targets),
+        "base": _base_checksum(policy.config.path),
+    }
+
+
+@cache
+def _base_checksum(path: str) -> str:
+    return folder_checksum(path)
 
 
 def _updates(policy: Policy) -> int:
@@ -253,8 +298,9 @@ def _updates(policy: Policy) -> int:
 def _take_weights(policy: Policy, shards: Path, updates: int) -> None:
     """Model, and optimizer state where there is any, from a folder of shards. Collective."""
     moments = policy.optimizer if updates else None
-    loaded = read_sharded(sharded_state(policy.module, moments, loading_step=updates), shards)
-    load_module(policy.module, loaded["model"])
+    adapters = policy.sharded_adapters()
+    loaded = read_sharded(sharded_state(policy.module, moments, loading_step=updates, trained=adapters), shards)
+    _put(policy, loaded["model"])
     if moments is not None:
         moments.load_state_dict(loaded["optimizer"])
     elif policy.optimizer is not None:
@@ -262,16 +308,18 @@ def _take_weights(policy: Policy, shards: Path, updates: int) -> None:
 
 
 def _load_module(policy: Policy, shards: Path) -> None:
-    load_module(policy.module, read_sharded(sharded_state(policy.module, None), shards)["model"])
+    adapters = policy.sharded_adapters()
+    _put(policy, read_sharded(sharded_state(policy.module, None, trained=adapters), shards)["model"])
+
+
+def _put(policy: Policy, values: dict[str, Any]) -> None:
+    """Give the policy loaded weights; adapters stand on the model they were trained on."""
+    policy.require_base()
+    load_module(policy.module, values, part=policy.config.lora is not None)
 
 
 def _layout(policy: Policy) -> dict[str, Any]:
     return {**asdict(policy.parallel), "device": policy.topology.device.type}
-
-
-def _comparable(shape: dict[str, Any]) -> dict[str, Any]:
-    """As JSON gives it back."""
-    return {key: list(value) if isinstance(value, tuple) else value for key, value in shape.items()}
 
 
 def _random_file(rank: int) -> str:

@@ -13,14 +13,21 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import time
 import uuid
 import zlib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from millrace.config.model_shape import ModelShape
 from millrace.errors import MillraceError
+
+FORMAT = 1
+HF_FOLDER = "hf"
+SHARDS = "shards"
 
 FACTS = "millrace.json"
 MANIFEST = "manifest.json"
@@ -64,6 +71,28 @@ def write_durably(path: Path, text: str) -> None:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
+
+
+def checkpoint_facts(
+    shape: ModelShape, layout: Mapping[str, Any] | None, *, step: int, policy_step: int, optimizer_step: int
+) -> dict[str, Any]:
+    """What a checkpoint says of itself. `layout` None: no ranks wrote it, so that it holds no random states."""
+    return {
+        "format": FORMAT,
+        "step": step,
+        "policy_step": policy_step,
+        "optimizer_step": optimizer_step,
+        "saved_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "layout": layout,
+        "model": comparable(shape),
+        "versions": {package: version(package) for package in ("millrace", "megatron-core", "torch", "transformers")},
+    }
+
+
+def comparable(shape: ModelShape) -> dict[str, Any]:
+    """The facts of a model as JSON gives them back."""
+    facts: dict[str, Any] = json.loads(json.dumps(asdict(shape)))
+    return facts
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
@@ -155,7 +184,7 @@ class CheckpointStore:
             if kind == "replaced" and not original.exists():
                 path.rename(original)
             elif kind in ("replaced", "removed") or kind.startswith("tmp-"):
-                _remove(path)
+                remove(path)
             else:
                 continue
             done.append(path.name)
@@ -191,7 +220,7 @@ class CheckpointStore:
         flush_to_disk(self.directory)
         self.point_to(final)
         if replaced.exists():
-            _remove(replaced)
+            remove(replaced)
         return final
 
     def give_up(self, aside: Path, needed: int) -> None:
@@ -201,7 +230,7 @@ class CheckpointStore:
         try:
             self.require_space(needed, aside)
         finally:
-            _remove(aside)
+            remove(aside)
 
     def retire(self) -> list[str]:
         """Remove all but the newest `keep` checkpoints; kept-for-good ones and what `latest` names stay."""
@@ -211,7 +240,7 @@ class CheckpointStore:
         for folder in retired:
             hidden = self.directory / f".{folder.name}.removed"
             folder.rename(hidden)
-            _remove(hidden)
+            remove(hidden)
         return [folder.name for folder in retired]
 
     def others(self, folder: Path) -> list[str]:
@@ -241,7 +270,8 @@ def _facts(folder: Path) -> dict[str, Any]:
         return {}
 
 
-def _remove(path: Path) -> None:
+def remove(path: Path) -> None:
+    """Remove a file, or a folder with what is in it."""
     if path.is_dir():
         shutil.rmtree(path)
     else:

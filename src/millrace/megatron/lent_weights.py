@@ -1,7 +1,8 @@
 """Several sets of weights for one model: each rank keeps its shards of the others in host memory and swaps them in.
 
 So a teacher scores on the trainer's own ranks and GPUs without a second model there, at the price of one copy from host
-memory. Only parameters (and buffers with an entry in the mapping) move; optimizer state and master weights stay.
+memory. Only parameters (and buffers with an entry in the mapping) move, with LoRA the adapters alone; optimizer state
+and master weights stay.
 """
 
 from __future__ import annotations
@@ -33,4 +34,7 @@ def put(policy: Policy, host: HostWeights) -> None:
 
 
 def _tensors(policy: Policy) -> list[Tensor]:
+    """What differs between sets of weights: all of them, or the adapters, which stand on one frozen base."""
+    if policy.config.lora is not None:
+        return [factor.data for adapter in policy.adapters for factor in (adapter.A, adapter.B)]
     return [bound.tensor for bound in weights.bind(policy.module, policy.shape, policy.topology)]

@@ -14,6 +14,8 @@ from torch import Tensor
 
 from millrace.config.model_shape import MambaShape, ModelShape
 from millrace.config.schema import ParallelConfig, TrainerConfig
+from millrace.megatron.expert_groups import choose_groups_by_their_best_two
+from millrace.megatron.local_layers import make_local, needs_local_layers
 from millrace.megatron.model_config import rope_inverse_frequencies, transformer_config
 from millrace.megatron.specs import block_spec, transformer_engine_is_there
 from millrace.megatron.topology import LayoutError
@@ -38,17 +40,28 @@ class HiddenStateModel(GPTModel):
 
 
 def build_model(
-    shape: ModelShape, parallel: ParallelConfig, trainer: TrainerConfig, dtype: torch.dtype, device: torch.device
+    shape: ModelShape,
+    parallel: ParallelConfig,
+    trainer: TrainerConfig,
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    grouped_experts: bool = True,
 ) -> HiddenStateModel:
-    """This rank's pipeline stage, on `device`, with random weights. Raises LayoutError for a layout that cannot hold
-    it."""
+    """This rank's pipeline stage, on `device`, with random weights; `grouped_experts` as for `transformer_config`.
+    Raises LayoutError for a layout that cannot hold it."""
     check_layout(shape, parallel)
     check_context_parallelism(shape, parallel, device)
-    config = transformer_config(shape, parallel, trainer, dtype, device)
+    config = transformer_config(shape, parallel, trainer, dtype, device, grouped_experts=grouped_experts)
+    if shape.expert_groups > 1:
+        choose_groups_by_their_best_two()
     first, last = layers_of_stage(shape, parallel.pp, parallel_state.get_pipeline_model_parallel_rank())
+    spec = block_spec(config, shape.layers[first:last], shape.mamba, device)
+    if needs_local_layers(shape):
+        make_local(spec, shape, shape.layers[first:last])
     model = HiddenStateModel(
         config=config,
-        transformer_layer_spec=block_spec(config, shape.layers[first:last], shape.mamba, device),
+        transformer_layer_spec=spec,
         vocab_size=shape.padded_vocab_size(parallel.tp),
         max_sequence_length=shape.max_position_embeddings,
         pre_process=parallel_state.is_pipeline_first_stage(),
@@ -58,10 +71,21 @@ def build_model(
         position_embedding_type=shape.position,
         rotary_base=shape.rope_theta,
     )
-    if shape.position == "rope":
+    if shape.position == "rope" and shape.latent_attention is None:  # whose layers have a RoPE of their own
         model.rotary_pos_emb.inv_freq = rope_inverse_frequencies(shape).to(device)
+    if shape.embedding_scale != 1.0 and model.pre_process:
+        scale_embeddings(model.embedding, shape.embedding_scale)
     reduce_expert_gradients_over_expert_ranks(model, parallel)
     return model.to(device)
+
+
+def scale_embeddings(embedding: torch.nn.Module, scale: float) -> None:
+    """Multiply what the module gives by `scale`, rounded to its data type as transformers does."""
+
+    def scaled(module: torch.nn.Module, inputs: Any, output: Tensor) -> Tensor:
+        return output * torch.tensor(scale, dtype=output.dtype, device=output.device)
+
+    embedding.register_forward_hook(scaled)
 
 
 def check_layout(shape: ModelShape, parallel: ParallelConfig) -> None:
@@ -107,6 +131,8 @@ def _expert_problems(shape: ModelShape, p: ParallelConfig) -> list[str]:
         problems.append(f"parallel.ep {p.ep} does not divide the {shape.num_experts} experts")
     if shape.moe_ffn_hidden_size % p.etp:
         problems.append(f"parallel.etp {p.etp} does not divide the experts' width {shape.moe_ffn_hidden_size}")
+    if shape.shared_ffn_hidden_size % p.tp:
+        problems.append(f"parallel.tp {p.tp} does not divide the shared expert's width {shape.shared_ffn_hidden_size}")
     if p.tp > 1 and not p.sequence_parallel:
         problems.append(f"a mixture of experts with parallel.tp {p.tp} needs parallel.sequence_parallel=true")
     return problems

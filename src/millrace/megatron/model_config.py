@@ -10,12 +10,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from megatron.core.activations import squared_relu
-from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 from torch import Tensor
 
 from millrace.config.model_shape import Activation, ModelShape
 from millrace.config.schema import ParallelConfig, TrainerConfig
-from millrace.megatron.specs import transformer_engine_is_there
+from millrace.megatron.specs import uses_transformer_engine
 
 ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
@@ -25,12 +25,19 @@ ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
 
 
 def transformer_config(
-    shape: ModelShape, parallel: ParallelConfig, trainer: TrainerConfig, dtype: torch.dtype, device: torch.device
+    shape: ModelShape,
+    parallel: ParallelConfig,
+    trainer: TrainerConfig,
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    grouped_experts: bool = True,
 ) -> TransformerConfig:
     """Megatron-Core's description of the model. Kernels that exist on CUDA with Transformer Engine only are off
-    without."""
-    fused = device.type == "cuda" and transformer_engine_is_there()
-    return TransformerConfig(
+    without. `grouped_experts`: compute all experts of a rank in one grouped product, where that is possible."""
+    fused = uses_transformer_engine(shape, device)
+    describe = TransformerConfig if shape.latent_attention is None else MLATransformerConfig
+    return describe(
         num_layers=shape.num_layers,
         hidden_size=shape.hidden_size,
         num_attention_heads=shape.num_heads,
@@ -39,10 +46,12 @@ def transformer_config(
         ffn_hidden_size=shape.ffn_hidden_size,
         normalization="RMSNorm",
         layernorm_epsilon=shape.norm_eps,
-        qk_layernorm=shape.qk_norm,
+        layernorm_zero_centered_gamma=shape.zero_centered_norms,
+        qk_layernorm=shape.qk_norm or shape.latent_attention is not None,
         add_bias_linear=False,
         add_qkv_bias=shape.attention_bias,
         gated_linear_unit=shape.gated,
+        softmax_scale=shape.attention_scale,
         activation_func=ACTIVATIONS[shape.activation],
         attention_dropout=0.0,
         hidden_dropout=0.0,
@@ -58,15 +67,17 @@ def transformer_config(
         variable_seq_lengths=True,  # packed micro-batches differ in length
         moe_token_dispatcher_type="alltoall",  # the one that takes unequal lengths
         calculate_per_token_loss=True,  # gradients are sums; the weights of the tokens hold every division
+        transformer_impl="transformer_engine" if fused else "local",
         use_cpu_initialization=device.type == "cpu",
         masked_softmax_fusion=False,
         persist_layer_norm=fused,
         bias_dropout_fusion=False,
         bias_activation_fusion=fused and shape.gated and shape.activation == "silu",
-        apply_rope_fusion=fused,
+        apply_rope_fusion=fused and shape.latent_attention is None,
         gradient_accumulation_fusion=False,
         **_recompute_options(trainer, shape, parallel),
-        **_expert_options(shape, fused),
+        **_expert_options(shape, fused and grouped_experts),
+        **_latent_attention_options(shape),
         **_mamba_options(shape),
     )
 
@@ -79,7 +90,7 @@ def _recompute_options(trainer: TrainerConfig, shape: ModelShape, parallel: Para
     return {}
 
 
-def _expert_options(shape: ModelShape, fused: bool) -> dict[str, Any]:
+def _expert_options(shape: ModelShape, grouped: bool) -> dict[str, Any]:
     if not shape.num_experts:
         return {}
     return {
@@ -91,7 +102,7 @@ def _expert_options(shape: ModelShape, fused: bool) -> dict[str, Any]:
         "moe_router_dtype": "fp32",
         "moe_router_load_balancing_type": "none",
         "moe_aux_loss_coeff": 0.0,
-        "moe_grouped_gemm": fused,
+        "moe_grouped_gemm": grouped,
         "moe_permute_fusion": False,
         **_router_options(shape),
     }
@@ -113,6 +124,31 @@ def _router_options(shape: ModelShape) -> dict[str, Any]:
         options |= {
             "moe_router_num_groups": shape.expert_groups,
             "moe_router_group_topk": shape.groups_per_token,
+        }
+    return options
+
+
+def _latent_attention_options(shape: ModelShape) -> dict[str, Any]:
+    if (latent := shape.latent_attention) is None:
+        return {}
+    options: dict[str, Any] = {
+        "q_lora_rank": latent.q_rank,
+        "kv_lora_rank": latent.kv_rank,
+        "qk_head_dim": latent.nope_dim,
+        "qk_pos_emb_head_dim": latent.rope_dim,
+        "v_head_dim": latent.v_dim,
+        "rotary_base": shape.rope_theta,
+        "rope_type": "rope",
+    }
+    if (yarn := shape.rope_scaling) is not None:
+        options |= {
+            "rope_type": "yarn",
+            "rotary_scaling_factor": yarn["factor"],
+            "original_max_position_embeddings": yarn["original_max_position_embeddings"],
+            "beta_fast": yarn["beta_fast"],
+            "beta_slow": yarn["beta_slow"],
+            "mscale": yarn["mscale"],
+            "mscale_all_dim": yarn["mscale_all_dim"],
         }
     return options
 

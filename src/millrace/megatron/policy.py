@@ -23,10 +23,10 @@ from torch import Tensor
 
 from millrace.algorithms.losses import LossFn
 from millrace.config.model_shape import ModelShape
-from millrace.config.schema import ModelConfig, OptimizerConfig, ParallelConfig, TrainerConfig
+from millrace.config.schema import LoraConfig, ModelConfig, OptimizerConfig, ParallelConfig, TrainerConfig
 from millrace.data.batch import TokenBatch
 from millrace.errors import MillraceError
-from millrace.megatron import weights
+from millrace.megatron import lora, weights
 from millrace.megatron.context import ContextShare
 from millrace.megatron.divergence import Divergence, TeacherStates, taught_logprobs
 from millrace.megatron.logprobs import token_logprobs, vocabulary_logits, whole_hidden
@@ -72,7 +72,12 @@ class Policy:
         self.step = 0
         """Updates made since the policy was built; checkpoints carry it on."""
         self.dtype = DTYPES[model.dtype]
-        self.module = build_model(shape, parallel, trainer, self.dtype, topology.device)
+        grouped = not lora.adapts_experts(shape, model.lora)
+        self.module = build_model(shape, parallel, trainer, self.dtype, topology.device, grouped_experts=grouped)
+        self.adapters = [] if model.lora is None else lora.attach(self.module, shape, model.lora, topology)
+        """Of this rank's linears, with `model.lora`; then they alone are trained."""
+        self._base: str | None = None
+        """What the frozen weights below the adapters were read from."""
         self.optimizer: MegatronOptimizer | None = None
         self._trained: DistributedDataParallel | None = None
         if optimizer is None:
@@ -90,14 +95,43 @@ class Policy:
     def load_hf(self, path: str, *, master_weights: bool = True) -> None:
         """Take the weights of a Hugging Face checkpoint; each rank reads its own parts. Raises ConversionError.
 
-        `master_weights`: whether the optimizer's copies follow, as they must where training goes on from here.
+        Adapters start afresh, or from `model.lora.adapter`. `master_weights`: whether the optimizer's copies follow, as
+        they must where training goes on from here.
         """
-        weights.load_hf(weights.bind(self.module, self.shape, self.topology), self.shape, path)
+        self._load_base(path)
+        if self.config.lora is not None:
+            self._start_adapters(self.config.lora)
         if self.optimizer is not None and master_weights:
             self.optimizer.reload_model_params()
 
+    def require_base(self) -> None:
+        """Have the frozen weights that adapters stand on, which checkpoints do not hold. Raises ConversionError."""
+        if self.config.lora is not None and self._base != self.config.path:
+            self._load_base(self.config.path)
+
+    def _load_base(self, path: str) -> None:
+        if self.config.lora is not None and self._base == path:
+            return  # frozen, so they are what was read
+        weights.load_hf(weights.bind(self.module, self.shape, self.topology), self.shape, path)
+        self._base = path
+
+    def _start_adapters(self, config: LoraConfig) -> None:
+        if config.adapter is None:
+            lora.reset(self.adapters, self.seed)
+        else:
+            lora.load(self.adapters, config, self.shape, self.topology, config.adapter)
+
+    def sharded_adapters(self) -> dict[str, Any] | None:
+        """The adapters as Megatron-Core's checkpoints take them; None for a policy whose every weight is trained."""
+        return None if self.config.lora is None else lora.sharded(self.module, self.topology)
+
+    def adapter_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """The adapters' factors that this rank owns, by PEFT's names. Collective: iterate to the end."""
+        return weights.hf_tensors(lora.bind(self.adapters, self.topology))
+
     def hf_tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """The Hugging Face tensors this rank owns; see `weights.hf_tensors`. Collective: iterate to the end."""
+        """The Hugging Face tensors this rank owns, adapters merged; see `weights.hf_tensors`. Collective: iterate to
+        the end."""
         return weights.hf_tensors(weights.bind(self.module, self.shape, self.topology))
 
     def reset_optimizer(self, config: OptimizerConfig, total_steps: int) -> None:
@@ -386,6 +420,8 @@ def _with_gradient_buffers(module: HiddenStateModel, trainer: TrainerConfig) -> 
 def _finalize_sums(model: Sequence[torch.nn.Module], num_tokens: Tensor | None = None, **options: Any) -> None:
     """Reduce gradients without dividing by a number of tokens: the loss's weights hold every division already."""
     finalize_model_grads(list(model), None, **options)
+    for chunk in model:
+        lora.sum_gradients_over_expert_ranks(chunk)
 
 
 def _forward(

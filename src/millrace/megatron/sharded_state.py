@@ -8,7 +8,6 @@ rank itself with torch.distributed.checkpoint's writer, which costs milliseconds
 from __future__ import annotations
 
 import errno
-import pickle
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +32,10 @@ from megatron.core.dist_checkpointing.strategies.torch import (
 from megatron.core.dist_checkpointing.validation import StrictHandling
 from megatron.core.transformer.module import MegatronModule
 from torch.distributed import checkpoint as torch_checkpoint
-from torch.distributed.checkpoint import CheckpointException, FileSystemWriter, metadata
+from torch.distributed.checkpoint import CheckpointException, FileSystemWriter
 
+from millrace.converters.errors import ConversionError
+from millrace.converters.torch_metadata import read_metadata
 from millrace.megatron.checkpoint_store import CheckpointError
 
 SHARDING = {
@@ -52,19 +53,6 @@ DISTRIBUTED_MASTER = "optimizer.state.param."
 MASTER = "optimizer.state.fp32_param."
 """Names of the float32 master copies: of Megatron's distributed optimizer, and of its other one and of checkpoints."""
 
-METADATA_TYPES = {
-    ("pathlib", "PosixPath"),
-    ("pathlib._local", "PosixPath"),  # Python 3.13
-    ("torch", "Size"),
-    ("torch.serialization", "_get_layout"),
-    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
-    *(("torch.distributed.checkpoint.metadata", name) for name in vars(metadata) if "Metadata" in name),
-    ("torch.distributed.checkpoint.metadata", "StorageMeta"),
-    ("torch.distributed.checkpoint.metadata", "TensorProperties"),
-    ("torch.distributed.checkpoint.metadata", "_MEM_FORMAT_ENCODING"),
-}
-"""What torch's checkpoint metadata is made of, besides data types."""
-
 OUT_OF_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -75,30 +63,41 @@ class InProcessSave(TorchDistSaveShardedStrategy):
     alone, and a disk that fills up there would leave the other ranks waiting.
     """
 
-    def __init__(self, reserve: Path) -> None:
+    def __init__(self, reserve: Path | None = None) -> None:
         super().__init__("torch_dist", 1)
         self.reserve = reserve
+
+    def writer(self, folder: Path | str) -> FileSystemWriter:
+        """What writes this rank's tensors."""
+        return FileSystemWriter(folder, thread_count=1, sync_files=True)
 
     def save(self, sharded_state_dict: dict[str, Any], checkpoint_dir: Path | str) -> None:
         """Raises torch's CheckpointException on every rank when one cannot write."""
         flat, _, _ = _replace_state_dict_keys_with_sharded_keys(sharded_state_dict, self.keep_only_main_replica)
         torch_checkpoint.save(
             mcore_to_pyt_state_dict(flat, False),
-            storage_writer=FileSystemWriter(checkpoint_dir, thread_count=1, sync_files=True),
+            storage_writer=self.writer(checkpoint_dir),
             planner=MCoreSavePlanner(
                 dedup_replicated_tensors=False, flatten_state_dict=False, flatten_sharded_tensors=False
             ),
         )
-        if dist.get_rank() == 0:
+        if dist.get_rank() == 0 and self.reserve is not None:
             self.reserve.unlink()
 
 
-def sharded_state(module: MegatronModule, optimizer: Any | None, *, loading_step: int | None = None) -> dict[str, Any]:
+def sharded_state(
+    module: MegatronModule,
+    optimizer: Any | None,
+    *,
+    loading_step: int | None = None,
+    trained: dict[str, Any] | None = None,
+) -> dict[str, Any]:
     """Model (and optimizer) of this rank as Megatron's sharded state dict.
 
-    To load into it, give the optimizer step that the checkpoint was written at.
+    To load into it, give the optimizer step that the checkpoint was written at. `trained` stands for the model where
+    only part of it is trained: the sharded tensors of that part.
     """
-    model = module.sharded_state_dict(metadata=dict(SHARDING))
+    model = module.sharded_state_dict(metadata=dict(SHARDING)) if trained is None else trained
     state = {"model": _without_empty_objects(model)}
     if optimizer is not None:
         loading = loading_step is not None
@@ -115,13 +114,16 @@ def optimizer_step(optimizer: Any) -> int:
     return max((int(group.get("step", 0)) for group in optimizer.param_groups), default=0)
 
 
-def _place(item: ShardedTensor | ShardedTensorFactory, prefix: str = "") -> tuple[str, Any]:
-    """What tells a sharded tensor of this rank from the others: the experts of a layer share one name."""
-    where = item.build_fn if isinstance(item, ShardedTensorFactory) else item.global_offset
-    return item.key.removeprefix(prefix), where
+Place = tuple[str, tuple[int, ...]]
+"""Name of a tensor and where a shard begins in it: the experts of a layer are shards of one tensor."""
 
 
-def _portable(node: Any, parameters: dict[tuple[str, Any], torch.Tensor], step: int) -> Any:
+def _place(item: ShardedTensor | ShardedTensorFactory) -> Place:
+    first = item if isinstance(item, ShardedTensor) else next(iter(nested_values(item.build())))
+    return item.key.removeprefix(DISTRIBUTED_MASTER), tuple(first.global_offset)
+
+
+def _portable(node: Any, parameters: dict[Place, torch.Tensor], step: int) -> Any:
     """An optimizer's sharded state with nothing in it that depends on the layout or on the kind of optimizer.
 
     Only tensors go to the checkpoint. Groups, their options and the order of the parameters are the running
@@ -148,11 +150,12 @@ def _groups_at(groups: list[dict[str, Any]], step: int) -> LocalNonpersistentObj
     return LocalNonpersistentObject(own)
 
 
-def _master_copy(item: ShardedTensor | ShardedTensorFactory, parameters: dict[tuple[str, Any], torch.Tensor]) -> Any:
-    parameter = parameters[_place(item, DISTRIBUTED_MASTER)]
+def _master_copy(item: ShardedTensor | ShardedTensorFactory, parameters: dict[Place, torch.Tensor]) -> Any:
+    name, begin = _place(item)
+    parameter = parameters[name, begin]
     if parameter.dtype == torch.float32:
         return LocalNonpersistentObject(parameter)
-    item.key = MASTER + item.key.removeprefix(DISTRIBUTED_MASTER)
+    item.key = MASTER + name
     return item
 
 
@@ -175,27 +178,12 @@ def write_sharded(state: dict[str, Any], folder: Path, *, reserve: Path) -> None
         raise CheckpointError(f"the checkpoint cannot be written to {folder}: {failure}") from failure
 
 
-class _OnlyFormatTypes(pickle.Unpickler):
-    """Reads torch's checkpoint metadata, and refuses a pickle that names anything else, since unpickling runs code."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) not in METADATA_TYPES and not (module == "torch" and _is_data_type(name)):
-            raise pickle.UnpicklingError(f"it names {module}.{name}, which no checkpoint needs")
-        return super().find_class(module, name)
-
-
-def _is_data_type(name: str) -> bool:
-    return isinstance(getattr(torch, name, None), torch.dtype)
-
-
 def check_metadata(folder: Path) -> None:
     """Raises CheckpointError when the folder's pickled metadata holds more than a checkpoint's tables."""
-    path = folder / ".metadata"
     try:
-        with path.open("rb") as file:
-            _OnlyFormatTypes(file).load()
-    except (pickle.UnpicklingError, EOFError, OSError) as error:
-        raise CheckpointError(f"{path} is not read: {error}") from None
+        read_metadata(folder)
+    except ConversionError as problem:
+        raise CheckpointError(str(problem)) from None
 
 
 def read_sharded(state: dict[str, Any], folder: Path) -> dict[str, Any]:
@@ -209,10 +197,11 @@ def read_sharded(state: dict[str, Any], folder: Path) -> dict[str, Any]:
         raise CheckpointError(f"{folder} does not fit this model or optimizer: {failure}") from failure
 
 
-def load_module(module: MegatronModule, values: dict[str, Any]) -> None:
-    """Put loaded tensors into the module. Raises CheckpointError when a parameter or buffer got none."""
+def load_module(module: MegatronModule, values: dict[str, Any], *, part: bool = False) -> None:
+    """Put loaded tensors into the module. Raises CheckpointError when a parameter or buffer got none; `part`: when the
+    module has no such parameter."""
     missing, unexpected = module.load_state_dict(values, strict=False)
-    wrong = [key for key in [*missing, *unexpected] if not key.endswith("_extra_state")]
+    wrong = [key for key in ([] if part else missing) + unexpected if not key.endswith("_extra_state")]
     if wrong:
         raise CheckpointError(f"the checkpoint does not fit this model: {wrong[0]} is only in one of them")
 

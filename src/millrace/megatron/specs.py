@@ -30,14 +30,17 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 from torch import Tensor
 
-from millrace.config.model_shape import LayerShape, MambaShape
+from millrace.config.model_shape import LayerShape, MambaShape, ModelShape
 from millrace.megatron.attention import PackedAttention
+from millrace.megatron.latent_attention import LatentAttention, latent_attention_spec
+from millrace.megatron.local_layers import needs_local_layers
 
 log = logging.getLogger(__name__)
 
 
 class RMSNorm(torch.nn.Module):
-    """Root-mean-square norm (Zhang and Sennrich, 2019) over the last dimension.
+    """Root-mean-square norm (Zhang and Sennrich, 2019) over the last dimension, times the weight or, where the config
+    says so, 1 + weight.
 
     Under sequence parallelism each rank sees part of the tokens; the flag on the weight tells Megatron-Core to add up
     the ranks' gradients.
@@ -46,11 +49,15 @@ class RMSNorm(torch.nn.Module):
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **unused: Any) -> None:
         super().__init__()
         self.eps = eps
+        self.zero_centered = config.layernorm_zero_centered_gamma
         device = torch.cuda.current_device()
-        self.weight = torch.nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype, device=device))
+        unit = torch.zeros if self.zero_centered else torch.ones
+        self.weight = torch.nn.Parameter(unit(hidden_size, dtype=config.params_dtype, device=device))
         setattr(self.weight, "sequence_parallel", config.sequence_parallel)  # noqa: B010
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.zero_centered:  # 1 + weight would lose the weight's last bits in bfloat16
+            return F.rms_norm(x.float(), (x.shape[-1],), 1 + self.weight.float(), self.eps).type_as(x)
         return F.rms_norm(x, (x.shape[-1],), self.weight, self.eps)
 
 
@@ -68,15 +75,20 @@ def transformer_engine_is_there() -> bool:
     return importlib.util.find_spec("transformer_engine") is not None
 
 
+def uses_transformer_engine(shape: ModelShape, device: torch.device) -> bool:
+    """Whether the model's layers are Transformer Engine's; those of `local_layers` are always plain torch modules."""
+    return device.type == "cuda" and transformer_engine_is_there() and not needs_local_layers(shape)
+
+
 def block_spec(
     config: TransformerConfig, layers: Sequence[LayerShape], mamba: MambaShape | None, device: torch.device
 ) -> TransformerBlockSubmodules:
     """Specification of one pipeline stage, of these layers."""
-    use_te = device.type == "cuda" and transformer_engine_is_there()
+    use_te = config.transformer_impl == "transformer_engine"
     if device.type == "cuda" and not use_te:
+        reason = "has no such layers" if transformer_engine_is_there() else "is not installed"
         log.warning(
-            "Transformer Engine is not installed: layers are built from plain torch modules, which are slower and have "
-            "no FP8"
+            f"Transformer Engine {reason}: they are built from plain torch modules, which are slower and have no FP8"
         )
     specs = {layer: _layer(config, layer, mamba, use_te) for layer in set(layers)}
     norm = _transformer_engine_norm() if use_te else RMSNorm
@@ -92,11 +104,15 @@ def _layer(config: TransformerConfig, layer: LayerShape, mamba: MambaShape | Non
 
 
 def _transformer_engine_layer(config: TransformerConfig, moe: bool) -> ModuleSpec:
-    return get_gpt_layer_with_transformer_engine_spec(
+    spec = get_gpt_layer_with_transformer_engine_spec(
         num_experts=config.num_moe_experts if moe else None,
         moe_grouped_gemm=config.moe_grouped_gemm,
         qk_layernorm=config.qk_layernorm,
+        multi_latent_attention=config.multi_latent_attention,
     )
+    if config.multi_latent_attention:
+        spec.submodules.self_attention.module = LatentAttention
+    return spec
 
 
 def _transformer_engine_norm() -> type:
@@ -105,10 +121,16 @@ def _transformer_engine_norm() -> type:
     return TENorm
 
 
-def _torch_layer(config: TransformerConfig, moe: bool) -> ModuleSpec:
-    provider = TorchSpecProvider()
+FUSED_ATTENTION_NORM = {"input_layernorm.": "self_attention.linear_qkv.layer_norm_"}
+FUSED_LATENT_NORMS = {
+    "self_attention.q_layernorm.": "self_attention.linear_q_up_proj.layer_norm_",
+    "self_attention.kv_layernorm.": "self_attention.linear_kv_up_proj.layer_norm_",
+}
+
+
+def _self_attention_spec(provider: TorchSpecProvider, config: TransformerConfig) -> ModuleSpec:
     qk_norm = provider.layer_norm(for_qk=True) if config.qk_layernorm else IdentityOp
-    attention = ModuleSpec(
+    return ModuleSpec(
         module=SelfAttention,
         params={"attn_mask_type": AttnMaskType.causal},
         submodules=SelfAttentionSubmodules(
@@ -119,19 +141,24 @@ def _torch_layer(config: TransformerConfig, moe: bool) -> ModuleSpec:
             k_layernorm=qk_norm,
         ),
     )
+
+
+def _torch_layer(config: TransformerConfig, moe: bool) -> ModuleSpec:
+    provider = TorchSpecProvider()
+    latent = config.multi_latent_attention
     mlp = get_mlp_module_spec_for_backend(
         backend=provider, num_experts=config.num_moe_experts if moe else None, moe_grouped_gemm=False
     )
     # Transformer Engine fuses a norm into the linear behind it. Checkpoints carry those names, so that they load with
     # either kind of layer; a mixture of experts has no such linear.
-    fused_names = {"input_layernorm.": "self_attention.linear_qkv.layer_norm_"}
+    fused_names = dict(FUSED_LATENT_NORMS if latent else FUSED_ATTENTION_NORM)
     if not moe:
         fused_names["pre_mlp_layernorm."] = "mlp.linear_fc1.layer_norm_"
     return ModuleSpec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(
             input_layernorm=provider.layer_norm(),
-            self_attention=attention,
+            self_attention=latent_attention_spec(provider) if latent else _self_attention_spec(provider, config),
             self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=provider.layer_norm(),
             mlp=mlp,

@@ -36,12 +36,12 @@ from millrace.converters.mapping import mapping_for
 from millrace.converters.safetensors_io import HFReader
 from millrace.data.batch import TokenBatch
 from millrace.megatron import weights
-from millrace.megatron.convert_worker import load_with_bar, widest_dtype
 from millrace.megatron.policy import DTYPES, Policy
 from millrace.megatron.topology import Topology
 from millrace.megatron.worker import (
     Verdict,
     add_layout_arguments,
+    bytes_bar,
     conclude,
     end_with,
     gather,
@@ -371,6 +371,18 @@ def load_policy(
     if policy.optimizer is not None:
         policy.optimizer.reload_model_params()
     return policy
+
+
+def widest_dtype(reader: HFReader) -> str:
+    """bfloat16 when all tensors are stored so, else float32, which holds float16 and bfloat16 exactly."""
+    return "bfloat16" if {str(reader.lazy(name).dtype) for name in reader.names} == {"torch.bfloat16"} else "float32"
+
+
+def load_with_bar(policy: Policy, path: str) -> None:
+    parameters = weights.bind(policy.module, policy.shape, policy.topology)
+    total = sum(bound.tensor.numel() * bound.tensor.element_size() for bound in parameters)
+    with bytes_bar("reading", total) as advance:
+        weights.load_hf(parameters, policy.shape, path, advance)
 
 
 def main(argv: Sequence[str]) -> int:

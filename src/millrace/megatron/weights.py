@@ -6,10 +6,12 @@ rank holds.
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from operator import attrgetter
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
@@ -22,6 +24,20 @@ from millrace.converters.mapping import Entry, canonical_name, mapping_for
 from millrace.converters.safetensors_io import HFReader
 from millrace.megatron.model import layers_of_stage
 from millrace.megatron.topology import Topology
+
+log = logging.getLogger(__name__)
+
+
+class Adapter(Protocol):
+    """What is trained beside a frozen weight and merged into it on the way out."""
+
+    def merged(self, weight: Tensor) -> Tensor:
+        """This rank's part of the weight with the adapter in it."""
+        ...
+
+
+ADAPTER = "lora"
+"""Name of the submodule that adapts its parent's weight."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +53,12 @@ class BoundParameter:
     replicas: int
     """Ranks that hold the same shard."""
     replica: int
+    adapter: Adapter | None = None
+
+    @property
+    def merged(self) -> Tensor:
+        """The tensor itself, or with its adapter in it."""
+        return self.tensor if self.adapter is None else self.adapter.merged(self.tensor)
 
     @property
     def group(self) -> dist.ProcessGroup:
@@ -46,6 +68,22 @@ class BoundParameter:
         return parallel_state.get_expert_tensor_parallel_group()
 
 
+class CanonicalNames:
+    """What the mapping calls the parameters of this rank's module."""
+
+    def __init__(self, shape: ModelShape, topology: Topology) -> None:
+        self.layers = range(*layers_of_stage(shape, topology.pp, topology.pp_rank))
+        each = shape.num_experts // topology.ep
+        self.experts = range(topology.ep_rank * each, (topology.ep_rank + 1) * each)
+
+    def __call__(self, name: str) -> str:
+        return canonical_name(name, self.layers, self.experts.start)
+
+    def here(self, entry: Entry) -> bool:
+        """Whether a parameter of a layer is one of this rank's."""
+        return entry.layer in self.layers and (entry.expert is None or entry.expert in self.experts)
+
+
 def bind(
     model: torch.nn.Module,
     shape: ModelShape,
@@ -53,33 +91,45 @@ def bind(
     of: Callable[[torch.nn.Parameter], Tensor] | None = None,
 ) -> list[BoundParameter]:
     """The parameters of this rank, and the buffers that have an entry, in the mapping's order, which is the same on all
-    ranks that share them. With `of` what it takes from each parameter instead, such as its gradient.
+    ranks that share them. With `of` what it takes from each parameter instead, such as its gradient. Adapters are no
+    parameters of their own here, but belong to the weights they adapt.
 
     Raises ConversionError for a parameter without an entry, and for an entry that this rank's layers should hold and do
     not.
     """
-    mapping = mapping_for(shape)
-    layers = range(*layers_of_stage(shape, topology.pp, topology.pp_rank))
-    each = shape.num_experts // topology.ep
-    experts = range(topology.ep_rank * each, (topology.ep_rank + 1) * each)
+    mapping, names = mapping_for(shape), CanonicalNames(shape, topology)
     take = of or attrgetter("data")
-    named = {canonical_name(name, layers, experts.start): take(p) for name, p in model.named_parameters()}
+    own = [(name, p) for name, p in model.named_parameters() if not is_adapter_parameter(name)]
+    named = {names(name): take(p) for name, p in own}
     for name in named:
         mapping[name]  # a parameter without an entry is an error
-    buffers = {canonical_name(name, layers, experts.start): b for name, b in model.named_buffers()}
+    adapters: dict[str, Adapter] = {}
+    buffers = {names(name): b for name, b in model.named_buffers()}
     if of is None:
         named |= {name: buffer for name, buffer in buffers.items() if name in mapping}
+        modules = model.named_modules()
+        adapters = {names(f"{name}.weight"): m.lora for name, m in modules if hasattr(m, ADAPTER)}
     present = named.keys() | buffers.keys()
     for entry in mapping:
-        if entry.name not in present and entry.layer in layers and (entry.expert is None or entry.expert in experts):
+        if entry.name not in present and names.here(entry):
             raise ConversionError(f"the model on rank {topology.rank} has no parameter for {entry.name}")
-    return [_bind_one(entry, named[entry.name], topology) for entry in mapping if entry.name in named]
+    return [
+        bind_one(entry, named[entry.name], topology, adapters.get(entry.name))
+        for entry in mapping
+        if entry.name in named
+    ]
 
 
-def _bind_one(entry: Entry, tensor: Tensor, t: Topology) -> BoundParameter:
+def is_adapter_parameter(name: str) -> bool:
+    """Whether a module's parameter of this name belongs to an adapter."""
+    return f".{ADAPTER}." in name
+
+
+def bind_one(entry: Entry, tensor: Tensor, t: Topology, adapter: Adapter | None = None) -> BoundParameter:
+    """A parameter of this rank, or what takes its shape, with its place among the ranks."""
     if entry.expert is None:
-        return BoundParameter(entry, tensor, t.tp, t.tp_rank, t.dp * t.cp, t.dp_rank * t.cp + t.cp_rank)
-    return BoundParameter(entry, tensor, t.etp, t.etp_rank, t.edp, t.edp_rank)
+        return BoundParameter(entry, tensor, t.tp, t.tp_rank, t.dp * t.cp, t.dp_rank * t.cp + t.cp_rank, adapter)
+    return BoundParameter(entry, tensor, t.etp, t.etp_rank, t.edp, t.edp_rank, adapter)
 
 
 @torch.no_grad()
@@ -94,8 +144,16 @@ def load_hf(
     `progress` is told the bytes of each parameter that was filled. Raises ConversionError when the checkpoint lacks a
     tensor, has one too many, or one of another shape than config.json says.
     """
-    reader = HFReader(path)
-    mapping_for(shape).check_names(reader.names)
+    reader, mapping = HFReader(path), mapping_for(shape)
+    mapping.check_names(reader.names)
+    if (unread := mapping.unread_names(reader.names)) and dist.get_rank() == 0:
+        log.warning(
+            "%s: %d tensors of the layers for multi-token prediction (%s...) are left out; they are not trained, and "
+            "exports will not hold them",
+            path,
+            len(unread),
+            ", ".join(mapping.unread),
+        )
     for bound in parameters:
         sources = [reader.lazy(name) for name in bound.entry.hf]
         local = bound.entry.to_megatron(sources, bound.shards, bound.rank)
@@ -110,7 +168,8 @@ def load_hf(
 
 @torch.no_grad()
 def hf_tensors(parameters: list[BoundParameter]) -> Iterator[tuple[str, Tensor]]:
-    """The Hugging Face tensors this rank owns; over all ranks each tensor of the model comes exactly once.
+    """The Hugging Face tensors this rank owns, adapters merged; over all ranks each tensor of the model comes exactly
+    once.
 
     Collective: every rank iterates to the end. One parameter is whole on one rank at a time. Among the replicas of a
     parameter they take turns. A tensor may share memory with the parameter: use it before the next update.
@@ -140,9 +199,10 @@ def _in_turn(parameters: list[BoundParameter]) -> list[BoundParameter]:
 def _gather_to_first(bound: BoundParameter) -> list[Tensor] | None:
     """All shards of a parameter on the first rank of its group, None on the others."""
     if bound.shards == 1:
-        return [bound.tensor]
+        return [bound.merged]
     if bound.entry.rule.kind == "replicated":
-        return [bound.tensor] * bound.shards if bound.rank == 0 else None
-    shards = [torch.empty_like(bound.tensor) for _ in range(bound.shards)] if bound.rank == 0 else None
-    dist.gather(bound.tensor.contiguous(), shards, group=bound.group, group_dst=0)
+        return [bound.merged] * bound.shards if bound.rank == 0 else None
+    own = bound.merged.contiguous()
+    shards = [torch.empty_like(own) for _ in range(bound.shards)] if bound.rank == 0 else None
+    dist.gather(own, shards, group=bound.group, group_dst=0)
     return shards

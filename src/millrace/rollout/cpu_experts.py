@@ -1,8 +1,8 @@
 """Experts without a gate on vLLM's CPU engines: down(activation(up(x))), as the Nemotron-H hybrids have them.
 
 vLLM's CPU kernels compute gated experts only, and it refuses the others before it looks for a kernel (vLLM 0.32). Here
-is one in plain torch: the (token, expert) pairs are sorted by expert, so that each expert that was chosen multiplies
-one block of rows. `install` makes it known; it must run before the model is built.
+is one in plain torch: the (token, expert) pairs are sorted by expert, and each expert that was chosen multiplies one
+block of rows. `install` makes it known; it must run before the model is built.
 """
 
 from __future__ import annotations
@@ -34,15 +34,15 @@ def apply_experts(
     activation: Callable[[Tensor], Tensor],
 ) -> Tensor:
     """Each token's sum over its K experts, [T, H] float32. T tokens, E experts, H hidden, F expert width."""
-    tokens, top = experts_TK.shape
+    top = experts_TK.shape[1]
     order = torch.argsort(experts_TK.flatten(), stable=True)
     counts = torch.bincount(experts_TK.flatten(), minlength=len(up_EFH)).tolist()
-    answers = torch.empty(tokens * top, down_EHF.shape[1])
+    answers = torch.empty(experts_TK.numel(), down_EHF.shape[1])
     for expert, pairs in enumerate(order.split(counts)):
         if len(pairs):
             inner = activation(functional.linear(x_TH[pairs // top], up_EFH[expert]))
             answers[pairs] = functional.linear(inner, down_EHF[expert]).float()
-    return torch.einsum("tkh,tk->th", answers.view(tokens, top, -1), weights_TK.float())
+    return (answers.unflatten(0, experts_TK.shape) * weights_TK[..., None]).sum(1)
 
 
 class UngatedExperts(CPUUnquantizedExperts):  # type: ignore[misc]

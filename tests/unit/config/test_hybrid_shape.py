@@ -70,7 +70,7 @@ def test_what_transformers_saves_reads_as_what_was_released(tmp_path: Path) -> N
         ({"mlp_hidden_act": "gelu"}, "mlp_hidden_act is 'gelu'"),
         ({"attention_bias": True}, "attention_bias is true"),
         ({"n_shared_experts": 2}, "n_shared_experts is 2"),
-        ({"norm_topk_prob": False}, "norm_topk_prob is false"),
+        ({"norm_topk_prob": False}, "norm_topk_prob is False"),
         ({"tie_word_embeddings": True}, "a head of its own"),
         ({"num_nextn_predict_layers": 1}, "num_nextn_predict_layers is not 0"),
         ({"residual_in_fp32": True}, "residual_in_fp32 is true"),

@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -49,6 +50,145 @@ def test_parameters_are_counted_as_transformers_counts_them(tmp_path: Path, fami
     assert shape.tied_embeddings is tied
     moe = "experts" if family in ("Qwen3Moe", "Mixtral") else "dense"
     assert [layer.ffn for layer in shape.layers] == [moe, "dense" if family == "Qwen3Moe" else moe, moe, moe]
+
+
+DEEPSEEK = {
+    "architectures": ["DeepseekV3ForCausalLM"],
+    "num_key_value_heads": 4,
+    "moe_intermediate_size": 48,
+    "first_k_dense_replace": 1,
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 4,
+    "n_shared_experts": 2,
+    "n_group": 4,
+    "topk_group": 2,
+    "q_lora_rank": 24,
+    "kv_lora_rank": 32,
+    "qk_nope_head_dim": 32,
+    "qk_rope_head_dim": 16,
+    "v_head_dim": 24,
+}
+
+
+@pytest.mark.parametrize("q_rank", [24, None])
+def test_latent_attention_and_shared_experts_are_counted_as_transformers_counts_them(
+    tmp_path: Path, q_rank: int | None
+) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, DeepseekV3Config
+
+    config = DeepseekV3Config(**SMALL | DEEPSEEK | {"q_lora_rank": q_rank})
+    config.save_pretrained(tmp_path)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    shape = ModelShape.from_hf(tmp_path)
+    assert shape.parameter_count() == sum(p.numel() for p in model.parameters())
+    idle = 3 * (8 - 4) * shape.layer_parameters(1).expert
+    assert shape.active_parameter_count() == shape.parameter_count() - idle - 331 * 64
+    assert [layer.ffn for layer in shape.layers] == ["dense", "experts", "experts", "experts"]
+    assert (shape.head_dim, shape.num_kv_heads, shape.shared_ffn_hidden_size) == (48, 4, 96)
+    assert (shape.expert_groups, shape.groups_per_token, shape.prediction_layers) == (4, 2, 1)
+
+
+def test_a_token_that_may_choose_from_all_groups_has_no_groups(tmp_path: Path) -> None:
+    shape = dense(tmp_path, **DEEPSEEK | {"n_group": 1, "topk_group": 1})
+    assert (shape.expert_groups, shape.groups_per_token) == (1, 1)
+
+
+def test_yarns_numbers_are_complete(tmp_path: Path) -> None:
+    yarn = {"type": "yarn", "factor": 40, "original_max_position_embeddings": 4096}
+    expected = {"rope_type": "yarn", "factor": 40, "original_max_position_embeddings": 4096, "beta_fast": 32}
+    expected |= {"beta_slow": 1, "mscale": 1.0, "mscale_all_dim": 0.0}
+    assert dense(tmp_path, **DEEPSEEK, rope_scaling=yarn).rope_scaling == expected
+    both = {"mscale": 0.7, "mscale_all_dim": 0.9}
+    assert dense(tmp_path, **DEEPSEEK, rope_scaling=yarn | both).rope_scaling == expected | both
+
+
+@pytest.mark.parametrize(
+    ("facts", "reason"),
+    [
+        ({"architectures": ["DeepseekV32ForCausalLM"]}, "sparse attention"),
+        ({"architectures": ["DeepseekV2ForCausalLM"]}, "its router"),
+        ({"scoring_func": "softmax"}, "scoring_func is 'softmax'"),
+        ({"topk_method": "greedy"}, "topk_method is 'greedy'"),
+        ({"moe_layer_freq": 2}, "moe_layer_freq is 2"),
+        ({"rope_interleave": False}, "rope_interleave is False"),
+        ({"attention_bias": True}, "attention_bias is true"),
+        ({"num_key_value_heads": 2}, "num_key_value_heads is 2"),
+        ({"norm_topk_prob": False}, "norm_topk_prob is False with 4 experts a token"),
+        ({"num_experts_per_tok": 1}, "norm_topk_prob is True with 1 experts a token"),
+        ({"n_group": 3}, "8 experts do not make 3 equal groups"),
+        ({"n_group": 8}, "8 experts do not make 8 equal groups of two"),
+        ({"topk_group": 8}, "topk_group 8 is larger than n_group 4"),
+        ({"num_experts_per_tok": 5}, "num_experts_per_tok 5 is larger than the experts in 2 of 4 groups"),
+        ({"qk_rope_head_dim": 15}, "qk_rope_head_dim 15 is odd"),
+        ({"rope_scaling": {"type": "llama3"}}, "'llama3' is not supported; the types are default, yarn"),
+        ({"rope_scaling": {"type": "yarn", "factor": 4}}, "original_max_position_embeddings is None"),
+        ({"rope_scaling": {"type": "yarn", "attention_factor": 2}}, "attention_factor"),
+        ({"rope_scaling": {"type": "yarn", "mscale_all_dim": 1}}, "mscale_all_dim without mscale"),
+    ],
+)
+def test_a_deepseek_v3_that_is_not_built_is_refused(tmp_path: Path, facts: dict[str, object], reason: str) -> None:
+    assert any(reason in problem for problem in problems(tmp_path, **DEEPSEEK | facts))
+
+
+GEMMA = {"architectures": ["Gemma3ForCausalLM"], "model_type": "gemma3_text", "head_dim": 32, "sliding_window": 48}
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_gemma3_is_read_as_transformers_reads_it(tmp_path: Path, tied: bool) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, Gemma3TextConfig
+
+    scaling = {"rope_type": "linear", "factor": 8.0}
+    facts = SMALL | GEMMA | {"num_hidden_layers": 8, "tie_word_embeddings": tied, "query_pre_attn_scalar": 168}
+    config = Gemma3TextConfig(**facts, rope_scaling=scaling, rope_local_base_freq=2e4)
+    config.save_pretrained(tmp_path)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    shape = ModelShape.from_hf(tmp_path)
+    assert shape.parameter_count() == sum(p.numel() for p in model.parameters())
+    assert [layer.window for layer in shape.layers] == [48] * 5 + [None] + [48] * 2
+    assert (shape.attention_scale, shape.embedding_scale) == (168**-0.5, 8.0)
+    assert (shape.rope_theta, shape.rope_scaling, shape.rope_local_theta) == (1e6, scaling, 2e4)
+    # transformers 5 has written layer_types and rope_parameters; releases have the older keys.
+    old = facts | {"rope_scaling": scaling, "rope_local_base_freq": 2e4, "sliding_window_pattern": 6}
+    assert ModelShape.from_hf(write(tmp_path, **old)) == replace(shape, torch_dtype="float32")
+
+
+def test_a_gemma3_without_its_defaults_is_read_as_transformers_reads_it(tmp_path: Path) -> None:
+    from transformers import Gemma3TextConfig
+
+    known = {key: value for key, value in SMALL.items() if key != "num_key_value_heads"}
+    (tmp_path / "config.json").write_text(json.dumps(known | {"architectures": ["Gemma3ForCausalLM"]}))
+    shape, config = ModelShape.from_hf(tmp_path), Gemma3TextConfig(**known)
+    assert (shape.num_kv_heads, shape.head_dim) == (config.num_key_value_heads, config.head_dim)
+    assert shape.max_position_embeddings == config.max_position_embeddings
+    assert {layer.window for layer in shape.layers} == {config.sliding_window}
+    assert shape.attention_scale == config.query_pre_attn_scalar**-0.5
+    rope = config.rope_parameters
+    assert shape.rope_theta == rope["full_attention"]["rope_theta"]
+    assert shape.rope_local_theta == rope["sliding_attention"]["rope_theta"]
+    assert shape.tied_embeddings and config.tie_word_embeddings
+
+
+@pytest.mark.parametrize(
+    ("facts", "reason"),
+    [
+        ({"architectures": ["Gemma3ForConditionalGeneration"]}, "on text alone"),
+        ({"final_logit_softcapping": 30.0}, "final_logit_softcapping is 30.0"),
+        ({"attn_logit_softcapping": 50.0}, "attn_logit_softcapping is 50.0"),
+        ({"use_bidirectional_attention": True}, "causal attention only"),
+        ({"attention_bias": True}, "attention_bias is true"),
+        ({"hidden_activation": "gelu"}, "hidden_activation is 'gelu'"),
+        ({"layer_types": ["full_attention"] * 3}, "for each of the 4 layers"),
+        ({"layer_types": ["chunked_attention"] * 4}, "sliding_attention or full_attention"),
+        ({"query_pre_attn_scalar": 0}, "query_pre_attn_scalar is 0"),
+        ({"rope_parameters": {"sliding_attention": {"rope_type": "linear", "factor": 2.0}}}, "is scaled"),
+    ],
+)
+def test_a_gemma3_that_is_not_built_is_refused(tmp_path: Path, facts: dict[str, object], reason: str) -> None:
+    assert any(reason in problem for problem in problems(tmp_path, **GEMMA | facts))
 
 
 def test_both_spellings_of_rope_are_read(tmp_path: Path) -> None:

@@ -58,6 +58,19 @@ def test_bytes_follow_the_data_type_and_the_distributed_optimizer(recipe_file: P
     assert shared.optimizer_bytes == 4 * count
 
 
+def test_with_lora_only_the_adapters_have_gradients_and_optimizer_state(recipe_file: Path) -> None:
+    shape = ModelShape.from_hf(recipe_file.parent / "base")
+    lora = "model.lora={rank: 2, targets: [q_proj, o_proj]}"
+    for tp in (1, 2):
+        full = plan(recipe_file, "model.dtype=float32", f"parallel.tp={tp}").ranks[0]
+        rank = plan(recipe_file, "model.dtype=float32", f"parallel.tp={tp}", lora).ranks[0]
+        heads = shape.num_heads * shape.head_dim
+        trained = shape.num_layers * 2 * 2 * (shape.hidden_size + heads // tp)
+        assert rank.trained == trained and rank.parameters == full.parameters + trained
+        assert (rank.weight_bytes, rank.gradient_bytes) == (4 * rank.parameters, 4 * trained)
+        assert rank.optimizer_bytes == 8 * trained
+
+
 def test_experts_are_divided_over_expert_parallel_ranks(recipe_file: Path) -> None:
     shape = ModelShape.from_hf(recipe_file.parent / "moe")
     one, two = plan(recipe_file, "model.path=moe"), plan(recipe_file, "model.path=moe", "parallel={dp: 2, ep: 2}")

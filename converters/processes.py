@@ -1,0 +1,149 @@
+"""Jobs on several processes, with one count of bytes, that end together: at a failure, at Ctrl-C, and when their parent
+is killed.
+
+Each process holds one job's tensors at a time and nothing of Megatron-Core. What it frees it keeps, so that the next
+tensor finds memory that is mapped already, which is worth more than the copies that are saved elsewhere.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from multiprocessing.connection import wait as wait_for
+from typing import Any, TypeVar
+
+from millrace.converters.errors import ConversionError
+
+Job = TypeVar("Job")
+Result = TypeVar("Result")
+
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of glibc's mallopt
+_KEPT_BYTES = 1 << 30
+_POLL_SECONDS = 0.2
+
+_shared: Any = None
+"""In a worker: the counter of bytes, and the flag that says stop."""
+
+
+class Stopped(Exception):
+    """Another process failed, or the user pressed Ctrl-C."""
+
+
+def default_processes() -> int:
+    """One for each core this process may use, eight at most: disks are not faster with more."""
+    return min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+
+
+def advance(count: int) -> None:
+    """Count bytes that a job of this process has written. Raises Stopped when the jobs are to end."""
+    counter, stop = _shared
+    if stop.is_set():
+        raise Stopped
+    with counter.get_lock():
+        counter.value += count
+
+
+class Workers:
+    """Processes that do jobs. They start with the block, which may do something else until it has jobs for them."""
+
+    def __init__(self, processes: int, module: str) -> None:
+        """`module` is what a process imports as it starts: that of the jobs."""
+        self.processes = processes
+        self.module = module
+
+    def __enter__(self) -> Workers:
+        spawn = multiprocessing.get_context("spawn")
+        self._counter, self._stop = shared = (spawn.Value("q", 0), spawn.Event())
+        self._pool = ProcessPoolExecutor(self.processes, mp_context=spawn, initializer=_start, initargs=shared)
+        self._threads = ThreadPoolExecutor(self.processes)
+        with _deaf_to_interrupts():
+            for _ in range(self.processes):
+                self._pool.submit(importlib.import_module, self.module)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._stop.set()
+        self._pool.shutdown(wait=True, cancel_futures=True)
+        self._threads.shutdown(wait=True)
+
+    def run(
+        self,
+        work: Callable[[Job], Result],
+        jobs: Iterable[Job],
+        progress: Callable[[int], None],
+        settle: Callable[[Job, Result], None],
+    ) -> None:
+        """Do every job; `progress` is told the bytes that were counted since the last call. What waits for the disk is
+        left to `settle`, which threads of this process call with what a job returned, so that the processes go on.
+
+        The first error is raised. Raises ConversionError when a process is killed, as by a system without memory.
+        """
+        told = 0
+        try:
+            with _deaf_to_interrupts():
+                working = {self._pool.submit(work, job): job for job in jobs}
+            waiting: set[Future[Any]] = set(working)
+            while waiting:
+                ended, waiting = wait(waiting, timeout=_POLL_SECONDS, return_when=FIRST_COMPLETED)
+                counted = self._counter.value
+                progress(counted - told)
+                told = counted
+                for future in ended:
+                    result = future.result()
+                    if future in working:
+                        waiting.add(self._threads.submit(settle, working[future], result))
+        except BrokenProcessPool:
+            raise ConversionError(
+                "a process that was writing was killed, by the system when memory runs out; the same command goes on, "
+                "with --processes 1 in the least memory"
+            ) from None
+
+
+def run_alone(work: Callable[..., Result], *arguments: Any) -> Result:
+    """Call a function in a process of its own, which leaves nothing behind."""
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=spawn, initializer=_start, initargs=(None, None)) as pool:
+        with _deaf_to_interrupts():
+            result = pool.submit(work, *arguments)
+        return result.result()
+
+
+@contextmanager
+def _deaf_to_interrupts() -> Iterator[None]:
+    """Processes that are started here never hear Ctrl-C: their parent does, and stops them."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _start(counter: Any, stop: Any) -> None:
+    """What each process does first."""
+    global _shared
+    _shared = (counter, stop)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    _keep_freed_memory()
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        wait_for([parent.sentinel])
+        os._exit(1)
+
+
+def _keep_freed_memory() -> None:
+    """Pages that go back to the system come again zeroed, one fault each: slower than any copy made here."""
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):
+        libc.mallopt(_M_MMAP_MAX, 0)
+        libc.mallopt(_M_TRIM_THRESHOLD, _KEPT_BYTES)
