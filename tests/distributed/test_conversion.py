@@ -26,7 +26,7 @@ def run_steps(folder: Path, world: int, steps: list[tuple[str, str]]) -> list[in
     file, codes = folder / f"steps-{world}.json", folder / f"codes-{world}.json"
     described = [{"program": p, "arguments": a.split(), "port": free_port()} for p, a in steps]
     file.write_text(json.dumps(described))
-    launch(WORKER, world, [str(file), str(codes)], timeout=240)
+    launch(WORKER, world, [str(file), str(codes)], timeout=600)
     return json.loads(codes.read_text())
 
 

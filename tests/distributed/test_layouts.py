@@ -140,7 +140,7 @@ def results(checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPathFacto
         for one in cases:
             one.update(model=str(checkpoints[one["model"]]), port=free_port())
         (folder / "cases.json").write_text(json.dumps(cases))
-        launch(Path(__file__).with_name("layout_worker.py"), world, [str(folder / "cases.json"), str(folder)], 300)
+        launch(Path(__file__).with_name("layout_worker.py"), world, [str(folder / "cases.json"), str(folder)], 900)
         for one in cases:
             files = [folder / f"{one['name']}-{rank}.pt" for rank in range(world)]
             found[one["name"]] = [torch.load(file, weights_only=False) for file in files]

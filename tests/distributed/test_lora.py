@@ -118,7 +118,7 @@ def found(checkpoints: dict[str, Path], folder: Path) -> Found:
         for one in these:
             one.update(model=str(checkpoints[one["model"]]), port=free_port(), folder=str(folder))
         (at / "cases.json").write_text(json.dumps(these))
-        launch(Path(__file__).with_name("lora_worker.py"), world, [str(at / "cases.json"), str(at)], 300)
+        launch(Path(__file__).with_name("lora_worker.py"), world, [str(at / "cases.json"), str(at)], 900)
         for one in these:
             files = [at / f"{one['name']}-{rank}.pt" for rank in range(world)]
             results[one["name"]] = [torch.load(file, weights_only=False) for file in files]
