@@ -67,6 +67,9 @@ def _end_group(child: subprocess.Popen[bytes]) -> None:
         with contextlib.suppress(ProcessLookupError):  # it ended by itself
             os.kill(pid, signal.SIGKILL)
     child.wait()
+    limit = time.monotonic() + GRACE_SECONDS
+    while _descendants() and time.monotonic() < limit:  # a killed process ends when its turn on a core comes
+        time.sleep(0.01)
 
 
 def _others_left(child: subprocess.Popen[bytes]) -> bool:
