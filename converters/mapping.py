@@ -23,7 +23,17 @@ from torch import Tensor
 from millrace.converters.errors import ConversionError
 from millrace.converters.rules import Column, Replicated, Row, Rule, Sections, Shape, Source, Vocabulary
 
-FAMILIES = ("llama", "qwen2", "qwen3", "qwen3_moe", "mixtral", "deepseek_v3", "gemma3_text", "nemotron_h")
+FAMILIES = (
+    "llama",
+    "mistral",
+    "qwen2",
+    "qwen3",
+    "qwen3_moe",
+    "mixtral",
+    "deepseek_v3",
+    "gemma3_text",
+    "nemotron_h",
+)
 
 Kind = Literal["column", "gqa", "sections", "row", "vocabulary", "replicated"]
 """How a line is cut: `gqa` is a column interleaved per key/value group, `sections` a column in several blocks of rows,

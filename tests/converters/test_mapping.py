@@ -238,7 +238,7 @@ def test_an_unknown_parameter_and_an_unknown_family_are_refused(tmp_path):
     with pytest.raises(ConversionError, match=r"no line"):
         mapping["decoder.layers.0.mlp.shared_experts.linear_fc1.weight"]
     object.__setattr__(shape, "family", "gpt2")
-    with pytest.raises(ConversionError, match=r"'gpt2' is not known; known are llama, qwen2"):
+    with pytest.raises(ConversionError, match=r"'gpt2' is not known; known are llama, mistral"):
         mapping_for(shape)
 
 

@@ -45,6 +45,7 @@ def test_one_and_two_ranks_verify(tmp_path):
     tied = write_checkpoint("qwen3", tmp_path / "tied", tied=True, vocab_size=301, dtype="bfloat16")
     llama = write_checkpoint("llama", tmp_path / "llama", shards=2)
     moe = write_checkpoint("qwen3_moe", tmp_path / "moe", mlp_only_layers=[0])
+    hybrid = write_checkpoint("nemotron_h", tmp_path / "hybrid", hybrid_override_pattern="ME*-ME", dtype="bfloat16")
     other = write_checkpoint("llama", tmp_path / "other", seed=1)
     right, wrong = tmp_path / "right.safetensors", tmp_path / "wrong.safetensors"
     one_rank = [
@@ -60,11 +61,13 @@ def test_one_and_two_ranks_verify(tmp_path):
         ("verify", f"roundtrip --hf {moe} --ep 2"),
         ("verify", f"roundtrip --hf {moe} --dp 2 --dtype float32"),
         ("verify", f"logits --hf {tied} --tp 2"),
+        ("verify", f"logits --hf {hybrid} --tp 2 --ep 2"),
+        ("verify", f"roundtrip --hf {hybrid} --tp 2 --etp 2 --dtype bfloat16"),
         ("verify", f"layout --hf {llama} --reference {right} --tp 2 --card {tmp_path}/layout.yaml"),
         ("verify", f"layout --hf {llama} --reference {wrong} --pp 2 --card {tmp_path}/wrong.yaml"),
         ("altered", f"roundtrip --hf {llama} --tp 2 --card {tmp_path}/altered.yaml"),
     ]
-    assert run_steps(tmp_path, 2, two_ranks) == [0, 0, 0, 0, 0, 0, 1, 1]
+    assert run_steps(tmp_path, 2, two_ranks) == [0, 0, 0, 0, 0, 0, 0, 0, 1, 1]
 
     assert card(tmp_path / "tied.yaml")["verdict"] == "passed" and card(tmp_path / "tied.yaml")["equal"] == 46
     assert card(tmp_path / "layout.yaml")["max_relative_gradient_diff"] < 1e-5
@@ -73,6 +76,13 @@ def test_one_and_two_ranks_verify(tmp_path):
     altered = card(tmp_path / "altered.yaml")
     assert altered["summary"] == ("model.layers.3.mlp.gate_proj.weight differs in 1 of 8192 elements, by 0.5 at most")
     assert altered["equal"] == altered["tensors"] - 1
+
+
+def test_a_hybrid_with_experts_converts_both_ways_bitwise(tmp_path):
+    hybrid = write_checkpoint("nemotron_h", tmp_path / "hybrid", hybrid_override_pattern="ME*-ME", dtype="bfloat16")
+    hf_to_megatron(hybrid, tmp_path / "megatron", Options(processes=1))
+    megatron_to_hf(tmp_path / "megatron", tmp_path / "back", Options(processes=1))
+    assert same_tensors(hybrid, tmp_path / "back")
 
 
 def add_prediction_layer(folder: Path, layer: int) -> None:

@@ -227,6 +227,9 @@ QWEN3_MOE: Config = dict(
     router_aux_loss_coef=0.0,
 )
 LLAMA: Config = dict(architectures=["LlamaForCausalLM"], **SILU, head_dim=32, rope_theta=500000.0, mlp_bias=False)
+MISTRAL: Config = dict(
+    architectures=["MistralForCausalLM"], **SILU, head_dim=32, rope_theta=1000000.0, sliding_window=12
+)
 QWEN2: Config = dict(
     architectures=["Qwen2ForCausalLM"],
     **SILU,
@@ -356,6 +359,7 @@ FAMILIES: dict[str, Family] = {
     "qwen3": Family(QWEN3, qwen3_layer),
     "qwen3_moe": Family(QWEN3_MOE, qwen3_moe_layer),
     "llama": Family(LLAMA, llama_layer),
+    "mistral": Family(MISTRAL, llama_layer),
     "qwen2": Family(QWEN2, qwen2_layer),
     "mixtral": Family(MIXTRAL, mixtral_layer),
     "gemma3_text": Family(GEMMA3, gemma3_layer, tied=True),

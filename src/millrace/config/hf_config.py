@@ -39,6 +39,12 @@ def _llama(config: HFConfig) -> ModelShape:
     return _decoder(config, positions=2048)
 
 
+def _mistral(config: HFConfig) -> ModelShape:
+    windowed = config.facts.get("sliding_window", 4096) is not None
+    layer = LayerShape(window=config.size("sliding_window", 4096) if windowed else None)
+    return _decoder(config, positions=131072, kv_heads=8, layers=(layer,) * config.size("num_hidden_layers"))
+
+
 def _qwen2(config: HFConfig) -> ModelShape:
     return _decoder(config, positions=32768, attention_bias=True)
 
@@ -372,6 +378,7 @@ def _decoder(
 
 _READERS: dict[str, Callable[[HFConfig], ModelShape]] = {
     "llama": _llama,
+    "mistral": _mistral,
     "qwen2": _qwen2,
     "qwen3": _qwen3,
     "qwen3_moe": _qwen3_moe,
@@ -384,6 +391,7 @@ _READERS: dict[str, Callable[[HFConfig], ModelShape]] = {
 
 ARCHITECTURES = {
     "LlamaForCausalLM": "llama",
+    "MistralForCausalLM": "mistral",
     "Qwen2ForCausalLM": "qwen2",
     "Qwen3ForCausalLM": "qwen3",
     "Qwen3MoeForCausalLM": "qwen3_moe",

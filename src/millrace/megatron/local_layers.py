@@ -1,5 +1,5 @@
-"""What Gemma's layers have besides Megatron-Core's: a window of attention, a RoPE base for it, and norms behind their
-parts.
+"""What some layers have besides Megatron-Core's: a window of attention (Mistral, Gemma), a RoPE base for it, and norms
+behind their parts (Gemma).
 
 They stand on the plain torch modules of `specs`, on CUDA as well. Legend: S tokens of the longest sequence, D head
 dimension.

@@ -191,10 +191,22 @@ def read_sharded(state: dict[str, Any], folder: Path) -> dict[str, Any]:
 
     Raises CheckpointError when a tensor is missing or has another shape.
     """
+    state = without_absent_extra_states(state, folder)
     try:
         return dist_checkpointing.load(state, str(folder), strict=StrictHandling.RAISE_UNEXPECTED)
     except (CheckpointException, CheckpointingException, KeyError) as failure:
         raise CheckpointError(f"{folder} does not fit this model or optimizer: {failure}") from failure
+
+
+def without_absent_extra_states(state: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Transformer Engine's modules have extra states, which hold scales of FP8 alone; a checkpoint that was converted,
+    or saved by other modules, has none, and the modules then start with their own."""
+    wanted = {key for key, item in state["model"].items() if isinstance(item, ShardedObject)}
+    if not wanted:
+        return state
+    present = read_metadata(folder).state_dict_metadata
+    absent = {key for key in wanted if key.endswith("_extra_state") and state["model"][key].unique_key not in present}
+    return {**state, "model": {key: item for key, item in state["model"].items() if key not in absent}}
 
 
 def load_module(module: MegatronModule, values: dict[str, Any], *, part: bool = False) -> None:

@@ -33,7 +33,7 @@ def problems(folder: Path, **facts: object) -> list[str]:
     return caught.value.problems
 
 
-@pytest.mark.parametrize("family", ["Llama", "Mixtral", "Qwen2", "Qwen3", "Qwen3Moe"])
+@pytest.mark.parametrize("family", ["Llama", "Mistral", "Mixtral", "Qwen2", "Qwen3", "Qwen3Moe"])
 @pytest.mark.parametrize("tied", [False, True])
 def test_parameters_are_counted_as_transformers_counts_them(tmp_path: Path, family: str, tied: bool) -> None:
     import torch
