@@ -38,7 +38,10 @@ LAYOUTS: dict[str, dict[str, dict[str, Any]]] = {
         "tp2pp2ep2": {"tp": 2, "pp": 2, "ep": 2, "sequence_parallel": True},
     },
     "deepseek_v3": {"tp2ep2": {"tp": 2, "ep": 2, "sequence_parallel": True}},
+    "gemma3_text": {"tp2sp": {"tp": 2, "sequence_parallel": True}},
+    "nemotron_h": {"tp2ep2": {"tp": 2, "ep": 2, "sequence_parallel": True}},
 }
+ONE = [f"{model}-one" for model in LAYOUTS]
 IDS = [f"{model}-{layout}" for model, layouts in LAYOUTS.items() for layout in layouts]
 
 Found = dict[str, list[dict[str, Any]]]
@@ -104,6 +107,8 @@ def checkpoints(folder: Path) -> dict[str, Path]:
         "qwen3": write_checkpoint("qwen3", folder / "qwen3", num_hidden_layers=2, tied=True),
         "qwen3_moe": write_checkpoint("qwen3_moe", folder / "qwen3_moe", num_hidden_layers=2),
         "deepseek_v3": write_checkpoint("deepseek_v3", folder / "deepseek_v3", num_hidden_layers=2),
+        "gemma3_text": write_checkpoint("gemma3_text", folder / "gemma3_text", num_hidden_layers=2),
+        "nemotron_h": write_checkpoint("nemotron_h", folder / "nemotron_h", hybrid_override_pattern="M*E-"),
     }
 
 
@@ -164,7 +169,7 @@ def test_a_sharded_optimizer_updates_as_a_whole_one(found: Found) -> None:
     assert difference(whole(mine, "updated"), whole(expected, "updated")) <= 1e-4
 
 
-@pytest.mark.parametrize("name", ["qwen3-one", "qwen3_moe-one", "deepseek_v3-one", *IDS])
+@pytest.mark.parametrize("name", [*ONE, *IDS])
 def test_fresh_adapters_change_nothing(name: str, found: Found, checkpoints: dict[str, Path]) -> None:
     base = load_file(checkpoints[name.split("-")[0]] / "model.safetensors")
     untouched = whole(found[name], "untouched")
@@ -177,7 +182,7 @@ def test_fresh_adapters_give_the_models_logits_bit_for_bit(model: str, found: Fo
     assert torch.equal(found[f"{model}-one"][0]["fresh"], found[f"{model}-frozen"][0]["logits"])
 
 
-@pytest.mark.parametrize("name", ["qwen3-one", "qwen3_moe-one", "deepseek_v3-one", *IDS])
+@pytest.mark.parametrize("name", [*ONE, *IDS])
 def test_training_lowers_the_loss_and_leaves_the_base_bit_for_bit(name: str, found: Found) -> None:
     losses = [metrics["loss"] for metrics in found[name][0]["metrics"]]
     assert losses == sorted(losses, reverse=True) and losses[-1] < losses[0] - 1e-3
@@ -186,7 +191,7 @@ def test_training_lowers_the_loss_and_leaves_the_base_bit_for_bit(name: str, fou
         assert rank["trained"] == rank["buffers"] > 0
 
 
-@pytest.mark.parametrize("name", ["qwen3-one", "qwen3_moe-one", "deepseek_v3-one", *IDS])
+@pytest.mark.parametrize("name", [*ONE, *IDS])
 def test_the_plan_counts_what_is_trained(name: str, found: Found, checkpoints: dict[str, Path]) -> None:
     model, layout = name.split("-")
     parallel = ParallelConfig(**LAYOUTS[model].get(layout, {}))
