@@ -117,6 +117,18 @@ def test_ranks_may_wait_as_long_for_each_other_as_for_an_engine(recipe_file: Pat
     assert "wait for engines up to 600 s" in check(recipe_file, too_short, "parallel.dp=2")[0]
 
 
+def test_sequences_are_shared_over_ranks_but_not_those_of_mamba_layers_on_cpu(recipe_file: Path) -> None:
+    from tiny_checkpoints import write_checkpoint
+
+    write_checkpoint("nemotron_h", recipe_file.with_name("hybrid"))
+    shared = ("trainer.device=cpu", "parallel.cp=2", "trainer.collective_timeout_s=700")
+    assert check(recipe_file, *shared) == []
+    assert [p for p in check(recipe_file, *shared, "model.path=hybrid") if "cp" in p] == [
+        "parallel.cp is 2 on CPU, but Megatron-Core shares the sequences of Mamba layers through Transformer Engine "
+        "only; set parallel.cp=1"
+    ]
+
+
 def test_several_updates_of_one_batch_are_fine_with_a_ratio(recipe_file: Path) -> None:
     for kind in ("ppo", "cispo", "gspo"):
         assert check(recipe_file, "stages.climb.updates_per_batch=2", f"stages.climb.loss.kind={kind}") == []
