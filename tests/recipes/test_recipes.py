@@ -1,12 +1,14 @@
+import json
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from stand_ins import NANO, NANO_AS_QWEN3_MOE, QWEN3_8B, ROOT, write_files
+from stand_ins import NANO, QWEN3_8B, ROOT, write_files
 
 from millrace.config.errors import ConfigError
 from millrace.config.loading import dump_recipe, load_recipe
+from millrace.config.model_shape import ModelShape
 from millrace.config.plan import make_plan, render_text
 from millrace.config.rules import check_recipe
 from millrace.config.schema import Recipe
@@ -71,17 +73,17 @@ def test_everything_that_is_missing_is_listed_in_one_go(elsewhere: Path) -> None
 
 @pytest.mark.parametrize("name", [CASCADE, CLUSTER], ids=str)
 def test_with_all_files_present_only_the_environments_that_are_not_built_are_named(elsewhere: Path, name: Path) -> None:
-    problems = check_recipe(with_files(name, NANO_AS_QWEN3_MOE))
+    problems = check_recipe(with_files(name, NANO))
     assert unbuilt(problems) == UNBUILT and len(problems) == len(UNBUILT)
     (workplace,) = [p for p in problems if "workplace_assistant" in p]
     assert "take it out with domains.workplace_assistant=null and the domain out of multi-domain, mopd" in workplace
 
 
-@pytest.mark.parametrize("name", [CASCADE, CLUSTER], ids=str)
-def test_the_real_model_is_refused_by_its_family_alone(elsewhere: Path, name: Path) -> None:
-    problems = [p for p in check_recipe(with_files(name, NANO)) if "which is not built yet" not in p]
-    (problem,) = problems
-    assert problem.startswith("model.path: ") and "NemotronHForCausalLM is not supported; the families are" in problem
+def test_the_model_has_the_parameters_of_its_report(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(NANO))
+    shape = ModelShape.from_hf(tmp_path)
+    assert round(shape.parameter_count() / 1e9, 1) == 31.6
+    assert round(shape.active_parameter_count() / 1e9, 1) == 3.2
 
 
 def test_the_cluster_layout_uses_the_fleet_and_the_judge_of_the_environment(elsewhere: Path) -> None:
@@ -140,7 +142,7 @@ def test_the_recipe_for_qwen3_is_sound_when_its_files_are_there(elsewhere: Path)
 
 def test_a_domain_that_is_not_built_is_taken_out_by_null(elsewhere: Path) -> None:
     out = [f"domains.{name}=null" for name in UNBUILT]
-    recipe = with_files(CASCADE, NANO_AS_QWEN3_MOE, *out, "stages=[{type: evaluate, name: measure}]")
+    recipe = with_files(CASCADE, NANO, *out, "stages=[{type: evaluate, name: measure}]")
     assert check_recipe(recipe) == []
 
 

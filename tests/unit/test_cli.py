@@ -111,7 +111,14 @@ def test_two_runs_in_one_folder_are_refused(recipe_file: Path) -> None:
     assert f"is in use by the run with process id {os.getpid()}" in done.stderr
 
 
-def test_a_failed_conversion_names_the_rank_and_its_log(recipe_file: Path) -> None:
+def test_a_failed_conversion_says_in_a_sentence_what_is_missing(recipe_file: Path) -> None:
     done = millrace("convert", "hf-to-megatron", "--hf", "nowhere", "--out", "out", cwd=recipe_file.parent)
+    assert done.returncode != 0
+    assert "nowhere" in done.stderr and "Traceback" not in done.stderr
+    assert not (recipe_file.parent / "out").exists()
+
+
+def test_a_failed_verification_names_the_rank_and_its_log(recipe_file: Path) -> None:
+    done = millrace("verify", "roundtrip", "--hf", "nowhere", cwd=recipe_file.parent)
     assert done.returncode != 0
     assert "nowhere" in done.stderr and "rank-0.log" in done.stderr
