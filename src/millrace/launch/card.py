@@ -215,7 +215,7 @@ def write_card(card: Path, hf: Path, checks: Sequence[Check], command: str) -> N
     facts = {
         "command": command,
         "date": datetime.now(UTC).date().isoformat(),
-        "versions": versions(),
+        "versions": {name: number for name, number in versions().items() if name != "platform"},
         "model": hf.name,
         "family": shape.family,
         "parameters": shape.parameter_count(),
