@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import dataclasses
 import inspect
+import sys
 import types
 import typing
 from functools import cache
@@ -50,7 +51,7 @@ def field_docs(cls: type) -> dict[str, str]:
     """The string below each field of a schema class, its bases included, as one line by key."""
     docs: dict[str, str] = {}
     for base in reversed([base for base in cls.__mro__ if dataclasses.is_dataclass(base)]):
-        body = _class_bodies()[base.__name__]
+        body = _class_bodies(base.__module__)[base.__name__]
         for statement, after in zip(body, [*body[1:], None], strict=True):
             if isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name) and _is_text(after):
                 text = ast.literal_eval(typing.cast(ast.Expr, after).value)
@@ -63,6 +64,6 @@ def _is_text(node: ast.stmt | None) -> bool:
 
 
 @cache
-def _class_bodies() -> dict[str, list[ast.stmt]]:
-    tree = ast.parse(inspect.getsource(schema))
+def _class_bodies(module: str) -> dict[str, list[ast.stmt]]:
+    tree = ast.parse(inspect.getsource(sys.modules[module]))
     return {node.name: node.body for node in tree.body if isinstance(node, ast.ClassDef)}

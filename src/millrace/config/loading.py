@@ -14,11 +14,12 @@ import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import yaml
 
 from millrace.config import schema
+from millrace.config.cluster import ClusterConfig, cluster_problems
 from millrace.config.errors import ConfigError
 from millrace.config.fields import (
     STAGE_TYPES,
@@ -44,6 +45,8 @@ _PATHS_OF_THE_RECIPE = (
 _PATHS_OF_A_STAGE = ("data",)
 _TEMPLATE = ("model", "chat_template")
 
+T = TypeVar("T")
+
 
 class _Absent:
     """Marks a value that was refused, so that what stands beside it is still looked at."""
@@ -55,16 +58,29 @@ _ABSENT = _Absent()
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """Read a recipe with `key=value` overrides. Paths in it become absolute. Raises ConfigError with every problem."""
     source = read_source(Path(path))
-    problems = apply_overrides(source, overrides)
+    return _convert(Recipe, source, "the recipe", apply_overrides(source, overrides))
+
+
+def load_cluster(path: str | Path) -> ClusterConfig:
+    """Read a cluster file, as strictly as a recipe. Raises ConfigError with every problem."""
+    source = read_source(Path(path))
+    cluster = _convert(ClusterConfig, source, "the cluster file", [])
+    problems = cluster_problems(cluster)
+    if problems:
+        raise ConfigError([f"{source.origin(key)}: {'.'.join(key)} {text}" for key, text in problems])
+    return cluster
+
+
+def _convert(cls: type[T], source: Source, whole: str, problems: list[str]) -> T:
+    """The tree of a source as `cls`; `whole` names it in messages, `problems` are those found before."""
     tree, unresolved = resolve(source)
-    problems += unresolved
     tree = {key: value for key, value in tree.items() if not key.startswith(SHARED)}
-    converter = _Converter(source, silent=bool(unresolved))
-    recipe = converter.section(Recipe, tree, _Place((), ""))
-    problems += converter.problems
-    if problems or isinstance(recipe, _Absent):
+    converter = _Converter(source, whole, silent=bool(unresolved))
+    converted = converter.section(cls, tree, _Place((), ""))
+    problems = [*problems, *unresolved, *converter.problems]
+    if problems or isinstance(converted, _Absent):
         raise ConfigError(problems)
-    return recipe
+    return typing.cast(T, converted)
 
 
 def dump_recipe(recipe: Recipe) -> str:
@@ -96,8 +112,9 @@ class _Place:
 class _Converter:
     """Gives values their types, collecting every problem on the way."""
 
-    def __init__(self, source: Source, silent: bool) -> None:
+    def __init__(self, source: Source, whole: str, silent: bool) -> None:
         self.source = source
+        self.whole = whole
         self.silent_about_missing = silent
         self.problems: list[str] = []
 
@@ -196,7 +213,7 @@ class _Converter:
         return _ABSENT
 
     def _refuse(self, place: _Place, text: str) -> _Absent:
-        self.problems.append(f"{self.source.origin(place.path)}: {place.label or 'the recipe'} {text}")
+        self.problems.append(f"{self.source.origin(place.path)}: {place.label or self.whole} {text}")
         return _ABSENT
 
 

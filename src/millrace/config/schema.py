@@ -163,6 +163,15 @@ class FleetConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class PlacementConfig:
+    trainer_nodes: int | None = None
+    """Nodes over which the trainer's ranks are spread evenly; as few as hold them when absent."""
+    server_nodes: int | None = None
+    """Nodes for the vLLM servers of fleet, judges and served teachers, behind the trainer's. 0: beside the trainer's
+    ranks on its own nodes. As few as hold them when absent."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class JudgeConfig:
     model: str | None = None
     """Folder of a Hugging Face checkpoint that Millrace serves with vLLM as the judge; or `url`."""
@@ -505,6 +514,8 @@ class Recipe:
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     fleet: FleetConfig = field(default_factory=FleetConfig)
+    placement: PlacementConfig = field(default_factory=PlacementConfig)
+    """Which nodes of a cluster do what; on one machine nothing reads it."""
     domains: dict[str, DomainConfig] = field(default_factory=dict)
     """The domains by name."""
     judges: dict[str, JudgeConfig] = field(default_factory=dict)
