@@ -127,7 +127,8 @@ def test_four_ranks_verify_and_exchange_checkpoints_with_the_converter(tmp_path)
     dense = write_checkpoint("qwen3", tmp_path / "dense", tied=True, vocab_size=301, dtype="bfloat16")
     moe = write_checkpoint("qwen3_moe", tmp_path / "moe", dtype="bfloat16")
     latent = write_checkpoint("deepseek_v3", tmp_path / "latent", num_hidden_layers=4)
-    for model in (dense, moe):
+    odd = write_checkpoint("qwen3", tmp_path / "odd", num_hidden_layers=3, dtype="bfloat16")  # stages of 2 and 1 layers
+    for model in (dense, moe, odd):
         hf_to_megatron(model, tmp_path / f"{model.name}-streamed", Options(processes=1))
     steps = [
         ("verify", f"roundtrip --hf {dense} --tp 2 --pp 2"),
@@ -137,9 +138,11 @@ def test_four_ranks_verify_and_exchange_checkpoints_with_the_converter(tmp_path)
         ("checkpoint", f"--hf {moe} --save {tmp_path}/moe-saved --tp 2 --etp 2 --ep 2"),
         ("checkpoint", f"--hf {dense} --load {tmp_path}/dense-streamed --out {tmp_path}/dense-loaded --tp 2 --pp 2"),
         ("checkpoint", f"--hf {moe} --load {tmp_path}/moe-streamed --out {tmp_path}/moe-loaded --pp 2 --ep 2"),
+        ("checkpoint", f"--hf {odd} --save {tmp_path}/odd-saved --tp 2 --pp 2"),
+        ("checkpoint", f"--hf {odd} --load {tmp_path}/odd-streamed --out {tmp_path}/odd-loaded --tp 2 --pp 2"),
     ]
     assert run_steps(tmp_path, 4, steps) == [0] * len(steps)
-    for model in (dense, moe):
+    for model in (dense, moe, odd):
         megatron_to_hf(tmp_path / f"{model.name}-saved", tmp_path / f"{model.name}-back", Options(processes=1))
         assert same_tensors(model, tmp_path / f"{model.name}-loaded")
         assert same_tensors(model, tmp_path / f"{model.name}-back")

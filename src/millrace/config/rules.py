@@ -119,7 +119,11 @@ def layout_problems(p: ParallelConfig, shape: ModelShape) -> Problems:
     yield from _must_divide("parallel.tp", p.tp, shape.num_kv_heads, "key/value heads")
     if shape.has_dense_ffn:
         yield from _must_divide("parallel.tp", p.tp, shape.ffn_hidden_size, "feed-forward columns")
-    yield from _must_divide("parallel.pp", p.pp, shape.num_layers, "layers")
+    if p.pp > shape.num_layers:
+        yield f"parallel.pp is {p.pp}, but the model has {shape.num_layers} layers; set it to that or less"
+    if shape.mamba is not None:
+        yield from _must_divide("parallel.tp", p.tp, shape.mamba.heads, "heads of a Mamba layer")
+        yield from _must_divide("parallel.tp", p.tp, shape.mamba.groups, "groups of a Mamba layer")
     if not shape.num_experts:
         for key, ranks in (("ep", p.ep), ("etp", p.etp)):
             if ranks > 1:
