@@ -65,7 +65,7 @@ def test_one_and_two_ranks_verify(tmp_path):
         ("verify", f"roundtrip --hf {moe} --dp 2 --dtype float32"),
         ("verify", f"logits --hf {tied} --tp 2"),
         ("verify", f"logits --hf {hybrid} --tp 2 --ep 2"),
-        ("verify", f"roundtrip --hf {hybrid} --tp 2 --etp 2 --dtype bfloat16"),
+        ("verify", f"roundtrip --hf {hybrid} --tp 2 --etp 2 --card {tmp_path}/hybrid.yaml"),
         ("verify", f"layout --hf {llama} --reference {right} --tp 2 --card {tmp_path}/layout.yaml"),
         ("verify", f"layout --hf {llama} --reference {wrong} --pp 2 --card {tmp_path}/wrong.yaml"),
         ("altered", f"roundtrip --hf {llama} --tp 2 --card {tmp_path}/altered.yaml"),
@@ -75,6 +75,8 @@ def test_one_and_two_ranks_verify(tmp_path):
     assert card(tmp_path / "tied.yaml")["verdict"] == "passed" and card(tmp_path / "tied.yaml")["equal"] == 46
     assert card(tmp_path / "layout.yaml")["max_relative_gradient_diff"] < 1e-5
     assert "first at sequence 0, position 0" in card(tmp_path / "wrong.yaml")["summary"]
+    # The router's correction bias is float32 in a bfloat16 model.
+    assert card(tmp_path / "hybrid.yaml")["dtype"] == "bfloat16"
     # Row 5 of the last rank's shard is row 64 + 5 of the gate.
     altered = card(tmp_path / "altered.yaml")
     assert altered["summary"] == ("model.layers.3.mlp.gate_proj.weight differs in 1 of 8192 elements, by 0.5 at most")

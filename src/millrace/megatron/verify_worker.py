@@ -131,7 +131,7 @@ def check_roundtrip(policy: Policy, reader: HFReader) -> Verdict:
 
 def roundtrip(arguments: argparse.Namespace) -> Verdict:
     reader = HFReader(arguments.hf)
-    dtype = widest_dtype(reader) if arguments.dtype == "auto" else arguments.dtype
+    dtype = widest_dtype(reader, ModelShape.from_hf(arguments.hf)) if arguments.dtype == "auto" else arguments.dtype
     return _at_layout(arguments, dtype, lambda policy: check_roundtrip(policy, reader))
 
 
@@ -373,9 +373,12 @@ def load_policy(
     return policy
 
 
-def widest_dtype(reader: HFReader) -> str:
-    """bfloat16 when all tensors are stored so, else float32, which holds float16 and bfloat16 exactly."""
-    return "bfloat16" if {str(reader.lazy(name).dtype) for name in reader.names} == {"torch.bfloat16"} else "float32"
+def widest_dtype(reader: HFReader, shape: ModelShape) -> str:
+    """bfloat16 when all tensors are stored so, but for those that have a type of their own in any model (a router's
+    correction bias); else float32, which holds float16 and bfloat16 exactly."""
+    fixed = {name for entry in mapping_for(shape) if entry.dtype is not None for name in entry.hf}
+    found = {reader.lazy(name).dtype for name in reader.names if name not in fixed}
+    return "bfloat16" if found == {torch.bfloat16} else "float32"
 
 
 def load_with_bar(policy: Policy, path: str) -> None:
