@@ -124,6 +124,11 @@ def layout_problems(p: ParallelConfig, shape: ModelShape) -> Problems:
     if shape.mamba is not None:
         yield from _must_divide("parallel.tp", p.tp, shape.mamba.heads, "heads of a Mamba layer")
         yield from _must_divide("parallel.tp", p.tp, shape.mamba.groups, "groups of a Mamba layer")
+    if p.tp > 1 and not p.sequence_parallel and (shape.num_experts or shape.latent_attention is not None):
+        what = "a mixture of experts" if shape.num_experts else "latent attention"
+        yield (
+            f"parallel.tp is {p.tp} with {what}, which needs sequence parallelism; set parallel.sequence_parallel=true"
+        )
     if not shape.num_experts:
         for key, ranks in (("ep", p.ep), ("etp", p.etp)):
             if ranks > 1:
@@ -133,11 +138,6 @@ def layout_problems(p: ParallelConfig, shape: ModelShape) -> Problems:
     yield from _must_divide("parallel.etp", p.etp, shape.moe_ffn_hidden_size, "columns of an expert")
     if shape.shared_ffn_hidden_size:
         yield from _must_divide("parallel.tp", p.tp, shape.shared_ffn_hidden_size, "columns of the shared expert")
-    if p.tp > 1 and not p.sequence_parallel:
-        yield (
-            f"parallel.tp is {p.tp} with a mixture of experts, which needs sequence parallelism; "
-            "set parallel.sequence_parallel=true"
-        )
 
 
 def _lora(recipe: Recipe, shape: ModelShape | None) -> Problems:

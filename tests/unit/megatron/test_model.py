@@ -5,7 +5,7 @@ import pytest
 import torch
 from tiny_checkpoints import write_checkpoint
 
-from millrace.config.model_shape import MambaShape, ModelShape
+from millrace.config.model_shape import LatentAttentionShape, MambaShape, ModelShape
 from millrace.config.schema import ParallelConfig
 from millrace.megatron.model import check_context_parallelism, check_layout, rope_inverse_frequencies
 from millrace.megatron.topology import LayoutError
@@ -43,6 +43,14 @@ def test_tensor_parallelism_must_divide_the_heads_and_groups_of_mamba_layers(tmp
     check_layout(hybrid, ParallelConfig(tp=2))
     with pytest.raises(LayoutError, match="tp is 4, which does not divide the model's 2 groups of a Mamba layer"):
         check_layout(hybrid, ParallelConfig(tp=4))
+
+
+def test_latent_attention_under_tensor_parallelism_needs_sequence_parallelism(dense: ModelShape) -> None:
+    latent = LatentAttentionShape(q_rank=None, kv_rank=16, nope_dim=16, rope_dim=16, v_dim=16)
+    shape = replace(dense, latent_attention=latent)
+    check_layout(shape, ParallelConfig(tp=2, sequence_parallel=True))
+    with pytest.raises(LayoutError, match="latent attention, which needs sequence parallelism"):
+        check_layout(shape, ParallelConfig(tp=2))
 
 
 def test_expert_ranks_without_experts_are_refused(dense: ModelShape) -> None:
