@@ -94,7 +94,9 @@ class _Server:
         if asked["wanted"] != "running":
             self._process = None
             return
-        facts = {key: tuple(value) if isinstance(value, list) else value for key, value in asked["config"].items()}
+        facts: dict[str, Any] = {
+            key: tuple(value) if isinstance(value, list) else value for key, value in asked["config"].items()
+        }
         config = dataclasses.replace(FleetConfig(**facts), interface=self._address)
         self._process = EngineProcess(
             asked["index"],
