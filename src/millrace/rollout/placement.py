@@ -55,7 +55,7 @@ def teacher_seats(recipe: Recipe, engine: FleetConfig, number: int) -> Seats:
 def _on_nodes(kind: str) -> Seats | None:
     """The places of a kind of server in the job that this process is a rank of; None on one machine."""
     meeting = Rendezvous.of_environment()
-    return meeting and Seats(meeting=meeting, places=meeting.placement.servers_of(kind))
+    return Seats(meeting=meeting, places=meeting.placement.servers_of(kind)) if meeting else None
 
 
 def fleet_gpus(recipe: Recipe, *, beside_trainer: bool = True) -> list[str]:

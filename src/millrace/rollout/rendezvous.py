@@ -38,9 +38,9 @@ SILENT_SECONDS = 60.0
 class NodeState:
     node: int
     host: str
-    address: str
-    """Where the other nodes reach it."""
-    port: int
+    address: str = ""
+    """Where the other nodes reach it; empty on one that failed before it knew."""
+    port: int = 0
     """Where the trainer's ranks meet, if this is node 0."""
     beat: int = 0
     """Counts up as long as the node lives: clocks of nodes are not compared."""
