@@ -260,5 +260,12 @@ def _end(pid_files: Iterator[Path]) -> None:
             with suppress(ProcessLookupError):
                 os.kill(pid, number)
         end = time.monotonic() + limit
-        while any(psutil.pid_exists(pid) and psutil.Process(pid).status() != "zombie" for pid in pids) and time.monotonic() < end:
+        while any(_runs(pid) for pid in pids) and time.monotonic() < end:
             time.sleep(0.1)
+
+
+def _runs(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
