@@ -197,6 +197,18 @@ class Cluster:
         time.sleep(3.0)  # the end of the job before must have been settled
         _run("scontrol", "update", f"jobid={job}", "StartTime=now")
 
+    def set_node(self, node: str, state: str) -> None:
+        """`down` or `resume`, as an operator says it."""
+        _run("scontrol", "update", f"nodename={node}", f"state={state}", "reason=trial")
+
+    def kill_node(self, node: str) -> None:
+        """kill -9 of a node's slurmd: Slurm does not hear of the node any more."""
+        os.kill(int((self.root / f"slurmd-{node}.pid").read_text()), signal.SIGKILL)
+
+    def revive_node(self, node: str) -> None:
+        _run("slurmd", "-f", str(self.config), "-N", node)
+        self.wait_idle()
+
 
 @contextmanager
 def running_cluster() -> Iterator[Cluster]:
