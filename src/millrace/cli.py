@@ -181,6 +181,110 @@ def run(
 
 
 @app.command()
+def launch(
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    cluster: Annotated[
+        str | None, typer.Option(metavar="NAME_OR_FILE", help="Cluster of slurm/clusters/, or a YAML file.")
+    ] = None,
+    chain: Annotated[
+        bool, typer.Option("--chain", help="A job for each stage, each behind the one before it.")
+    ] = False,
+    accept_changes: Annotated[
+        bool, typer.Option("--accept-changes", help="Go on although changes of the recipe touch what the run has done.")
+    ] = False,
+    from_: Annotated[
+        str | None, typer.Option("--from", metavar="STAGE", help="Run this stage and all after it again.")
+    ] = None,
+    until: Annotated[str | None, typer.Option(metavar="STAGE", help="The last stage to run now.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the job's script, and do nothing.")] = False,
+) -> None:
+    """Run a recipe as a Slurm job, or resume it. The job saves itself before its time is up and goes on by itself.
+
+    Then `millrace status RUN`, `millrace logs RUN -f` and `millrace cancel RUN`, from any node.
+
+    Examples:
+
+    * `millrace launch recipes/nemotron-cascade-2/cascade.yaml --cluster dgx-h100 --dry-run`
+    * `millrace launch recipes/laptop/dense.yaml fleet.transport=disk --cluster cpu --until sft`
+    * `millrace launch recipes/laptop/cascade.yaml --cluster my-site.yaml --chain`
+    """
+    from millrace.config.loading import load_recipe
+    from millrace.config.rules import require_runnable
+    from millrace.launch.run_dir import locked
+    from millrace.launch.slurm import prepare, require_free, require_slurm, scripts, submit
+    from millrace.launch.starting import Options, foresee, start
+
+    say = Console(highlight=False, markup=False, soft_wrap=True).print
+    if cluster is None:
+        raise ConfigError("launch needs a cluster: --cluster NAME of slurm/clusters/, or a YAML file")
+    loaded = load_recipe(recipe, overrides or ())
+    require_runnable(loaded)
+    prepared, run_dir, options = prepare(loaded, cluster), Path(loaded.run_dir), Options(from_, until, accept_changes)
+    told = foresee(loaded, run_dir, options)
+    written = scripts(prepared, chain, until)
+    if dry_run:
+        say("\n".join(written.values()), end="")
+        say("\n".join(f"# {line}" for line in told))
+        return
+    require_slurm()
+    require_free(run_dir)
+    with locked(run_dir):
+        for line in start(loaded, run_dir, options):
+            say(line)
+    record = submit(prepared, written)
+    say(f"Slurm job {', '.join(record.ids)} on {prepared.placement.nodes} nodes; millrace status {run_dir}")
+
+
+RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run.")]
+
+
+@app.command()
+def status(run_dir: RunFolder) -> None:
+    """Say where a run stands: what runs where, step and rate, last checkpoint, what it waits for, why it failed.
+
+    Example: `millrace status runs/laptop-dense`
+    """
+    from millrace.launch.status import status_lines
+
+    out = Console(highlight=False, markup=False, soft_wrap=True)
+    out.print("\n".join(status_lines(run_dir.resolve())))
+
+
+@app.command()
+def cancel(run_dir: RunFolder) -> None:
+    """Stop a run, wherever it runs; launched or started again, it goes on where it stood.
+
+    Example: `millrace cancel runs/laptop-dense`
+    """
+    from millrace.launch.status import cancel_run
+
+    Console(highlight=False, markup=False, soft_wrap=True).print(cancel_run(run_dir.resolve()))
+
+
+@app.command()
+def logs(
+    run_dir: RunFolder,
+    name: Annotated[
+        str | None, typer.Argument(metavar="[NAME]", help="Component such as rank-1 or engine-0 [default: the job]")
+    ] = None,
+    follow_: Annotated[bool, typer.Option("--follow", "-f", help="Go on as the log grows, until Ctrl-C.")] = False,
+) -> None:
+    """Print a log of a run: of its job, or of one of its components.
+
+    Examples:
+
+    * `millrace logs runs/laptop-dense -f`
+    * `millrace logs runs/laptop-dense engine-0`
+    """
+    from millrace.launch.status import follow, log_file
+
+    for text in follow(log_file(run_dir.resolve(), name), follow_):
+        sys.stdout.write(text)
+        sys.stdout.flush()
+
+
+@app.command()
 def report(
     run_dir: Annotated[Path | None, typer.Argument(metavar="RUN", help="Folder of a run.")] = None,
     metrics: Annotated[

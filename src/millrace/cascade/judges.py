@@ -20,7 +20,7 @@ from millrace.rollout.chat import chat
 from millrace.rollout.client import EngineFailed, RequestRefused, RequestTimeout
 from millrace.rollout.fleet import Fleet
 from millrace.rollout.member import FleetError, FleetLost
-from millrace.rollout.placement import judge_gpus
+from millrace.rollout.placement import judge_seats
 
 WAIT_LOG_SECONDS = 10.0
 PROBE_SECONDS = 1.0
@@ -87,10 +87,10 @@ def start_judges(recipe: Recipe, run_dir: Path) -> Judges:
             remote[name] = config
             endpoint = HttpEndpoint(_url(config), _api_key(name, config))
         else:
-            gpus = judge_gpus(recipe, name)
+            seats = judge_seats(recipe, name)
             kind = f"judge-{name}"
             fleets[name] = Fleet(
-                config.engine, config.model, run_dir, gpus=gpus, kind=kind, served_name=config.served_name
+                config.engine, config.model, run_dir, seats=seats, kind=kind, served_name=config.served_name
             )
             endpoint = ServedEndpoint(fleets[name], stop_token_ids(Path(config.model)))
         judges[name] = Judge(name, config, endpoint)

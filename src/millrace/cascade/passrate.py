@@ -27,7 +27,7 @@ from millrace.evaluation.pass_rate import pass_rate
 from millrace.evaluation.pass_rates import PassRateFile, PromptPassRate, prompt_pass_rate
 from millrace.observe.console import RunConsole
 from millrace.rollout.fleet import Fleet
-from millrace.rollout.placement import fleet_gpus
+from millrace.rollout.placement import Seats, fleet_gpus
 from millrace.stages.control import NoTrainer
 from millrace.stages.episodes import Domain, EpisodePlayer, Group
 
@@ -96,8 +96,8 @@ def _engines(recipe: Recipe, domain: Domain, tokenizer: ChatTokenizer) -> Iterat
     with ExitStack() as stack:
         console = RunConsole(folder)
         stack.callback(console.close)
-        gpus = fleet_gpus(recipe, beside_trainer=False)
-        fleet = stack.enter_context(Fleet(recipe.fleet, recipe.model.path, folder, gpus=gpus))
+        seats = Seats(fleet_gpus(recipe, beside_trainer=False))
+        fleet = stack.enter_context(Fleet(recipe.fleet, recipe.model.path, folder, seats=seats))
         player = EpisodePlayer(NoTrainer(), fleet.serve_checkpoint, tokenizer, fleet, {domain.name: domain}, console)
         stack.callback(player.close)
         fleet.wait_ready()

@@ -6,8 +6,11 @@ by it, and a running job reads it to know what each node does.
 
 from __future__ import annotations
 
+import dataclasses
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from millrace.config.cluster import ClusterConfig
 from millrace.config.errors import ConfigError
@@ -46,6 +49,19 @@ class Placement:
 
     def servers_of(self, kind: str) -> tuple[ServerPlace, ...]:
         return tuple(server for server in self.servers if server.kind == kind)
+
+
+def write_placement(path: Path, placement: Placement) -> None:
+    """Write a placement as JSON, for the nodes of a job."""
+    path.write_text(json.dumps(dataclasses.asdict(placement), indent=2) + "\n", encoding="utf-8")
+
+
+def read_placement(path: Path) -> Placement:
+    """What `write_placement` wrote."""
+    facts = json.loads(path.read_text(encoding="utf-8"))
+    servers = (ServerPlace(**{**server, "gpus": tuple(server["gpus"])}) for server in facts["servers"])
+    trainer = (NodeRanks(**ranks) for ranks in facts["trainer"])
+    return Placement(nodes=facts["nodes"], trainer=tuple(trainer), servers=tuple(servers))
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The ranks of a trainer as processes of this machine.
+"""The ranks of a trainer as processes of this machine: all of them, or those of one node of a job.
 
 Ranks are started directly, with the environment torch.distributed reads, and watched from here: one that dies is named
 with its log, a stop is passed on once, and nothing outlives this process.
@@ -15,7 +15,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -28,6 +28,8 @@ FINISHED, GATED, STOPPED = 0, 3, 130
 GRACE_SECONDS = 30.0
 """How long the other ranks may take to end by themselves after one has failed or stopped; rank 0 closes its engines
 meanwhile."""
+GIVEN_UP_SECONDS = 5.0
+"""The same where the ranks of another machine are lost."""
 
 EXPECTED_WARNINGS = (
     "ignore:Transformer Engine and Apex are not installed",
@@ -44,11 +46,32 @@ EXPECTED_WARNINGS = (
 _PR_SET_PDEATHSIG = 1
 _POLL_SECONDS = 0.05
 _LOST_PEER = ("connection closed by peer", "connection reset by peer", "broken pipe")
+LAST_LINES = 20
 _LIBC = ctypes.CDLL(None)
 
 
 class RankFailed(MillraceError):
-    """A rank ended before its work was done."""
+    """A rank ended before its work was done.
+
+    lost_peer: it only lost its connection to another rank. last_lines: the end of its log.
+    """
+
+    def __init__(self, sentence: str, lost_peer: bool, last_lines: str) -> None:
+        super().__init__(sentence)
+        self.lost_peer, self.last_lines = lost_peer, last_lines
+
+
+@dataclass(frozen=True)
+class RankGroup:
+    """The ranks that one machine has of a trainer."""
+
+    first: int
+    count: int
+    world: int
+    """Ranks of the trainer."""
+    address: str
+    port: int
+    """Where all ranks meet: an address and a port of rank 0's machine."""
 
 
 def launch(recipe: Recipe, run_dir: Path, until: str | None = None) -> int:
@@ -67,13 +90,34 @@ def run_ranks(module: str, arguments: Sequence[str], ranks: int, environment: Ma
 
     Rank 0 writes to this terminal, its errors to LOG_DIR/rank-0.log as well; the others write to LOG_DIR/rank-N.log.
     """
+    group = RankGroup(0, ranks, ranks, "127.0.0.1", free_port())
+    return run_group(module, arguments, group, environment, log_dir, grace=GRACE_SECONDS)
+
+
+def run_group(
+    module: str,
+    arguments: Sequence[str],
+    group: RankGroup,
+    environment: Mapping[str, str],
+    log_dir: Path,
+    *,
+    grace: float,
+    given_up: Callable[[], bool] = lambda: False,
+    on_stop: Callable[[], None] = lambda: None,
+) -> int:
+    """Like `run_ranks`, for the ranks that this machine has of a trainer.
+
+    grace: seconds that the other ranks have after one failed or stopped. given_up: whether the ranks elsewhere are
+    lost, so that those here are ended. on_stop: called when a signal asks the ranks to stop.
+    """
     log_dir.mkdir(parents=True, exist_ok=True)
-    rendezvous = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    rendezvous = {"WORLD_SIZE": str(group.world), "MASTER_ADDR": group.address, "MASTER_PORT": str(group.port)}
     command = [sys.executable, "-m", module, *arguments]
-    watch = _Watch([])
+    watch = _Watch([], grace, given_up, on_stop)
     with watch:
-        for rank in range(ranks):
-            own = {"RANK": str(rank), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(ranks)}
+        for local in range(group.count):
+            rank = group.first + local
+            own = {"RANK": str(rank), "LOCAL_RANK": str(local), "LOCAL_WORLD_SIZE": str(group.count)}
             full = {**os.environ, **environment, **rendezvous, **own}
             watch.ranks.append(_start(rank, command, full, log_dir / f"rank-{rank}.log"))
         return watch.until_the_end()
@@ -105,8 +149,8 @@ def has_nvidia_device() -> bool:
     return any(Path("/dev").glob("nvidia[0-9]*"))
 
 
-def free_port() -> int:
-    """A TCP port of the loopback interface that nobody listens on.
+def free_port(address: str = "127.0.0.1") -> int:
+    """A TCP port of an address of this machine that nobody listens on.
 
     Taken below the range from which the kernel numbers outgoing connections, where another socket of the ranks could
     take it before their rendezvous listens on it.
@@ -114,7 +158,7 @@ def free_port() -> int:
     while True:
         with socket.socket() as probe:
             try:
-                probe.bind(("127.0.0.1", random.randrange(10_000, 32_768)))
+                probe.bind((address, random.randrange(10_000, 32_768)))
             except OSError:
                 continue
             return probe.getsockname()[1]
@@ -192,9 +236,12 @@ def _copy(source: IO[bytes], log: Path) -> None:
 class _Watch:
     """Waits for the ranks, passes signals on to them, and leaves none behind."""
 
-    def __init__(self, ranks: list[_Rank]) -> None:
+    def __init__(
+        self, ranks: list[_Rank], grace: float, given_up: Callable[[], bool], on_stop: Callable[[], None]
+    ) -> None:
         self.ranks = ranks
         self.stop_asked = False
+        self._grace, self._given_up, self._on_stop = grace, given_up, on_stop
         self._before: dict[int, object] = {}
 
     def __enter__(self) -> _Watch:
@@ -225,11 +272,13 @@ class _Watch:
                     stopped.append(rank)
             # A rank that stopped before all had found each other is waited for by the others.
             if failed or stopped:
-                deadline = min(deadline, time.monotonic() + GRACE_SECONDS)
+                deadline = min(deadline, time.monotonic() + self._grace)
+            if self._given_up():
+                deadline = min(deadline, time.monotonic() + GIVEN_UP_SECONDS)
             if time.monotonic() > deadline:
                 break
         if failed and not (self.stop_asked and all(rank.was_interrupted() for rank in failed)):
-            raise RankFailed(_sentence(failed))
+            raise _failure(failed)
         codes = {rank.code for rank in self.ranks}
         agreed = next((code for code in (FINISHED, GATED) if codes == {code}), STOPPED)
         return STOPPED if failed else agreed
@@ -240,18 +289,20 @@ class _Watch:
     def _pass_on(self, number: int, frame: FrameType | None) -> None:
         again = self.stop_asked and number == signal.SIGINT
         self.stop_asked = True
+        self._on_stop()
         for rank in self._running():
             os.kill(rank.process.pid, signal.SIGKILL if again else number)
 
 
-def _sentence(failed: Sequence[_Rank]) -> str:
+def _failure(failed: Sequence[_Rank]) -> RankFailed:
     """Who failed. A rank that only lost its connection to another is not the cause when there is one that did not."""
     tails = {rank.number: _tail(rank.log) for rank in failed}
     own_fault = [r for r in failed if not any(sign in tails[r.number].lower() for sign in _LOST_PEER)]
     rank = (own_fault or failed)[0]
-    last = tails[rank.number].splitlines()[-1:]
-    said = f", its last line: {last[0].strip()}" if last and rank.number else ""
-    return f"rank {rank.number} {rank.ending()}; its log is {rank.log}{said}"
+    lines = tails[rank.number].splitlines()
+    said = f", its last line: {lines[-1].strip()}" if lines and rank.number else ""
+    sentence = f"rank {rank.number} {rank.ending()}; its log is {rank.log}{said}"
+    return RankFailed(sentence, lost_peer=not own_fault, last_lines="\n".join(lines[-LAST_LINES:]))
 
 
 def _tail(log: Path, size: int = 4096) -> str:

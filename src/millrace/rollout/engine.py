@@ -32,6 +32,14 @@ def free_port(host: str) -> int:
         return int(probe.getsockname()[1])
 
 
+def last_lines(log: Path, start: int = 0) -> str:
+    """The last lines of a log behind its byte `start`."""
+    with open(log, "rb") as file:
+        file.seek(start)
+        lines = file.read().decode(errors="replace").splitlines()
+    return "\n".join(lines[-LOG_TAIL_LINES:])
+
+
 class EngineProcess:
     """Engine `index` of a fleet, living at `url`; a respawned one keeps its index and log file and gets another port.
 
@@ -77,9 +85,10 @@ class EngineProcess:
             raise RuntimeError(f"{self.kind} {self.index} was not started")
         return self._process.pid
 
-    def spawn(self) -> None:
-        """Start the server in a session of its own and return at once."""
-        host, port = self._config.interface, free_port(self._config.interface)
+    def spawn(self, port: int | None = None) -> None:
+        """Start the server in a session of its own and return at once. port: a free one when absent."""
+        host = self._config.interface
+        port = port or free_port(host)
         self.url = f"http://{host}:{port}"
         self.log_path.parent.mkdir(parents=True, exist_ok=True)
         command = [sys.executable, "-m", "millrace.rollout.supervisor", str(os.getpid())]
@@ -140,10 +149,7 @@ class EngineProcess:
 
     def log_tail(self) -> str:
         """The last lines that the present process wrote to its log."""
-        with open(self.log_path, "rb") as log:
-            log.seek(self._log_start)
-            lines = log.read().decode(errors="replace").splitlines()
-        return "\n".join(lines[-LOG_TAIL_LINES:])
+        return last_lines(self.log_path, self._log_start)
 
     def port_was_taken(self) -> bool:
         """Whether the present process ended because another one took its port first."""
@@ -180,6 +186,3 @@ class ExternalEngine:
 
     def port_was_taken(self) -> bool:
         return False
-
-
-Engine = EngineProcess | ExternalEngine

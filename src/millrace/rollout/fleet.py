@@ -25,7 +25,7 @@ from millrace.config.schema import FleetConfig
 from millrace.rollout.auth import TOKEN_VARIABLE
 from millrace.rollout.client import Answer, EngineClient
 from millrace.rollout.dispatch import Dispatcher, Job
-from millrace.rollout.engine import Engine, EngineProcess, EngineStartError, ExternalEngine
+from millrace.rollout.engine import EngineProcess, EngineStartError, ExternalEngine
 from millrace.rollout.fleet_health import (
     Action,
     Answered,
@@ -39,7 +39,9 @@ from millrace.rollout.fleet_health import (
     SyncEnded,
     step,
 )
-from millrace.rollout.member import FleetError, FleetLost, FleetNeedsSync, Member
+from millrace.rollout.member import Engine, FleetError, FleetLost, FleetNeedsSync, Member
+from millrace.rollout.placement import HERE, Seats
+from millrace.rollout.remote import RemoteEngine
 from millrace.rollout.server import MODEL_NAME, Device, engine_device
 from millrace.rollout.types import Request, Rollout
 
@@ -70,10 +72,9 @@ class _Answered:
 
 
 class Fleet:
-    """`config.engines` vLLM servers on this machine, or those at `config.addresses`.
+    """`config.engines` vLLM servers on this machine or on nodes of a job, or those at `config.addresses`.
 
-    device: where the engines run; found out when absent. gpus: numbers or names as CUDA_VISIBLE_DEVICES takes them,
-    `tensor_parallel` for each engine.
+    device: where the engines run; found out when absent. seats: which GPUs, or which places on the job's nodes.
     kind: what the engines are called in messages and log files. served_name: what chat requests call the model.
     """
 
@@ -85,7 +86,7 @@ class Fleet:
         log: logging.Logger | None = None,
         *,
         device: Device | None = None,
-        gpus: Sequence[str] = (),
+        seats: Seats = HERE,
         kind: str = "engine",
         served_name: str = MODEL_NAME,
     ) -> None:
@@ -95,18 +96,11 @@ class Fleet:
         self.version: int | None = None
         """Weights that serving engines hold."""
         self._log = log or logging.getLogger("millrace.rollout")
-        self._token = _token(config)
-        start = partial(
-            EngineProcess,
-            config=config,
-            model_path=model_path,
-            run_dir=self.run_dir,
-            token=self._token,
-            device=device or engine_device(),
-            kind=kind,
-            served_name=served_name,
-        )
-        self._engines = _engines(config, gpus, start)
+        self._token = _token(config, seats)
+        named: dict[str, Any] = {"config": config, "model_path": model_path, "run_dir": self.run_dir}
+        named |= {"kind": kind, "served_name": served_name}
+        here = partial(EngineProcess, **named, token=self._token, device=device or engine_device())
+        self._engines = _engines(config, seats, here, partial(RemoteEngine, **named))
         self._serves_checkpoint = False
         self._kept: dict[_Part, _Answered] = {}
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -441,9 +435,9 @@ class Fleet:
         await Dispatcher(self, jobs, take, capacity=capacity, limit=limit).run()
 
 
-def _token(config: FleetConfig) -> str:
+def _token(config: FleetConfig, seats: Seats) -> str:
     if not config.addresses:
-        return secrets.token_urlsafe(32)
+        return seats.meeting.token() if seats.meeting else secrets.token_urlsafe(32)
     token = os.environ.get(TOKEN_VARIABLE)
     if not token:
         raise FleetError(
@@ -453,15 +447,21 @@ def _token(config: FleetConfig) -> str:
     return token
 
 
-def _engines(config: FleetConfig, gpus: Sequence[str], start: Callable[..., EngineProcess]) -> list[Engine]:
+def _engines(
+    config: FleetConfig, seats: Seats, here: Callable[..., EngineProcess], elsewhere: Callable[..., RemoteEngine]
+) -> list[Engine]:
     if config.addresses:
         return [ExternalEngine(index, url) for index, url in enumerate(config.addresses)]
-    width = config.tensor_parallel
+    if seats.meeting:
+        if len(seats.places) != config.engines:
+            raise FleetError(f"{config.engines} servers are wanted, but the job's placement has {len(seats.places)}")
+        return [elsewhere(index, meeting=seats.meeting, place=place) for index, place in enumerate(seats.places)]
+    width, gpus = config.tensor_parallel, seats.gpus
     if gpus and len(gpus) < config.engines * width:
         raise FleetError(
             f"{config.engines} engines of {width} ranks need {config.engines * width} GPUs, but {len(gpus)} are given"
         )
-    return [start(i, gpus=gpus[i * width : (i + 1) * width]) for i in range(config.engines)]
+    return [here(i, gpus=gpus[i * width : (i + 1) * width]) for i in range(config.engines)]
 
 
 def _count(counts: list[int], part: _Part, answered: _Answered) -> None:

@@ -8,8 +8,12 @@ from dataclasses import dataclass, field
 
 from millrace.errors import MillraceError
 from millrace.rollout.client import EngineClient
-from millrace.rollout.engine import Engine
+from millrace.rollout.engine import EngineProcess, ExternalEngine
 from millrace.rollout.fleet_health import EngineHealth, State
+from millrace.rollout.remote import RemoteEngine
+
+Engine = EngineProcess | ExternalEngine | RemoteEngine
+"""A server on this machine, one that somebody else started, or one on another node of the job."""
 
 
 class FleetError(MillraceError):

@@ -1,14 +1,61 @@
-"""Which GPUs of this machine the servers of a run get: behind the trainer's ranks first the fleet's engines, then the
-judges', then the teachers'. On CPU nothing reads these numbers."""
+"""Where the servers of a run go.
+
+On one machine each gets GPUs of it: behind the trainer's ranks first the fleet's engines, then the judges', then the
+teachers'. On CPU nothing reads these numbers. In a job of several nodes each goes where the job's placement says, and
+the agent of that node starts it.
+"""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from dataclasses import dataclass
 
+from millrace.config.placement import ServerPlace
 from millrace.config.schema import FleetConfig, Recipe
 from millrace.rollout.member import FleetError
+from millrace.rollout.rendezvous import Rendezvous
 from millrace.rollout.server import Device, engine_device
+
+
+@dataclass(frozen=True)
+class Seats:
+    """Where the servers of one fleet go: GPUs of this machine, or places on the nodes of a job."""
+
+    gpus: Sequence[str] = ()
+    """Numbers or names as CUDA_VISIBLE_DEVICES takes them, `tensor_parallel` for each server."""
+    meeting: Rendezvous | None = None
+    """The rendezvous of the job whose nodes start the servers."""
+    places: Sequence[ServerPlace] = ()
+    """One for each server, with `meeting`."""
+
+
+HERE = Seats()
+"""On this machine, on whatever devices it has."""
+
+
+def fleet_seats(recipe: Recipe) -> Seats:
+    """Those of the fleet's engines."""
+    return _on_nodes("engine") or Seats(fleet_gpus(recipe))
+
+
+def judge_seats(recipe: Recipe, name: str) -> Seats:
+    """Those of a judge's servers."""
+    return _on_nodes(f"judge-{name}") or Seats(judge_gpus(recipe, name))
+
+
+def teacher_seats(recipe: Recipe, engine: FleetConfig, number: int) -> Seats:
+    """That of the server of the teacher `number`, counted from 0."""
+    seats = _on_nodes("teacher")
+    if seats is None:
+        return Seats(teacher_gpus(recipe, engine, number))
+    return Seats(meeting=seats.meeting, places=seats.places[number : number + 1])
+
+
+def _on_nodes(kind: str) -> Seats | None:
+    """The places of a kind of server in the job that this process is a rank of; None on one machine."""
+    meeting = Rendezvous.of_environment()
+    return Seats(meeting=meeting, places=meeting.placement.servers_of(kind)) if meeting else None
 
 
 def fleet_gpus(recipe: Recipe, *, beside_trainer: bool = True) -> list[str]:

@@ -25,7 +25,7 @@ from millrace.megatron.export import export_hf
 from millrace.megatron.lent_weights import copy_to_host, put
 from millrace.megatron.policy import Policy
 from millrace.rollout.fleet import Fleet
-from millrace.rollout.placement import teacher_gpus
+from millrace.rollout.placement import teacher_seats
 from millrace.stages.context import StageContext
 from millrace.stages.control import ControlGroup
 from millrace.stages.sources import WeightSource
@@ -105,9 +105,9 @@ class ServedTeachers:
         self._fleets: dict[str, Fleet] = {}
         folders = _exported(ctx, sources)
         for number, (label, folder) in enumerate(folders.items()) if ctx.control.is_main else ():
-            gpus = teacher_gpus(ctx.recipe, stage.teacher_engine, number)
+            seats = teacher_seats(ctx.recipe, stage.teacher_engine, number)
             kind = f"teacher-{folder.name}"
-            self._fleets[label] = Fleet(stage.teacher_engine, str(folder), ctx.run_dir, gpus=gpus, kind=kind)
+            self._fleets[label] = Fleet(stage.teacher_engine, str(folder), ctx.run_dir, seats=seats, kind=kind)
             stack.callback(self._fleets[label].close)
             self._fleets[label].start()
         ctx.say(f"{stage.name}: waiting for the servers of {len(folders)} teachers")

@@ -7,6 +7,7 @@ from millrace.config.schema import FleetConfig
 from millrace.rollout.auth import TOKEN_VARIABLE
 from millrace.rollout.fleet import Fleet
 from millrace.rollout.member import FleetError
+from millrace.rollout.placement import Seats
 from millrace.rollout.server import Device, server_command, server_environment
 
 INHERITED = {
@@ -60,7 +61,7 @@ def test_prompts_on_cpu_are_read_in_one_piece_whatever_their_length() -> None:
 def test_an_engine_on_gpus_sees_only_its_own() -> None:
     assert environment(FleetConfig(), "cuda", gpus=["4", "GPU-5"])["CUDA_VISIBLE_DEVICES"] == "4,GPU-5"
     with pytest.raises(FleetError, match="need 4 GPUs, but 3"):
-        Fleet(FleetConfig(engines=2, tensor_parallel=2), "m", "runs/x", device="cuda", gpus=["0", "1", "2"])  # type: ignore[arg-type]
+        Fleet(FleetConfig(engines=2, tensor_parallel=2), "m", "runs/x", device="cuda", seats=Seats(["0", "1", "2"]))  # type: ignore[arg-type]
 
 
 def test_servers_that_already_run_need_their_token(monkeypatch: pytest.MonkeyPatch) -> None:

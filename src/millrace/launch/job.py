@@ -1,0 +1,52 @@
+"""What a launched run keeps in RUN_DIR/launch, beside the placement of its nodes and the folders where they meet.
+
+cluster.json   `Site`: what every node must know of the cluster
+job.json       `JobRecord`: the jobs that were submitted for the run
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from millrace.rollout.rendezvous import read_json, write_json
+
+CLUSTER, JOB = "cluster.json", "job.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Site:
+    cluster: str
+    interface: str | None
+    environment: Mapping[str, str]
+    """Environment variables of every rank and server."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class JobRecord:
+    ids: tuple[str, ...]
+    """Slurm's numbers; several where each stage is a job."""
+    log: str
+    """Log of the job, with %j for its number."""
+    submitted: float = dataclasses.field(default_factory=time.time)
+
+
+def write_site(launch: Path, site: Site) -> None:
+    write_json(launch / CLUSTER, dataclasses.asdict(site))
+
+
+def read_site(launch: Path) -> Site:
+    return Site(**read_json(launch / CLUSTER))
+
+
+def write_job(launch: Path, job: JobRecord) -> None:
+    write_json(launch / JOB, dataclasses.asdict(job))
+
+
+def read_job(launch: Path) -> JobRecord | None:
+    """The jobs that were last submitted; None for a run that was not launched."""
+    facts = read_json(launch / JOB)
+    return JobRecord(**{**facts, "ids": tuple(facts["ids"])}) if facts else None

@@ -1,0 +1,283 @@
+"""A real Slurm cluster of four emulated nodes on this machine, with accounting, from Debian's packages.
+
+The nodes are slurmd processes that listen on 127.0.0.11 to 127.0.0.14 and are named after these addresses, which
+resolve everywhere. All that the cluster keeps lies in one folder, and its daemons are ended by the pids they wrote
+there.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import psutil
+
+DAEMONS = ("munged", "mariadbd", "mariadb-install-db", "slurmdbd", "slurmctld", "slurmd", "sbatch")
+PACKAGES = ("munge", "mariadb-server-core", "mariadb-client-core", "slurmdbd", "slurmctld", "slurmd", "slurm-client")
+NODES = tuple(f"127.0.0.{number}" for number in range(11, 15))
+LIMIT = 60.0
+
+SLURM_CONF = """\
+ClusterName=trial
+SlurmctldHost=localhost(127.0.0.1)
+SlurmctldPort={ctld}
+SlurmUser={user}
+SlurmdUser={user}
+AuthType=auth/munge
+CredType=cred/munge
+AuthInfo=socket={root}/munge.socket
+StateSaveLocation={root}/state
+SlurmdSpoolDir={root}/spool-%n
+SlurmctldPidFile={root}/slurmctld.pid
+SlurmdPidFile={root}/slurmd-%n.pid
+SlurmctldLogFile={root}/slurmctld.log
+SlurmdLogFile={root}/slurmd-%n.log
+MailProg=/bin/true
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+MpiDefault=none
+SelectType=select/cons_tres
+SelectTypeParameters=CR_Core
+SlurmdParameters=config_overrides
+SlurmctldParameters=preempt_send_user_signal
+SchedulerType=sched/backfill
+SchedulerParameters=sched_interval=2,bf_interval=2,batch_sched_delay=0,sched_min_interval=0
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
+ReturnToService=2
+SlurmctldTimeout=30
+SlurmdTimeout=30
+KillWait=20
+MinJobAge=300
+AccountingStorageType=accounting_storage/slurmdbd
+AccountingStorageHost=127.0.0.1
+AccountingStoragePort={dbd}
+AccountingStoragePass={root}/munge.socket
+AccountingStorageEnforce=associations
+JobAcctGatherType=jobacct_gather/none
+NodeName=127.0.0.[11-14] NodeHostname=localhost NodeAddr=127.0.0.[11-14] Port=[{first}-{last}] CPUs=4 RealMemory=4000
+PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP PriorityTier=1 PreemptMode=REQUEUE GraceTime=30
+PartitionName=urgent Nodes=ALL MaxTime=INFINITE State=UP PriorityTier=10 PreemptMode=OFF
+"""
+SLURMDBD_CONF = """\
+AuthType=auth/munge
+AuthInfo=socket={root}/munge.socket
+DbdHost=localhost
+DbdAddr=127.0.0.1
+DbdPort={dbd}
+SlurmUser={user}
+LogFile={root}/slurmdbd.log
+PidFile={root}/slurmdbd.pid
+StorageType=accounting_storage/mysql
+StorageHost=127.0.0.1
+StoragePort={sql}
+StorageUser=slurm
+StoragePass=slurm
+StorageLoc=slurm_acct_db
+"""
+INIT_SQL = """\
+CREATE DATABASE IF NOT EXISTS slurm_acct_db;
+CREATE USER IF NOT EXISTS slurm@'127.0.0.1' IDENTIFIED BY 'slurm';
+GRANT ALL ON slurm_acct_db.* TO slurm@'127.0.0.1';
+"""
+
+
+class NoCluster(Exception):
+    """Why there can be no cluster here."""
+
+
+def install() -> None:
+    """Install Slurm from Debian's packages if it is not there. Raises NoCluster where that cannot be done."""
+    os.environ["PATH"] += os.pathsep + "/usr/sbin"
+    if all(shutil.which(name) for name in DAEMONS):
+        return
+    missing = next(name for name in DAEMONS if not shutil.which(name))
+    if shutil.which("apt-get") is None or os.geteuid() != 0:
+        raise NoCluster(f"{missing} is not installed, and only root can install it by apt-get; install {PACKAGES}")
+    environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
+    for command in (["update"], ["install", "-y", "--no-install-recommends", *PACKAGES]):
+        done = subprocess.run(["apt-get", *command], env=environment, capture_output=True, text=True)
+        if done.returncode != 0:
+            raise NoCluster(f"apt-get {command[0]} failed: {(done.stderr.strip() or 'nothing said').splitlines()[-1]}")
+
+
+class Cluster:
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.config = root / "slurm.conf"
+
+    # ---- up and down
+
+    def up(self) -> None:
+        ports = _free_ports()
+        facts = {"root": self.root, "user": _user(), "ctld": ports, "dbd": ports + 1, "sql": ports + 2}
+        facts |= {"first": ports + 3, "last": ports + 2 + len(NODES)}
+        (self.root / "state").mkdir()
+        self.config.write_text(SLURM_CONF.format(**facts))
+        (self.root / "slurmdbd.conf").touch(mode=0o600)
+        (self.root / "slurmdbd.conf").write_text(SLURMDBD_CONF.format(**facts))
+        os.environ["SLURM_CONF"] = str(self.config)
+        self._munge()
+        self._database(ports + 2)
+        _run("slurmdbd")
+        _until(lambda: _tried("sacctmgr", "-n", "list", "cluster"), "slurmdbd")
+        _run("sacctmgr", "-i", "add", "cluster", "trial")
+        _run("sacctmgr", "-i", "add", "account", "lab", "cluster=trial")
+        _run("sacctmgr", "-i", "add", "user", _user(), "account=lab", "cluster=trial")
+        _run("slurmctld", "-i", "-f", str(self.config))
+        for node in NODES:
+            _run("slurmd", "-f", str(self.config), "-N", node)
+        self.wait_idle()
+
+    def wait_idle(self) -> None:
+        """Wait until every node is free."""
+        _until(lambda: set(_said("sinfo", "-h", "-p", "main", "-o", "%T").split()) == {"idle"}, "idle nodes")
+
+    def down(self) -> None:
+        _tried("scancel", "--user", _user())
+        with suppress(AssertionError):  # what does not end is ended with its node
+            _until(lambda: not _said("squeue", "-h"), "the queue to be empty", 30.0)
+        for pattern in ("slurmd-*.pid", "slurmctld.pid", "slurmdbd.pid", "mariadb.pid", "munge.pid"):
+            _end(self.root.glob(pattern))
+        self._mariadbd.wait(LIMIT)
+
+    def _munge(self) -> None:
+        secret = self.root / "munge"
+        secret.mkdir(mode=0o700)
+        (secret / "key").touch(mode=0o600)
+        (secret / "key").write_bytes(os.urandom(128))
+        files = {"key-file": secret / "key", "pid-file": self.root / "munge.pid", "log-file": secret / "log"}
+        files |= {"socket": self.root / "munge.socket", "seed-file": secret / "seed"}
+        _run("munged", *(f"--{name}={path}" for name, path in files.items()))
+
+    def _database(self, port: int) -> None:
+        data = self.root / "mysql"
+        own = ["--no-defaults", f"--user={_user()}", f"--datadir={data}"]
+        _run("mariadb-install-db", *own, "--auth-root-authentication-method=normal", "--skip-test-db")
+        (self.root / "init.sql").write_text(INIT_SQL)
+        more = [f"--socket={self.root}/sql.socket", f"--pid-file={self.root}/mariadb.pid", f"--port={port}"]
+        more += ["--bind-address=127.0.0.1", f"--init-file={self.root}/init.sql", "--innodb-buffer-pool-size=32M"]
+        more += ["--innodb-flush-log-at-trx-commit=0", "--skip-log-bin", "--innodb-lock-wait-timeout=900"]
+        with (self.root / "mariadbd.log").open("wb") as log:
+            self._mariadbd = subprocess.Popen(
+                ["mariadbd", *own, *more],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        _until(lambda: _listens(port), "mariadbd")
+
+    # ---- what tests do to it
+
+    def state(self, job: str) -> str:
+        """State of a job by squeue, or by sacct when it has left the queue."""
+        asked = subprocess.run(["squeue", "-h", "-j", job, "-o", "%T"], capture_output=True, text=True)
+        if asked.returncode == 0 and asked.stdout.strip():
+            return asked.stdout.strip()
+        lines = _said("sacct", "-n", "-X", "-P", "-j", job, "-o", "State").split()
+        return lines[0] if lines else ""
+
+    def wait_for(self, job: str, states: set[str], limit: float = 240.0) -> str:
+        _until(lambda: self.state(job) in states, f"job {job} to be {states}, it is {self.state(job)}", limit)
+        return self.state(job)
+
+    def start_now(self, job: str) -> None:
+        """Let a job start that was put into the queue again; Slurm would wait two minutes."""
+        self.wait_for(job, {"PENDING"}, 60.0)
+        time.sleep(3.0)  # the end of the job before must have been settled
+        _run("scontrol", "update", f"jobid={job}", "StartTime=now")
+
+    def set_node(self, node: str, state: str) -> None:
+        """`down` or `resume`, as an operator says it."""
+        _run("scontrol", "update", f"nodename={node}", f"state={state}", "reason=trial")
+
+    def kill_node(self, node: str) -> None:
+        """kill -9 of a node's slurmd: Slurm does not hear of the node any more."""
+        os.kill(int((self.root / f"slurmd-{node}.pid").read_text()), signal.SIGKILL)
+
+    def revive_node(self, node: str) -> None:
+        _run("slurmd", "-f", str(self.config), "-N", node)
+        self.wait_idle()
+
+
+@contextmanager
+def running_cluster() -> Iterator[Cluster]:
+    """A cluster that lives as long as the block; raises NoCluster where there can be none."""
+    install()
+    root = Path(tempfile.mkdtemp(prefix="slurm-"))
+    root.chmod(0o755)  # munged wants its socket to be reachable by all
+    cluster = Cluster(root)
+    try:
+        cluster.up()
+        yield cluster
+    finally:
+        cluster.down()
+        shutil.rmtree(root)
+
+
+def _user() -> str:
+    import pwd
+
+    return pwd.getpwuid(os.geteuid()).pw_name
+
+
+def _free_ports(count: int = 10) -> int:
+    """The first of some ports in a row that nobody listens on."""
+    for first in range(16_000, 19_000, count):
+        if not any(_listens(port) for port in range(first, first + count)):
+            return first
+    raise NoCluster("there are no free ports from 16000 to 19000")
+
+
+def _listens(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
+def _run(*command: str) -> str:
+    done = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT)
+    assert done.returncode == 0, f"{' '.join(command)}: {done.stdout}{done.stderr}"
+    return done.stdout
+
+
+def _tried(*command: str) -> bool:
+    return subprocess.run(command, capture_output=True, timeout=LIMIT).returncode == 0
+
+
+def _said(*command: str) -> str:
+    return subprocess.run(command, capture_output=True, text=True, timeout=LIMIT).stdout
+
+
+def _until(condition: Callable[[], bool], what: str, limit: float = LIMIT) -> None:
+    end = time.monotonic() + limit
+    while not condition():
+        assert time.monotonic() < end, f"waited {limit:g} s for {what}"
+        time.sleep(0.2)
+
+
+def _end(pid_files: Iterator[Path]) -> None:
+    pids = [int(text) for file in pid_files if re.fullmatch(r"\d+", text := file.read_text().strip())]
+    for number, limit in ((signal.SIGTERM, 20.0), (signal.SIGKILL, 5.0)):
+        for pid in pids:
+            with suppress(ProcessLookupError):
+                os.kill(pid, number)
+        end = time.monotonic() + limit
+        while any(_runs(pid) for pid in pids) and time.monotonic() < end:
+            time.sleep(0.1)
+
+
+def _runs(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False

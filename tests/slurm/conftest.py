@@ -1,0 +1,18 @@
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+sys.path.append(str(Path(__file__).parents[1] / "e2e"))  # real_runs
+
+from cluster import Cluster, NoCluster, running_cluster
+
+
+@pytest.fixture(scope="session")
+def cluster() -> Iterator[Cluster]:
+    try:
+        with running_cluster() as found:
+            yield found
+    except NoCluster as reason:
+        pytest.skip(f"no Slurm cluster can be brought up here: {reason}")

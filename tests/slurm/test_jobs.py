@@ -1,0 +1,223 @@
+"""Runs as jobs of a real Slurm cluster: trainer and engines on nodes of their own, disturbed, crashed, refused."""
+
+import os
+import signal
+import stat
+import subprocess
+
+import psutil
+import pytest
+import torch
+from real_runs import RL, SFT, exported, write_world
+from real_runs import run as run_here
+from slurm_runs import (
+    finish,
+    launch,
+    millrace,
+    processes_of,
+    rank_process,
+    run_dir_of,
+    said,
+    steps_of,
+    until,
+    write_site,
+    write_wide_recipe,
+)
+
+from millrace.cascade.ledger import Ledger
+from millrace.rollout.rendezvous import Rendezvous
+
+LONG_SFT = {**SFT, "steps": 50}
+SHORT_RL = {**RL, "steps": 3, "prompts_per_step": 2, "sampling": {"max_response_tokens": 48}}
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    return write_world(tmp_path_factory.mktemp("a world of its own"))
+
+
+@pytest.fixture(scope="module")
+def site(world):
+    return write_site(world)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(world):
+    """The export of the long run on this machine."""
+    recipe = write_wide_recipe(world, "undisturbed", stages=[LONG_SFT])
+    assert run_here(recipe) == 0
+    return exported(run_dir_of(recipe))
+
+
+def assert_same(ours, theirs):
+    assert ours.keys() == theirs.keys() and ours
+    different = [name for name in ours if not torch.equal(ours[name], theirs[name])]
+    assert not different, f"{len(different)} of {len(ours)} tensors differ, first {different[0]}"
+
+
+def preempt(cluster):
+    """A job of a higher partition that wants every core; returns when it has run."""
+    asked = ["sbatch", "--parsable", "--partition=urgent", "--nodes=4", "--ntasks-per-node=1", "--cpus-per-task=4"]
+    asked += ["--output=/dev/null", "--wrap=sleep 1"]
+    job = subprocess.run(asked, capture_output=True, text=True, check=True).stdout.strip()
+    cluster.wait_for(job, {"COMPLETED"}, 90)
+
+
+def test_a_cascade_on_four_nodes_is_preempted_and_ends_with_the_weights_of_a_local_run(cluster, world, site):
+    here = write_wide_recipe(world, "here", stages=[SFT, SHORT_RL], domains=True)
+    recipe = write_wide_recipe(world, "job", stages=[SFT, SHORT_RL], domains=True)
+    run_dir = run_dir_of(recipe)
+    (job,) = launch(recipe, site)
+    until((run_dir / "rollouts" / "rl" / "step-000000.jsonl").exists, recipe)
+
+    status = millrace("status", run_dir).stdout
+    assert f"Slurm job {job} RUNNING on 127.0.0.[11-14]" in status
+    for node, part in enumerate(["rank 0", "rank 1", "engine-0", "engine-1"]):
+        assert f"node {node}  127.0.0.{11 + node} (127.0.0.{11 + node})  {part}" in status
+    assert_token_is_secret(run_dir / "launch" / f"{job}.0", recipe)
+    assert "is in use by Slurm job" in millrace("launch", recipe, "--cluster", site).stderr
+
+    preempt(cluster)
+    cluster.start_now(job)
+    assert run_here(here) == 0  # meanwhile
+    finish(cluster, job, recipe)
+    assert "resuming at step" in said(recipe)
+    assert_same(exported(run_dir), exported(run_dir_of(here)))
+    assert list(Ledger(run_dir).scores()) == list(Ledger(run_dir_of(here)).scores())
+    assert not processes_of(recipe)
+    assert f"Slurm job {job} COMPLETED" in millrace("status", run_dir).stdout
+
+
+def assert_token_is_secret(folder, recipe):
+    token = Rendezvous(folder).token()
+    assert len(token) > 30
+    assert stat.S_IMODE((folder / "token").stat().st_mode) == 0o600
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+    assert not any(token in " ".join(process.cmdline()) for process in processes_of(recipe))
+    assert token not in said(recipe)
+    assert not any(token in script.read_text() for script in folder.parent.glob("*.sbatch"))
+
+
+def by_a_node_set_down(cluster, job, recipe):
+    cluster.set_node("127.0.0.12", "down")
+    cluster.wait_for(job, {"PENDING"}, 60)
+    cluster.set_node("127.0.0.12", "resume")
+    cluster.start_now(job)
+
+
+def by_the_end_of_slurmd(cluster, job, recipe):
+    cluster.kill_node("127.0.0.12")
+    cluster.wait_for(job, {"PENDING"}, 90)
+    until(lambda: not processes_of(recipe), recipe, 30)  # also those of the node that Slurm does not reach
+    cluster.revive_node("127.0.0.12")
+    cluster.start_now(job)
+
+
+def by_preemption(cluster, job, recipe):
+    preempt(cluster)
+    cluster.start_now(job)
+
+
+def by_the_warning(cluster, job, recipe):
+    subprocess.run(["scancel", "--signal=USR1", job], check=True)
+    cluster.start_now(job)
+
+
+@pytest.mark.parametrize("disturb", [by_preemption, by_the_warning, by_a_node_set_down, by_the_end_of_slurmd])
+def test_a_job_that_is_disturbed_goes_on_by_itself_and_loses_no_bit(cluster, world, undisturbed, site, disturb):
+    recipe = write_wide_recipe(world, disturb.__name__, stages=[LONG_SFT])
+    (job,) = launch(recipe, site)
+    until(lambda: len(steps_of(recipe)) > 8, recipe)
+    disturb(cluster, job, recipe)
+    finish(cluster, job, recipe)
+    assert "resuming at step" in said(recipe)
+    assert_same(exported(run_dir_of(recipe)), undisturbed)
+    assert steps_of(recipe) == list(range(1, LONG_SFT["steps"] + 1))
+    assert not processes_of(recipe)
+
+
+def test_the_time_limit_saves_the_run_before_it_comes(cluster, world, undisturbed):
+    recipe = write_wide_recipe(world, "limited", stages=[LONG_SFT])
+    (job,) = launch(recipe, write_site(world, time_limit="00:01:00", warn_s=50))
+    cluster.start_now(job)  # it has put itself into the queue
+    assert "stopped as asked" in said(recipe)
+    finish(cluster, job, recipe)
+    assert_same(exported(run_dir_of(recipe)), undisturbed)
+
+
+def test_a_cancelled_run_ends_with_nothing_left_and_goes_on_when_it_is_launched_again(
+    cluster, world, undisturbed, site
+):
+    recipe = write_wide_recipe(world, "cancelled", stages=[LONG_SFT])
+    (job,) = launch(recipe, site)
+    until(lambda: len(steps_of(recipe)) > 8, recipe)
+    assert f"cancelled Slurm job {job}" in millrace("cancel", run_dir_of(recipe)).stdout
+    cluster.wait_for(job, {"CANCELLED"}, 60)
+    until(lambda: not processes_of(recipe), recipe, 30)
+    assert "nothing runs" in millrace("cancel", run_dir_of(recipe)).stdout
+    (again,) = launch(recipe, site)
+    finish(cluster, again, recipe)
+    assert "resuming at step" in said(recipe)
+    assert_same(exported(run_dir_of(recipe)), undisturbed)
+
+
+def test_a_stage_chain_runs_one_job_behind_the_other(cluster, world, site):
+    stages = [SFT, {**SFT, "name": "more"}]
+    recipe = write_wide_recipe(world, "chain", stages=stages)
+    first, second = launch(recipe, site, "--chain")
+    finish(cluster, first, recipe)
+    assert not (run_dir_of(recipe) / "export").exists()
+    finish(cluster, second, recipe)
+    assert exported(run_dir_of(recipe))
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_crash_ends_the_job_within_thirty_seconds_with_its_reason_in_one_place(cluster, world, site, rank):
+    recipe = write_wide_recipe(world, f"crashed-{rank}", stages=[{**SFT, "steps": 10_000}])
+    (job,) = launch(recipe, site)
+    until(lambda: len(steps_of(recipe)) > 5, recipe)
+    rank_process(recipe, rank).kill()
+    assert until(lambda: not processes_of(recipe), recipe) < 30
+    assert cluster.wait_for(job, {"FAILED"}, 30) == "FAILED"
+    failure = Rendezvous(run_dir_of(recipe) / "launch" / f"{job}.0").failure()
+    assert failure.node == rank and failure.component == "trainer"
+    assert failure.reason.startswith(f"rank {rank} was ended by SIGKILL")
+    status = millrace("status", run_dir_of(recipe)).stdout
+    assert f"failed: trainer on node {rank} (127.0.0.{11 + rank}): rank {rank} was ended by SIGKILL" in status
+    assert said(recipe).count(f"failed: trainer on node {rank}") <= 1
+
+
+def test_a_node_that_dies_without_a_word_ends_the_job_and_its_log_says_so(cluster, world, site):
+    recipe = write_wide_recipe(world, "silenced", stages=[{**SFT, "steps": 10_000}])
+    (job,) = launch(recipe, site)
+    until(lambda: len(steps_of(recipe)) > 5, recipe)
+    psutil.Process(rank_process(recipe, 1).ppid()).kill()
+    assert until(lambda: not processes_of(recipe), recipe) < 30
+    assert cluster.wait_for(job, {"FAILED"}, 30) == "FAILED"
+    assert "127.0.0.12: task 1: Killed" in millrace("status", run_dir_of(recipe)).stdout
+
+
+@pytest.mark.parametrize(
+    ("slurm", "said"),
+    [
+        ({"account": "nobody"}, r"Slurm refused the job (account nobody, "),
+        ({"partition": "nowhere"}, "invalid partition specified: nowhere"),
+        ({"options": ["--nonsense=1"]}, "unrecognized option '--nonsense=1'"),
+    ],
+)
+def test_what_slurm_refuses_is_one_sentence(cluster, world, slurm, said):
+    recipe = write_wide_recipe(world, f"refused-{next(iter(slurm))}", stages=[SFT])
+    done = millrace("launch", recipe, "--cluster", write_site(world, **slurm))
+    assert done.returncode == 1
+    assert said in done.stderr and len(done.stderr.splitlines()) == 1, done.stderr
+
+
+def test_without_sacct_the_status_is_had_from_the_controller(cluster, world, site, tmp_path):
+    recipe = write_wide_recipe(world, "brief", stages=[SFT])
+    (job,) = launch(recipe, site)
+    finish(cluster, job, recipe)
+    for command in ("squeue", "scontrol"):
+        (tmp_path / command).symlink_to(f"/usr/bin/{command}")
+    done = millrace("status", run_dir_of(recipe), PATH=str(tmp_path))
+    assert f"Slurm job {job} COMPLETED" in done.stdout
+    assert os.kill, signal
