@@ -33,6 +33,7 @@ from millrace.rollout.rendezvous import (
     LAUNCH_FOLDER,
     PLACEMENT,
     RENDEZVOUS_VARIABLE,
+    SILENT_SECONDS,
     Failure,
     NodeState,
     Pulse,
@@ -52,7 +53,10 @@ GRACE_SECONDS = 10.0
 """How long the ranks of a node may take to end by themselves after one of them failed."""
 VICTIM_SECONDS = 5.0
 """A rank that lost its connection waits so long for the node of the one that broke it to speak first."""
-TOGETHER_SECONDS = 30.0
+DYING_SECONDS = 10.0
+"""A node that gives no sign of life for so long after a stop was asked for has died, which is why it was: the scheduler
+ends the others when one has."""
+TOGETHER_SECONDS = 20.0
 """How long the nodes may take to end after rank 0 has."""
 
 log = logging.getLogger("millrace.rollout")
@@ -112,6 +116,7 @@ class Node:
         self.state = NodeState(node=seat.node, host=seat.host)
         self.ranks = next((ranks for ranks in self.placement.trainer if ranks.node == seat.node), None)
         self._agent: Future[None] | None = None
+        self._pulse = Pulse()
         self.stop_asked = False
         self._superseded = False
         self._lost = threading.Event()
@@ -215,6 +220,7 @@ class Node:
         while not all((state := self.meeting.node(number)) and state.ended for number in others):
             if time.monotonic() > limit or self.meeting.failure():
                 return
+            self._look_around()
             time.sleep(0.1)
 
     # ---- life and death
@@ -222,18 +228,17 @@ class Node:
     def _beat(self, done: threading.Event) -> None:
         """Give signs of life, and notice when another node gives none, when one has failed, and when the job was
         started anew elsewhere."""
-        pulse = Pulse()
         while not done.wait(BEAT_SECONDS):
             if self._agent is not None and self._agent.done() and not self._over():
                 self._fail("servers", f"the agent of the vLLM servers ended: {self._agent.exception()!r}")
             try:
                 self.state = replace(self.state, beat=self.state.beat + 1)
                 self.meeting.announce(self.state)
-                self._look_around(pulse)
+                self._look_around()
             except OSError as error:  # a shared disk that stutters: others see the missing beat
                 log.warning("%s", error)
 
-    def _look_around(self, pulse: Pulse) -> None:
+    def _look_around(self) -> None:
         current = read_json(self.run_dir / LAUNCH_FOLDER / CURRENT).get("job")
         if current not in (None, self.seat.job) and self.meeting.node(0) is not None:
             self._superseded = True
@@ -244,8 +249,10 @@ class Node:
             other = self.meeting.node(number)
             if other is None or number == self.seat.node or other.ended:
                 continue
-            if (silent := pulse.silent_for(other, time.monotonic())) is not None:
-                self._fail(f"node {number}", f"{other.host} has given no sign of life for {silent:.0f} s")
+            silent = self._pulse.silent_for(other, time.monotonic())
+            if silent > (DYING_SECONDS if self.stop_asked else SILENT_SECONDS):
+                reason = f"gave no sign of life for {silent:.0f} s, and did not say that it ends (out of memory?)"
+                self._record_failure(Failure(node=number, host=other.host, component="", reason=reason))
 
     def _rank_failed(self, error: RankFailed) -> int:
         """A rank that fails after the scheduler has asked for the node may have lost anything: the job goes on from its
@@ -263,10 +270,13 @@ class Node:
         failure = Failure(
             node=self.seat.node, host=self.seat.host, component=component, reason=reason, last_lines=last_lines
         )
+        self._record_failure(failure)
+        return FAILED
+
+    def _record_failure(self, failure: Failure) -> None:
         if self.meeting.fail(failure):
             sys.stderr.write(f"{failure}\n")
         self._lost.set()
-        return FAILED
 
     def _note_stop(self) -> None:
         self.stop_asked = True

@@ -19,7 +19,7 @@ from typing import Any, Literal
 from millrace.config.placement import ServerPlace
 from millrace.config.schema import FleetConfig
 from millrace.rollout.engine import PORT_IN_USE, STOP_SECONDS, last_lines
-from millrace.rollout.rendezvous import Pulse, Rendezvous, read_json, write_json
+from millrace.rollout.rendezvous import SILENT_SECONDS, Pulse, Rendezvous, read_json, write_json
 from millrace.rollout.server import MODEL_NAME
 
 LOST = 255
@@ -130,7 +130,7 @@ class RemoteEngine:
             self._looked_at = now
             said, node = read_json(self._state), self._meeting.node(self._place.node)
             self._seen = said if said.get("incarnation") == self._incarnation else {}
-            self._lost = node is not None and self._pulse.silent_for(node, now) is not None
+            self._lost = node is not None and self._pulse.silent_for(node, now) > SILENT_SECONDS
         return self._seen
 
 

@@ -53,7 +53,7 @@ class Failure:
     node: int
     host: str
     component: str
-    """`trainer`, `servers`, `node N` or `launch`."""
+    """`trainer`, `servers` or `launch`; empty for the node itself."""
     reason: str
     """One sentence."""
     last_lines: str = ""
@@ -61,7 +61,8 @@ class Failure:
     time: float = dataclasses.field(default_factory=time.time)
 
     def __str__(self) -> str:
-        said = f"{self.component} on node {self.node} ({self.host}): {self.reason}"
+        what = f", {self.component}" if self.component else ""
+        said = f"node {self.node} ({self.host}){what}: {self.reason}"
         return f"{said}\n{self.last_lines}" if self.last_lines else said
 
 
@@ -139,19 +140,18 @@ class Rendezvous:
 
 
 class Pulse:
-    """Tells whether a node still lives: whether its beat has changed within the limit, by the clock of who asks."""
+    """Tells how long nodes have been silent: since their beat last changed, by the clock of who asks."""
 
-    def __init__(self, limit: float = SILENT_SECONDS) -> None:
-        self._limit = limit
+    def __init__(self) -> None:
         self._last: dict[int, tuple[int, float]] = {}
 
-    def silent_for(self, state: NodeState, now: float) -> float | None:
-        """Seconds since the node's last sign of life when they are too many; None else. now: `time.monotonic()`."""
+    def silent_for(self, state: NodeState, now: float) -> float:
+        """Seconds since the node's last sign of life that was seen here. now: `time.monotonic()`."""
         beat, since = self._last.get(state.node, (None, now))
         if beat != state.beat:
             self._last[state.node] = (state.beat, now)
-            return None
-        return now - since if now - since > self._limit else None
+            return 0.0
+        return now - since
 
 
 def write_json(path: Path, facts: Mapping[str, Any]) -> None:
