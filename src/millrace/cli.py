@@ -5,19 +5,24 @@ Nothing here imports torch, Megatron-Core or transformers, so that help, `check`
 
 from __future__ import annotations
 
+import importlib.util
 import math
 import os
 import shutil
 import sys
 import tempfile
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 from rich.console import Console
 
 from millrace.config.errors import ConfigError
 from millrace.errors import MillraceError
+
+if TYPE_CHECKING:
+    from millrace.config.schema import Recipe
+    from millrace.launch.starting import Options
 
 FAILED, REFUSED = 1, 2
 
@@ -190,6 +195,10 @@ def launch(
     chain: Annotated[
         bool, typer.Option("--chain", help="A job for each stage, each behind the one before it.")
     ] = False,
+    executor: Annotated[
+        str | None, typer.Option(metavar="slurm|local", help="Through NeMo-Run, with this executor.")
+    ] = None,
+    detach: Annotated[bool, typer.Option("--detach", help="With --executor: return when it is submitted.")] = False,
     accept_changes: Annotated[
         bool, typer.Option("--accept-changes", help="Go on although changes of the recipe touch what the run has done.")
     ] = False,
@@ -208,6 +217,7 @@ def launch(
     * `millrace launch recipes/nemotron-cascade-2/cascade.yaml --cluster dgx-h100 --dry-run`
     * `millrace launch recipes/laptop/dense.yaml fleet.transport=disk --cluster cpu --until sft`
     * `millrace launch recipes/laptop/cascade.yaml --cluster my-site.yaml --chain`
+    * `millrace launch recipes/laptop/cascade.yaml --cluster my-site.yaml --executor slurm`
     """
     from millrace.config.loading import load_recipe
     from millrace.config.rules import require_runnable
@@ -216,11 +226,14 @@ def launch(
     from millrace.launch.starting import Options, foresee, start
 
     say = Console(highlight=False, markup=False, soft_wrap=True).print
+    loaded, options = load_recipe(recipe, overrides or ()), Options(from_, until, accept_changes)
+    if executor is not None:
+        _launch_experiment(loaded, executor, cluster, chain, options, detach, dry_run)
+        return
     if cluster is None:
         raise ConfigError("launch needs a cluster: --cluster NAME of slurm/clusters/, or a YAML file")
-    loaded = load_recipe(recipe, overrides or ())
     require_runnable(loaded)
-    prepared, run_dir, options = prepare(loaded, cluster), Path(loaded.run_dir), Options(from_, until, accept_changes)
+    prepared, run_dir = prepare(loaded, cluster), Path(loaded.run_dir)
     told = foresee(loaded, run_dir, options)
     written = scripts(prepared, chain, until)
     if dry_run:
@@ -234,6 +247,24 @@ def launch(
             say(line)
     record = submit(prepared, written)
     say(f"Slurm job {', '.join(record.ids)} on {prepared.placement.nodes} nodes; millrace status {run_dir}")
+
+
+def _launch_experiment(
+    recipe: Recipe, executor: str, cluster: str | None, chain: bool, options: Options, detach: bool, dry_run: bool
+) -> None:
+    """Run a recipe through NeMo-Run, and fail when one of its tasks does."""
+    if importlib.util.find_spec("nemo_run") is None:
+        raise ConfigError(
+            "NeMo-Run is not installed here, and does not go beside vLLM: make an environment that launches by "
+            "constraints/nemo-run.sh and run this command with its millrace"
+        )
+    from millrace.launch.nemo_run import experiment
+
+    with experiment(recipe, executor, cluster=cluster, chain=chain, options=options) as built:
+        if dry_run:
+            built.dryrun()
+        else:
+            built.run(detach=detach, tail_logs=not detach)
 
 
 RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run.")]

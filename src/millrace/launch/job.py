@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from millrace.rollout.rendezvous import read_json, write_json
+from millrace.rollout.rendezvous import LAUNCH_FOLDER, read_json, write_json
 
 CLUSTER, JOB = "cluster.json", "job.json"
 
@@ -50,3 +50,11 @@ def read_job(launch: Path) -> JobRecord | None:
     """The jobs that were last submitted; None for a run that was not launched."""
     facts = read_json(launch / JOB)
     return JobRecord(**{**facts, "ids": tuple(facts["ids"])}) if facts else None
+
+
+def note_job(run_dir: Path, job: str) -> None:
+    """Record a job that another launcher than `millrace launch` has submitted, so that the run is found by it."""
+    launch = run_dir / LAUNCH_FOLDER
+    known = read_job(launch)
+    if known is None or job not in known.ids:
+        write_job(launch, JobRecord(ids=(job,), log=str(run_dir / "logs" / "job-%j.log")))

@@ -105,12 +105,17 @@ def job_script(launch: Launch, until: str | None = None) -> str:
 
 def scripts(launch: Launch, chain: bool, until: str | None) -> dict[str, str]:
     """The scripts by name: one of the whole run, or with `chain` one for each stage."""
+    return {name: job_script(launch, last) for name, last in jobs(launch.recipe, chain, until).items()}
+
+
+def jobs(recipe: Recipe, chain: bool, until: str | None) -> dict[str, str | None]:
+    """The jobs of a run by name, with the last stage of each."""
     if not chain:
-        return {"job": job_script(launch, until)}
-    names = [stage.name for stage in launch.recipe.stages]
+        return {"job": until}
+    names = [stage.name for stage in recipe.stages]
     wanted = names[: names.index(until) + 1] if until else names
     # The last stage of a recipe is run without a word on where to stop, so that its job exports.
-    return {f"job-{name}": job_script(launch, None if name == names[-1] else name) for name in wanted}
+    return {f"job-{name}": None if name == names[-1] else name for name in wanted}
 
 
 def require_slurm() -> None:
@@ -129,11 +134,8 @@ def require_free(run_dir: Path) -> None:
         )
 
 
-def submit(launch: Launch, written: dict[str, str]) -> JobRecord:
-    """Write what the nodes read, and submit the scripts, each behind the one before it.
-
-    Raises SlurmError with what Slurm says of the first it refuses; those before it are cancelled.
-    """
+def write_for_nodes(launch: Launch) -> Path:
+    """Write what every node of a job reads into the run's folder for launches; that folder."""
     folder = launch.run_dir / LAUNCH_FOLDER
     folder.mkdir(parents=True, exist_ok=True)
     launch.log.parent.mkdir(exist_ok=True)
@@ -141,6 +143,15 @@ def submit(launch: Launch, written: dict[str, str]) -> JobRecord:
     cluster = launch.cluster
     site = Site(cluster=cluster.name, interface=cluster.network.interface, environment=cluster.environment)
     write_site(folder, site)
+    return folder
+
+
+def submit(launch: Launch, written: dict[str, str]) -> JobRecord:
+    """Write what the nodes read, and submit the scripts, each behind the one before it.
+
+    Raises SlurmError with what Slurm says of the first it refuses; those before it are cancelled.
+    """
+    folder = write_for_nodes(launch)
     ids: list[str] = []
     for name, text in written.items():
         script = folder / f"{name}.sbatch"
@@ -189,10 +200,15 @@ def _srun(launch: Launch, until: str | None) -> Iterator[str]:
     yield "srun --ntasks-per-node=1 --kill-on-bad-exit=1 --cpu-bind=none"
     container = launch.cluster.container
     if container:
-        mounts = ",".join(_mounts(launch))
-        yield f"--container-image={shlex.quote(container.image)} --container-mounts={shlex.quote(mounts)}"
+        mounted = shlex.quote(",".join(mounts(launch)))
+        yield f"--container-image={shlex.quote(container.image)} --container-mounts={mounted}"
+    yield node_command(launch, until)
+
+
+def node_command(launch: Launch, until: str | None) -> str:
+    """What every node of a job runs."""
     command = [launch.python, "-m", "millrace.launch.node", str(launch.run_dir), *([until] if until else [])]
-    yield shlex.join(command)
+    return shlex.join(command)
 
 
 def _quoted(option: str, value: str) -> str:
@@ -203,17 +219,17 @@ def _quoted(option: str, value: str) -> str:
     return f'{option}="{escaped}"'
 
 
-def _mounts(launch: Launch) -> list[str]:
+def mounts(launch: Launch) -> list[str]:
     """What the container sees of the host: the cluster file's folders, and those of the recipe they do not hold."""
     container = launch.cluster.container
     assert container is not None
-    mounts = [mount if ":" in mount else f"{mount}:{mount}" for mount in container.mounts]
-    inside = [Path(mount.split(":")[1]) for mount in mounts]
+    found = [mount if ":" in mount else f"{mount}:{mount}" for mount in container.mounts]
+    inside = [Path(mount.split(":")[1]) for mount in found]
     for folder in sorted({str(path) for path in recipe_folders(launch.recipe)}):
         if not any(Path(folder).is_relative_to(known) for known in inside):
-            mounts.append(f"{folder}:{folder}")
+            found.append(f"{folder}:{folder}")
             inside.append(Path(folder))
-    return mounts
+    return found
 
 
 def recipe_folders(recipe: Recipe) -> Iterator[Path]:
@@ -245,7 +261,7 @@ def _problems(launch: Launch) -> Iterator[str]:
         return
     if container.image.startswith(("/", "./", "~")) and not Path(container.image).expanduser().exists():
         yield f"{launch.file}: container.image: the file {container.image} does not exist; import it with enroot first"
-    for mount in _mounts(launch):
+    for mount in mounts(launch):
         if "," in mount or mount.count(":") > 2:
             yield f"{mount!r} cannot be mounted into a container: pyxis parts mounts at commas and colons; rename it"
 
