@@ -123,7 +123,7 @@ def test_nemo_knows_the_command(world, launcher, home):
     arguments = ["launch", f"recipe={recipe}", f"cluster={site}", "--dryrun", "--yes"]
     done = launched(launcher, home, "-m", "nemo_run", "millrace", *arguments)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "millrace.launch.node" in done.stdout.replace("\n", "")
+    assert "#SBATCH --nodes=2" in done.stdout and "#SBATCH --signal=USR1@60" in done.stdout
 
 
 def test_without_nemo_run_the_way_to_it_is_said(world):

@@ -25,7 +25,6 @@ from nemo_run.core.tunnel.client import LocalTunnel
 
 from millrace.config.cluster import ClusterConfig
 from millrace.config.errors import ConfigError
-from millrace.config.loading import load_recipe
 from millrace.config.rules import require_runnable
 from millrace.config.schema import Recipe
 from millrace.errors import MillraceError
@@ -186,22 +185,3 @@ def _command(recipe: Recipe, executor: run.Executor, launch: Launch | None, last
     python = launch.python if launch else sys.executable
     command = [python, "-m", "millrace.cli", "run", str(Path(recipe.run_dir) / RECIPE)]
     return shlex.join([*command, *(["--until", last] if last else [])])
-
-
-@run.cli.entrypoint(namespace="millrace", name="launch", type="experiment")
-def launch(
-    ctx: run.cli.RunContext,
-    recipe: str,
-    cluster: str | None = None,
-    overrides: list[str] | None = None,
-    chain: bool = False,
-    until: str | None = None,
-) -> None:
-    """Run a recipe of Millrace: `nemo millrace launch recipe=FILE cluster=NAME_OR_FILE [chain=True] [until=STAGE]`."""
-    loaded = load_recipe(recipe, overrides or ())
-    executor = ctx.executor or ("slurm" if cluster else "local")
-    with experiment(loaded, executor, cluster=cluster, chain=chain, options=Options(until=until)) as built:
-        if ctx.dryrun:
-            built.dryrun()
-        else:
-            built.run(detach=ctx.detach, tail_logs=not ctx.detach)
