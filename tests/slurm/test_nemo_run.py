@@ -121,7 +121,7 @@ def test_a_chain_runs_one_stage_behind_the_other_on_this_machine(world, launcher
 def test_nemo_knows_the_command(world, launcher, home):
     recipe, site = write_wide_recipe(world, "dry", stages=[SFT]), site_of(world)
     arguments = ["launch", f"recipe={recipe}", f"cluster={site}", "--dryrun", "--yes"]
-    done = launched(launcher, home, "-m", "nemo_run", "millrace", *arguments)
+    done = launched(launcher.with_name("nemo"), home, "millrace", *arguments)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "#SBATCH --nodes=2" in done.stdout and "#SBATCH --signal=USR1@60" in done.stdout
 
