@@ -65,16 +65,18 @@ def test_one_and_two_ranks_verify(tmp_path):
         ("verify", f"roundtrip --hf {moe} --dp 2 --dtype float32"),
         ("verify", f"logits --hf {tied} --tp 2"),
         ("verify", f"logits --hf {hybrid} --tp 2 --ep 2"),
+        ("verify", f"layout --hf {hybrid} --tp 2 --ep 2 --card {tmp_path}/biased.yaml"),
         ("verify", f"roundtrip --hf {hybrid} --tp 2 --etp 2 --card {tmp_path}/hybrid.yaml"),
         ("verify", f"layout --hf {llama} --reference {right} --tp 2 --card {tmp_path}/layout.yaml"),
         ("verify", f"layout --hf {llama} --reference {wrong} --pp 2 --card {tmp_path}/wrong.yaml"),
         ("altered", f"roundtrip --hf {llama} --tp 2 --card {tmp_path}/altered.yaml"),
     ]
-    assert run_steps(tmp_path, 2, two_ranks) == [0, 0, 0, 0, 0, 0, 0, 0, 1, 1]
+    assert run_steps(tmp_path, 2, two_ranks) == [0, 0, 0, 0, 0, 0, 0, 0, 0, 1, 1]
 
     assert card(tmp_path / "tied.yaml")["verdict"] == "passed" and card(tmp_path / "tied.yaml")["equal"] == 46
     assert card(tmp_path / "layout.yaml")["max_relative_gradient_diff"] < 1e-5
     assert "first at sequence 0, position 0" in card(tmp_path / "wrong.yaml")["summary"]
+    assert card(tmp_path / "biased.yaml")["max_relative_gradient_diff"] < 1e-5
     # The router's correction bias is float32 in a bfloat16 model.
     assert card(tmp_path / "hybrid.yaml")["dtype"] == "bfloat16"
     # Row 5 of the last rank's shard is row 64 + 5 of the gate.

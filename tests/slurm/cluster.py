@@ -55,7 +55,7 @@ PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 ReturnToService=2
 SlurmctldTimeout=30
-SlurmdTimeout=10
+SlurmdTimeout=5
 KillWait=20
 MinJobAge=300
 AccountingStorageType=accounting_storage/slurmdbd
@@ -136,7 +136,7 @@ class Cluster:
         _run("slurmctld", "-i", "-f", str(self.config))
         for node in NODES:
             _run("slurmd", "-f", str(self.config), "-N", node)
-        self.wait_idle()
+        self.bring_back(node)
 
     def wait_idle(self) -> None:
         """Wait until every node is free."""
@@ -191,15 +191,23 @@ class Cluster:
         _until(lambda: self.state(job) in states, f"job {job} to be {states}, it is {self.state(job)}", limit)
         return self.state(job)
 
+    def settled(self, job: str) -> str:
+        """State of a job when it does not run any more: it may be back in the queue."""
+        return self.wait_for(job, {"PENDING", "COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL"})
+
     def start_now(self, job: str) -> None:
         """Let a job start that was put into the queue again; Slurm would wait two minutes."""
         self.wait_for(job, {"PENDING"}, 60.0)
         time.sleep(3.0)  # the end of the job before must have been settled
         _run("scontrol", "update", f"jobid={job}", "StartTime=now")
 
-    def set_node(self, node: str, state: str) -> None:
-        """`down` or `resume`, as an operator says it."""
-        _run("scontrol", "update", f"nodename={node}", f"state={state}", "reason=trial")
+    def set_down(self, node: str) -> None:
+        """As an operator does it."""
+        _run("scontrol", "update", f"nodename={node}", "state=down", "reason=trial")
+
+    def bring_back(self, node: str) -> None:
+        _tried("scontrol", "update", f"nodename={node}", "state=resume")  # one that answers is back by itself
+        self.wait_idle()
 
     def kill_node(self, node: str) -> None:
         """kill -9 of a node's slurmd: Slurm does not hear of the node any more."""
@@ -207,7 +215,7 @@ class Cluster:
 
     def revive_node(self, node: str) -> None:
         _run("slurmd", "-f", str(self.config), "-N", node)
-        self.wait_idle()
+        self.bring_back(node)
 
 
 @contextmanager

@@ -43,7 +43,8 @@ from millrace.rollout.rendezvous import (
 )
 
 FAILED, CONTINUE = 1, 75
-"""CONTINUE: saved because the scheduler asked for the nodes; the job is to be put into the queue again."""
+"""CONTINUE: saved because the scheduler asked for the nodes, or one of them was lost; the job is to be put into the
+queue again."""
 CURRENT = "current.json"
 BEAT_SECONDS = 1.0
 WAIT_LOG_SECONDS = 10.0
@@ -51,11 +52,9 @@ NODES_LIMIT = 600.0
 """How long the nodes of a job may take to come."""
 GRACE_SECONDS = 10.0
 """How long the ranks of a node may take to end by themselves after one of them failed."""
-VICTIM_SECONDS = 5.0
-"""A rank that lost its connection waits so long for the node of the one that broke it to speak first."""
 DYING_SECONDS = 10.0
-"""A node that gives no sign of life for so long after a stop was asked for has died, which is why it was: the scheduler
-ends the others when one has."""
+"""A node that gives no sign of life for so long has died, when a rank has lost its connection or a stop was asked for:
+the scheduler ends the others when one has died."""
 TOGETHER_SECONDS = 20.0
 """How long the nodes may take to end after rank 0 has."""
 
@@ -118,6 +117,7 @@ class Node:
         self._agent: Future[None] | None = None
         self._pulse = Pulse()
         self.stop_asked = False
+        self._suspicious = False
         self._superseded = False
         self._lost = threading.Event()
         """Set when the job has failed, or another start of it has taken over."""
@@ -134,7 +134,10 @@ class Node:
         self.meeting.announce(replace(self.state, ended=True))
         if self.seat.node == 0:
             self._end_together(code)
-        return FAILED if self.meeting.failure() or self._superseded else code
+        failure = self.meeting.failure()
+        if failure is not None and not failure.component and self.seat.node == 0:
+            return CONTINUE  # a node was lost; where its processes alone were, the scheduler reports their exit code
+        return FAILED if failure or self._superseded else code
 
     def _run(self, stack: ExitStack) -> int:
         address = address_of(self.seat.host, self.site.interface)
@@ -251,7 +254,7 @@ class Node:
             if other is None or number == self.seat.node or other.ended:
                 continue
             silent = self._pulse.silent_for(other, time.monotonic())
-            if silent > (DYING_SECONDS if self.stop_asked else SILENT_SECONDS):
+            if silent > (DYING_SECONDS if self.stop_asked or self._suspicious else SILENT_SECONDS):
                 reason = f"gave no sign of life for {silent:.0f} s, and did not say that it ends (out of memory?)"
                 self._record_failure(Failure(node=number, host=other.host, component="", reason=reason))
 
@@ -262,7 +265,8 @@ class Node:
             log.warning("%s; the run goes on from its last checkpoint", error)
             return STOPPED
         if error.lost_peer:
-            limit = time.monotonic() + VICTIM_SECONDS
+            self._suspicious = True
+            limit = time.monotonic() + DYING_SECONDS + 2 * BEAT_SECONDS
             while self.meeting.failure() is None and time.monotonic() < limit:
                 time.sleep(0.1)
         return self._fail("trainer", str(error), error.last_lines)
