@@ -61,6 +61,7 @@ def preempt(cluster):
     cluster.wait_for(job, {"COMPLETED"}, 90)
 
 
+@pytest.mark.slow
 def test_a_cascade_on_four_nodes_is_preempted_and_ends_with_the_weights_of_a_local_run(cluster, world, site):
     here = write_wide_recipe(world, "here", stages=[SFT, SHORT_RL], domains=True)
     recipe = write_wide_recipe(world, "job", stages=[SFT, SHORT_RL], domains=True)
@@ -116,6 +117,7 @@ def by_preemption(cluster, job, recipe):
     cluster.start_now(job)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("disturb", [by_preemption, by_a_node_set_down, by_the_end_of_slurmd])
 def test_a_job_that_is_disturbed_goes_on_by_itself_and_loses_no_bit(cluster, world, undisturbed, site, disturb):
     recipe = write_wide_recipe(world, disturb.__name__, stages=[LONG_SFT])
@@ -129,6 +131,7 @@ def test_a_job_that_is_disturbed_goes_on_by_itself_and_loses_no_bit(cluster, wor
     assert not processes_of(recipe)
 
 
+@pytest.mark.slow
 def test_the_time_limit_saves_the_run_before_it_comes(cluster, world, undisturbed):
     recipe = write_wide_recipe(world, "limited", stages=[LONG_SFT])
     (job,) = launch(recipe, write_site(world, time_limit="00:01:00", warn_s=30))
@@ -144,6 +147,7 @@ def test_the_time_limit_saves_the_run_before_it_comes(cluster, world, undisturbe
     assert_same(exported(run_dir_of(recipe)), undisturbed)
 
 
+@pytest.mark.slow
 def test_a_cancelled_run_ends_with_nothing_left_and_goes_on_when_it_is_launched_again(
     cluster, world, undisturbed, site
 ):

@@ -89,8 +89,9 @@ def test_an_engine_is_started_watched_killed_started_anew_and_stopped_on_its_nod
     engine = engine_of(tmp_path, meeting)
     engine.spawn()
     wait_for(lambda: "serving" in engine.log_tail())
+    wait_for(lambda: alive(engine.pid))
     first, url = engine.pid, engine.url
-    assert alive(first) and engine.exit_code() is None
+    assert engine.exit_code() is None
     assert engine.log_tail() == f"serving at {url.removeprefix('http://')} with a token of {len(meeting.token())}"
     assert url.startswith("http://127.0.0.12:") and engine.name == f"engine 0 ({url})"
 
@@ -102,8 +103,8 @@ def test_an_engine_is_started_watched_killed_started_anew_and_stopped_on_its_nod
     assert engine.exit_code() is None  # what is known of the first is not taken for the second
     wait_for(lambda: "serving" in engine.log_tail())
     assert engine.url != url and engine.log_tail().count("serving") == 1
+    wait_for(lambda: alive(engine.pid))
     second = engine.pid
-    assert alive(second)
     engine.stop()
     assert engine.exit_code() is not None and not alive(second)
 
@@ -121,7 +122,7 @@ def test_a_later_user_of_a_place_follows_on_the_one_before(
 def test_the_servers_end_when_the_job_fails(tmp_path: Path, meeting: Rendezvous, agent: threading.Thread) -> None:
     engine = engine_of(tmp_path, meeting)
     engine.spawn()
-    wait_for(lambda: "serving" in engine.log_tail())
+    wait_for(lambda: alive(engine.pid) and "serving" in engine.log_tail())
     pid = engine.pid
     meeting.fail(Failure(node=0, host="n0", component="trainer", reason="it ended"))
     agent.join(20)
