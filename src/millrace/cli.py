@@ -17,6 +17,7 @@ import typer
 from rich.console import Console
 
 from millrace.config.errors import ConfigError
+from millrace.config.schema import Recipe
 from millrace.errors import MillraceError
 
 FAILED, REFUSED = 1, 2
@@ -117,19 +118,30 @@ def plan(
     recipe: RecipeFile,
     overrides: Overrides = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON.")] = False,
+    cluster: Annotated[
+        str | None,
+        typer.Option(metavar="NAME_OR_FILE", help="Plan for this cluster: a name in slurm/clusters/, or a file."),
+    ] = None,
 ) -> None:
     """Show what a recipe will start: ranks and their places, layers, parameters, bytes, batches.
+
+    With --cluster: which node runs what, the memory that each role needs of a GPU and of its host, and what does not
+    fit, with the changes that help most. Exit code 1: something does not fit.
 
     Examples:
 
     * `millrace plan recipes/laptop/dense.yaml`
     * `millrace plan recipes/laptop/dense.yaml parallel.dp=2 --json`
+    * `millrace plan recipes/qwen3/cascade-8b.yaml --cluster dgx-h100`
     """
     from millrace.config.loading import load_recipe
     from millrace.config.plan import make_plan, render_text, to_json
     from millrace.config.rules import require_runnable
 
     loaded = load_recipe(recipe, overrides or ())
+    if cluster is not None:
+        _plan_on_cluster(loaded, cluster, as_json)
+        return
     require_runnable(loaded)
     made = make_plan(loaded)
     Console(highlight=False, markup=False, soft_wrap=True).print(to_json(made) if as_json else render_text(made))
@@ -397,6 +409,15 @@ def doctor() -> None:
     findings = examine()
     Console().print(table(findings))
     raise typer.Exit(0 if usable(findings) else FAILED)
+
+
+def _plan_on_cluster(recipe: Recipe, name: str, as_json: bool) -> None:
+    from millrace.planning.cluster_plan import plan_on_cluster, render_text, to_json
+    from millrace.planning.clusters import cluster_named
+
+    made = plan_on_cluster(recipe, cluster_named(name))
+    Console(highlight=False, markup=False, soft_wrap=True).print(to_json(made) if as_json else render_text(made))
+    raise typer.Exit(0 if made.fits else FAILED)
 
 
 def _verify(what: str, hf: Path, card: Path | None, tp: int, pp: int, ep: int, etp: int | None, dp: int | None) -> None:
