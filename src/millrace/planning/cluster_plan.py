@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,9 +13,13 @@ from millrace.config.model_shape import ModelShape
 from millrace.config.placement import Placement, place
 from millrace.config.rules import check_recipe, layout_of_recipe
 from millrace.config.schema import Recipe
+from millrace.planning import estimate
 from millrace.planning.assumed import MEMORY
 from millrace.planning.changes import Change, helpful_changes
+from millrace.planning.estimate import StageEstimate, estimate_stages
+from millrace.planning.hardware import GPUS, SPEED
 from millrace.planning.memory import Memory, MemoryModel, Role, Shortage, gib_text
+from millrace.planning.tables import aligned
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +43,12 @@ class ClusterPlan:
     placement: Placement
     memory: Memory
     unfit: tuple[Unfit, ...]
+    estimates: tuple[StageEstimate, ...]
+    """Of each stage that trains; none where the GPU's speed is not known."""
+    no_estimate: str
+    """Why there are none."""
+    assumed: dict[str, str]
+    """What was taken for granted, each with its reason."""
     before_it_runs: tuple[str, ...]
     """What `millrace check` still finds: files that are not there, environments that are not built."""
 
@@ -70,12 +79,21 @@ def plan_on_cluster(recipe: Recipe, cluster: ClusterConfig) -> ClusterPlan:
         Unfit(shortage=shortage, changes=tuple(helpful_changes(recipe, cluster, shape, shortage)))
         for shortage in memory.shortages
     ]
+    estimates: tuple[StageEstimate, ...] = ()
+    reason = ""
+    try:
+        estimates = estimate_stages(recipe, cluster, shape)
+    except ConfigError as error:
+        reason = str(error)
     return ClusterPlan(
         recipe=recipe.name,
         cluster=cluster.name,
         placement=placement,
         memory=memory,
         unfit=tuple(unfit),
+        estimates=estimates,
+        no_estimate=reason,
+        assumed=_assumed(cluster, timed=not reason),
         before_it_runs=tuple(check_recipe(recipe)),
     )
 
@@ -97,7 +115,6 @@ def as_data(plan: ClusterPlan) -> dict[str, Any]:
         }
         for unfit in plan.unfit
     ]
-    data["assumed"] = {name: str(assumed) for name, assumed in MEMORY.items()}
     return data
 
 
@@ -112,7 +129,8 @@ def render_text(plan: ClusterPlan) -> str:
         ),
         "\n".join(f"{role.name}: {role.note}" for role in plan.memory.roles if role.note),
         "\n".join(str(unfit) for unfit in plan.unfit) or "everything fits",
-        _assumptions(),
+        estimate.render_text(plan.estimates) if plan.estimates else f"no times: {plan.no_estimate}",
+        "\n".join(["assumed:", *(f"  {name}: {text}" for name, text in plan.assumed.items())]),
     ]
     if plan.before_it_runs:
         count = len(plan.before_it_runs)
@@ -150,11 +168,16 @@ def _role_row(role: Role) -> tuple[str, ...]:
     return (role.name, str(role.ranks), gib_text(role.device_bytes), gib_text(role.host_bytes), shown)
 
 
-def _assumptions() -> str:
-    return "\n".join(["assumed:", *(f"  {name}: {assumed}" for name, assumed in MEMORY.items())])
-
-
-def aligned(rows: Sequence[Sequence[str]]) -> str:
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = ("  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)) for row in rows)
-    return "\n".join(line.rstrip() for line in lines)
+def _assumed(cluster: ClusterConfig, *, timed: bool) -> dict[str, str]:
+    found = {name: str(assumed) for name, assumed in MEMORY.items()}
+    if timed:
+        gpu = GPUS[str(cluster.node.gpu)]
+        peak = f"{gpu.flops / 1e12:g} TFLOP/s of dense bfloat16 and {gpu.memory_bytes_s / 1e12:g} TB/s: {gpu.source}"
+        network = cluster.network
+        found["gpu"] = f"{cluster.node.gpu}, {peak}"
+        found["network"] = (
+            f"{network.intra_node_gb_s:g} GB/s of a GPU inside a node, {network.inter_node_gb_s:g} GB/s to others: "
+            "the cluster file"
+        )
+        found |= {name: str(assumed) for name, assumed in SPEED.items()}
+    return found

@@ -51,8 +51,8 @@ class Work:
 def work_of(stage: StageConfig, recipe: Recipe) -> Work | None:
     """The work of one step; None for a stage that trains nothing."""
     if isinstance(stage, SftStage):
-        # A packed sequence is full where conversations are packed beforehand; else the spread of lengths is unknown.
-        return Work(sequences=stage.global_batch, prompt=0, answer=stage.max_length, longest=stage.max_length)
+        mean = min(SPEED["sft_tokens"].value, stage.max_length / 4)
+        return Work(sequences=stage.global_batch, prompt=0, answer=mean, longest=stage.max_length)
     if not isinstance(stage, SamplingStage):
         return None
     longest = stage.sampling.max_response_tokens
@@ -75,13 +75,21 @@ def work_of(stage: StageConfig, recipe: Recipe) -> Work | None:
 class CostModel:
     """Times of one recipe on one cluster."""
 
-    def __init__(self, recipe: Recipe, cluster: ClusterConfig, shape: ModelShape) -> None:
+    def __init__(
+        self, recipe: Recipe, cluster: ClusterConfig, shape: ModelShape, flops: dict[float, Flops] | None = None
+    ) -> None:
+        """`flops`: those of tokens of sequences by their length, if several models share them."""
         self.recipe, self.cluster, self.shape = recipe, cluster, shape
+        self._flops = {} if flops is None else flops
         self.gpu: Gpu = gpu_of(cluster)
         self.memory = MemoryModel(recipe, cluster, shape)
         self.b = BYTES[recipe.model.dtype]
 
-    # ----------------------------------------------------------------------------------------------------- the trainer
+    def flops_of(self, length: float) -> Flops:
+        """Operations of a token of a sequence of `length` tokens."""
+        if length not in self._flops:
+            self._flops[length] = forward_flops(self.shape, length)
+        return self._flops[length]
 
     def compute_seconds(self, flops: Flops, passes: float, layer_passes: float, tokens: float) -> float:
         """Seconds of one rank for `tokens` tokens of its replica: `passes` through the whole model and `layer_passes`
@@ -161,7 +169,7 @@ class CostModel:
         """One step's updates: computation, the pipeline's fill and drain, collectives, and reading and writing the
         optimizer's state."""
         p, recipe = self.recipe.parallel, self.recipe
-        flops = forward_flops(self.shape, work.length)
+        flops = self.flops_of(work.length)
         tokens = work.tokens / p.dp
         passes, layer_passes = 3.0, float(recipe.trainer.recompute == "full")
         if recipe.trainer.recompute == "selective":
@@ -180,7 +188,7 @@ class CostModel:
     def score_seconds(self, work: Work) -> float:
         """Forward passes besides training."""
         p = self.recipe.parallel
-        flops = forward_flops(self.shape, work.length)
+        flops = self.flops_of(work.length)
         once = self.compute_seconds(flops, 1.0, 0.0, work.tokens / p.dp)
         once *= 1 + (p.pp - 1) / self.micro_batches(work)
         return work.scored * (once + self.wire_seconds(self.wire(work, training=False)))
@@ -190,8 +198,6 @@ class CostModel:
         count = self.shape.parameter_count() * self.b
         bandwidth = self.cluster.network.inter_node_gb_s * 1e9 * SPEED["network_efficiency"].value
         return count / bandwidth
-
-    # ------------------------------------------------------------------------------------------------------- the fleet
 
     def slots(self, length: float) -> int:
         """Sequences of `length` tokens that one engine decodes at one time."""
@@ -206,7 +212,7 @@ class CostModel:
 
     def prefill_seconds(self, tokens: float) -> float:
         """Seconds of one engine for prompts of so many tokens."""
-        flops = forward_flops(self.shape, SPEED["prompt_tokens"].value)
+        flops = self.flops_of(SPEED["prompt_tokens"].value)
         speed = self.gpu.flops * SPEED["dense_efficiency"].value * self.recipe.fleet.tensor_parallel
         return tokens * flops.layers / speed
 

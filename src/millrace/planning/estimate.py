@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 
 from millrace.config.cluster import ClusterConfig
 from millrace.config.model_shape import ModelShape
@@ -12,10 +12,11 @@ from millrace.planning.cost import CostModel, Seconds, Work, work_of
 from millrace.planning.flops import forward_flops, train_flops
 from millrace.planning.hardware import SPEED
 from millrace.planning.simulate import Lengths, Mode, Outcome, Setting, modes, simulate
+from millrace.planning.tables import aligned
 
 STALENESS = 2
 """Updates that the bounded mode allows in a plan."""
-MOST_SIMULATED = 6
+MOST_SIMULATED = 4
 """Engines that are simulated; of a larger fleet so many with their part of the batch."""
 
 
@@ -87,7 +88,7 @@ def simulated(model: CostModel, work: Work, train_s: float, mode: Mode, bound: i
     fleet = model.recipe.fleet
     engines = fleet.engines or len(fleet.addresses) or 1
     part = min(1.0, MOST_SIMULATED / engines)
-    return simulate(
+    outcome = simulate(
         Setting(
             mode=mode,
             engines=min(engines, MOST_SIMULATED),
@@ -102,3 +103,28 @@ def simulated(model: CostModel, work: Work, train_s: float, mode: Mode, bound: i
             staleness=bound,
         )
     )
+    return replace(outcome, tokens_s=outcome.tokens_s / part)
+
+
+def render_text(estimates: Sequence[StageEstimate]) -> str:
+    """Two tables: the phases of a synchronous step of each stage, and the ways of working."""
+    head = ("stage", "sequences", "tokens", "step", "rollout", "score", "train", "sync", "share of peak")
+    rows = [head, *map(_phases, estimates)]
+    ways: list[tuple[str, ...]] = [
+        ("stage", "way of working", "step", "trainer idle", "fleet idle", "updates old", "tokens/s")
+    ]
+    ways += [_way(estimate, outcome) for estimate in estimates for outcome in estimate.outcomes]
+    tables = [aligned(table) for table in (rows, ways) if len(table) > 1]
+    note = "the product runs synchronously; one step off and bounded staleness are simulated only"
+    return "\n\n".join([*tables, *([note] if len(ways) > 1 else [])])
+
+
+def _phases(e: StageEstimate) -> tuple[str, ...]:
+    phases = (f"{e.phases[name]:.1f} s" if name in e.phases else "-" for name in ("rollout", "score", "train", "sync"))
+    return (e.stage, str(e.sequences), f"{e.tokens / 1e6:.2f}M", f"{e.step_s:.1f} s", *phases, f"{e.share_of_peak:.0%}")
+
+
+def _way(estimate: StageEstimate, o: Outcome) -> tuple[str, ...]:
+    names = {"synchronous": "synchronous", "one_step_off": "one step off", "bounded": f"staleness up to {STALENESS}"}
+    idle = (f"{o.trainer_idle:.0%}", f"{o.fleet_idle:.0%}")
+    return (estimate.stage, names[o.mode], f"{o.step_s:.1f} s", *idle, f"{o.staleness:.2f}", f"{o.tokens_s:.0f}")

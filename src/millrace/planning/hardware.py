@@ -38,6 +38,9 @@ SPEED: dict[str, Assumed] = {
     "decode_overhead_ms": Assumed(2.0, "ms a step", "an engine's scheduling and sampling between two steps"),
     "mean_answer": Assumed(0.35, "of max_response_tokens", "mean length of an answer, where no run was measured"),
     "answer_spread": Assumed(0.8, "sigma", "of the logarithm of the length of answers"),
+    "sft_tokens": Assumed(
+        16384.0, "tokens", "mean length of a training sequence of SFT, a quarter of max_length at most"
+    ),
     "prompt_tokens": Assumed(1024.0, "tokens", "mean length of a prompt, a quarter of the engine's length at most"),
 }
 
