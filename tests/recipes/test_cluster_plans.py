@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,12 @@ from stand_ins import NANO, QWEN3_8B, ROOT, write_checkpoint, write_files
 
 from millrace.config.errors import ConfigError
 from millrace.config.loading import load_cluster, load_recipe
+from millrace.config.model_shape import ModelShape
 from millrace.config.schema import Recipe
 from millrace.planning.cluster_plan import ClusterPlan, as_data, plan_on_cluster, render_text
 from millrace.planning.clusters import cluster_named
+from millrace.planning.suggest import render_text as render_suggestions
+from millrace.planning.suggest import suggest
 
 CLUSTERS = sorted((ROOT / "slurm" / "clusters").glob("*.yaml"))
 RECIPES = sorted(
@@ -129,6 +133,7 @@ def test_every_recipe_is_planned_on_every_cluster(elsewhere: Path, name: Path, c
     else:
         assert plan.fits, text
         assert "everything fits" in text
+    assert ("no times: the nodes of cpu have no GPUs" in text) == (cluster.stem == "cpu")
 
 
 def test_a_pasted_change_saves_what_it_says(elsewhere: Path) -> None:
@@ -161,6 +166,24 @@ assert time.process_time() < 2, time.process_time()
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     assert "everything fits" in done.stdout
+
+
+def test_layouts_of_the_30b_recipe_are_suggested_beside_the_published_one(elsewhere: Path) -> None:
+    name = Path("nemotron-cascade-2/cluster-h200.yaml")
+    recipe = recipe_with_files(name, elsewhere)
+    started = time.process_time()
+    found = suggest(recipe, cluster_named("hgx-h200"), ModelShape.from_hf(recipe.model.path))
+    assert time.process_time() - started < 20
+    assert found.published is not None
+    label, layout = found.published
+    assert "TP2 PP2 CP4 EP8 ETP1" in label and layout is not None, "it fits"
+    assert layout.step_s >= found.best[0].step_s
+    assert "NeMo-RL's grpo_nanov3" in render_suggestions(found) and "times the fastest step" in render_suggestions(
+        found
+    )
+    for one in (*found.best, layout):
+        pasted = load_recipe(ROOT / "recipes" / name, str(one).split())
+        assert plan_on_cluster(pasted, cluster_named("hgx-h200")).fits
 
 
 def test_a_cluster_that_is_not_there_is_answered_with_those_that_are(tmp_path: Path) -> None:
