@@ -9,10 +9,11 @@ Legend: T tokens of a micro-batch, H hidden size, b bytes of the model's data ty
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 from millrace.config.cluster import ClusterConfig
 from millrace.config.model_shape import ModelShape
-from millrace.config.plan import BYTES, rank_plan
+from millrace.config.plan import BYTES, RankPlan, rank_plan
 from millrace.config.schema import FleetConfig, MopdStage, Recipe, RlStage, SamplingStage, SftStage, StageConfig
 from millrace.planning.engines import cache_shape, engine_weight_bytes, sequences_that_fit
 from millrace.planning.flops import Flops, forward_flops
@@ -91,6 +92,10 @@ class CostModel:
             self._flops[length] = forward_flops(self.shape, length)
         return self._flops[length]
 
+    @cached_property
+    def first_rank(self) -> RankPlan:
+        return rank_plan(0, self.recipe, self.shape)
+
     def compute_seconds(self, flops: Flops, passes: float, layer_passes: float, tokens: float) -> float:
         """Seconds of one rank for `tokens` tokens of its replica: `passes` through the whole model and `layer_passes`
         more through its layers."""
@@ -144,7 +149,7 @@ class CostModel:
                 (2 if training else 1) * tokens / (p.tp if p.sequence_parallel else 1) * (shape.hidden_size * self.b)
             )
         if training and p.dp * p.cp > 1:
-            of_rank = rank_plan(0, recipe, shape)
+            of_rank = self.first_rank
             ranks = p.dp * p.cp
             each = 4 + self.b if recipe.trainer.distributed_optimizer else 8
             found["data parallel"] = each * of_rank.trained * (ranks - 1) / ranks
@@ -176,7 +181,7 @@ class CostModel:
             layer_passes = flops.attention / flops.layers
         compute = self.compute_seconds(flops, passes, layer_passes, tokens)
         count = self.micro_batches(work)
-        of_rank = rank_plan(0, recipe, self.shape)
+        of_rank = self.first_rank
         state = 2 * of_rank.optimizer_bytes + of_rank.gradient_bytes + of_rank.weight_bytes
         return {
             "compute": compute,
