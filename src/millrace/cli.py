@@ -48,6 +48,7 @@ HfFolder = Annotated[Path, typer.Option("--hf", help="Folder of the Hugging Face
 Card = Annotated[Path | None, typer.Option(help="Write the result as a small YAML file as well.")]
 Tp = Annotated[int, typer.Option(min=1, help="Tensor-parallel ranks.")]
 Pp = Annotated[int, typer.Option(min=1, help="Pipeline-parallel stages.")]
+Cp = Annotated[int, typer.Option(min=1, help="Context-parallel ranks.")]
 Dp = Annotated[int | None, typer.Option(min=1, help="Data-parallel replicas [default: as many as ep needs]")]
 Ep = Annotated[int, typer.Option(min=1, help="Expert-parallel ranks.")]
 Dtype = Annotated[
@@ -287,7 +288,7 @@ def adapter(
     Example: `millrace convert adapter --checkpoint runs/x/checkpoints/step-00000010 --out adapter`
     """
     arguments = ["--checkpoint", str(checkpoint), "--out", str(out), *(["--overwrite"] if overwrite else [])]
-    _on_ranks("megatron.adapter_worker", arguments, tp, pp, ep, etp, dp)
+    _on_ranks("megatron.adapter_worker", arguments, tp, pp, 1, ep, etp, dp)
 
 
 @convert.command("merge")
@@ -309,41 +310,47 @@ def merge(
 
 @verify.command()
 def roundtrip(
-    hf: HfFolder, tp: Tp = 1, pp: Pp = 1, ep: Ep = 1, etp: Etp = None, dp: Dp = None, card: Card = None
+    hf: HfFolder, tp: Tp = 1, pp: Pp = 1, cp: Cp = 1, ep: Ep = 1, etp: Etp = None, dp: Dp = None, card: Card = None
 ) -> None:
     """Hugging Face -> Megatron -> Hugging Face: every tensor must come back bit for bit.
 
     Example: `millrace verify roundtrip --hf demo/base --tp 2`
     """
-    _verify("roundtrip", hf, card, tp, pp, ep, etp, dp)
+    _verify("roundtrip", hf, card, tp, pp, cp, ep, etp, dp)
 
 
 @verify.command()
-def logits(hf: HfFolder, tp: Tp = 1, pp: Pp = 1, ep: Ep = 1, etp: Etp = None, dp: Dp = None, card: Card = None) -> None:
+def logits(
+    hf: HfFolder, tp: Tp = 1, pp: Pp = 1, cp: Cp = 1, ep: Ep = 1, etp: Etp = None, dp: Dp = None, card: Card = None
+) -> None:
     """Logits of the Megatron model against those of transformers, in float32.
 
     Example: `millrace verify logits --hf runs/laptop-dense/export --tp 2 --card logits.yaml`
     """
-    _verify("logits", hf, card, tp, pp, ep, etp, dp)
+    _verify("logits", hf, card, tp, pp, cp, ep, etp, dp)
 
 
 @verify.command()
-def layout(hf: HfFolder, tp: Tp = 1, pp: Pp = 1, ep: Ep = 1, etp: Etp = None, dp: Dp = None, card: Card = None) -> None:
+def layout(
+    hf: HfFolder, tp: Tp = 1, pp: Pp = 1, cp: Cp = 1, ep: Ep = 1, etp: Etp = None, dp: Dp = None, card: Card = None
+) -> None:
     """Loss and gradients of a parallel layout against those of one rank.
 
     Example: `millrace verify layout --hf demo/base --tp 2 --pp 2`
     """
-    _verify("layout", hf, card, tp, pp, ep, etp, dp)
+    _verify("layout", hf, card, tp, pp, cp, ep, etp, dp)
 
 
 @verify.command()
-def sync(hf: HfFolder, tp: Tp = 1, pp: Pp = 1, ep: Ep = 1, etp: Etp = None, dp: Dp = None, card: Card = None) -> None:
+def sync(
+    hf: HfFolder, tp: Tp = 1, pp: Pp = 1, cp: Cp = 1, ep: Ep = 1, etp: Etp = None, dp: Dp = None, card: Card = None
+) -> None:
     """Weights swapped into a running engine against a fresh engine, the trainer and transformers.
 
     Example: `millrace verify sync --hf demo/base --tp 2`
     """
     arguments = ["--hf", str(hf), *(["--card", str(card)] if card else [])]
-    _on_ranks("cascade.verify_sync", arguments, tp, pp, ep, etp, dp)
+    _on_ranks("cascade.verify_sync", arguments, tp, pp, cp, ep, etp, dp)
 
 
 @verify.command()
@@ -437,9 +444,11 @@ def _plan_on_cluster(
     raise typer.Exit(0 if made.plan is None or made.plan.fits else FAILED)
 
 
-def _verify(what: str, hf: Path, card: Path | None, tp: int, pp: int, ep: int, etp: int | None, dp: int | None) -> None:
+def _verify(
+    what: str, hf: Path, card: Path | None, tp: int, pp: int, cp: int, ep: int, etp: int | None, dp: int | None
+) -> None:
     arguments = [what, "--hf", str(hf), *(["--card", str(card)] if card else [])]
-    _on_ranks("megatron.verify_worker", arguments, tp, pp, ep, etp, dp)
+    _on_ranks("megatron.verify_worker", arguments, tp, pp, cp, ep, etp, dp)
 
 
 def _on_ranks(
@@ -447,6 +456,7 @@ def _on_ranks(
     arguments: list[str],
     tp: int,
     pp: int,
+    cp: int,
     ep: int,
     etp: int | None,
     dp: int | None,
@@ -456,10 +466,10 @@ def _on_ranks(
     from millrace.launch.local import run_ranks, trainer_environment
 
     etp = etp or 1
-    # Experts take their ranks from tp x dp, so without a word on dp it is the least that gives them enough.
-    dp = dp or ep * etp // math.gcd(tp, ep * etp)
-    ranks = tp * pp * dp
-    sizes = {"tp": tp, "pp": pp, "ep": ep, "etp": etp, "dp": dp}
+    # Experts take their ranks from tp x cp x dp, so without a word on dp it is the least that gives them enough.
+    dp = dp or ep * etp // math.gcd(tp * cp, ep * etp)
+    ranks = tp * pp * cp * dp
+    sizes = {"tp": tp, "pp": pp, "cp": cp, "ep": ep, "etp": etp, "dp": dp}
     arguments = [*arguments, *(text for key, size in sizes.items() for text in (f"--{key}", str(size)))]
     environment = trainer_environment(TrainerConfig(), ranks)
     # The logs of the ranks stay where one fails, for the failure names them.

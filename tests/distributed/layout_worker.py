@@ -40,7 +40,8 @@ def main(cases: list[dict[str, Any]], folder: Path) -> None:
             optimizer=OptimizerConfig(lr=1e-3, weight_decay=0.1),
             seed=1,
         )
-        torch.save(results(policy, case), folder / f"{case['name']}-{topology.rank}.pt")
+        found = gradient_alone(policy, case) if case.get("gradient_alone") else results(policy, case)
+        torch.save(found, folder / f"{case['name']}-{topology.rank}.pt")
         topology.close()
 
 
@@ -66,6 +67,12 @@ def results(policy: Policy, case: dict[str, Any]) -> dict[str, Any]:
     found["refused"] = refused_update(policy)
     found["updated"] = copied(policy.hf_tensors())
     return found
+
+
+def gradient_alone(policy: Policy, case: dict[str, Any]) -> dict[str, Any]:
+    policy.load_hf(case["model"])
+    metrics = policy.backward(policy.cut(example_batch()), negative_log_likelihood)
+    return {"gradients": gradients(policy), "metrics": metrics}
 
 
 def refused_update(policy: Policy) -> str:

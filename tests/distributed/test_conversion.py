@@ -65,16 +65,20 @@ def test_one_and_two_ranks_verify(tmp_path):
         ("verify", f"roundtrip --hf {moe} --dp 2 --dtype float32"),
         ("verify", f"logits --hf {tied} --tp 2"),
         ("verify", f"logits --hf {hybrid} --tp 2 --ep 2"),
-        ("verify", f"roundtrip --hf {hybrid} --tp 2 --etp 2 --dtype bfloat16"),
+        ("verify", f"layout --hf {hybrid} --tp 2 --ep 2 --card {tmp_path}/biased.yaml"),
+        ("verify", f"roundtrip --hf {hybrid} --tp 2 --etp 2 --card {tmp_path}/hybrid.yaml"),
         ("verify", f"layout --hf {llama} --reference {right} --tp 2 --card {tmp_path}/layout.yaml"),
         ("verify", f"layout --hf {llama} --reference {wrong} --pp 2 --card {tmp_path}/wrong.yaml"),
         ("altered", f"roundtrip --hf {llama} --tp 2 --card {tmp_path}/altered.yaml"),
     ]
-    assert run_steps(tmp_path, 2, two_ranks) == [0, 0, 0, 0, 0, 0, 0, 0, 1, 1]
+    assert run_steps(tmp_path, 2, two_ranks) == [0, 0, 0, 0, 0, 0, 0, 0, 0, 1, 1]
 
     assert card(tmp_path / "tied.yaml")["verdict"] == "passed" and card(tmp_path / "tied.yaml")["equal"] == 46
     assert card(tmp_path / "layout.yaml")["max_relative_gradient_diff"] < 1e-5
     assert "first at sequence 0, position 0" in card(tmp_path / "wrong.yaml")["summary"]
+    assert card(tmp_path / "biased.yaml")["max_relative_gradient_diff"] < 1e-5
+    # The router's correction bias is float32 in a bfloat16 model.
+    assert card(tmp_path / "hybrid.yaml")["dtype"] == "bfloat16"
     # Row 5 of the last rank's shard is row 64 + 5 of the gate.
     altered = card(tmp_path / "altered.yaml")
     assert altered["summary"] == ("model.layers.3.mlp.gate_proj.weight differs in 1 of 8192 elements, by 0.5 at most")
@@ -127,7 +131,8 @@ def test_four_ranks_verify_and_exchange_checkpoints_with_the_converter(tmp_path)
     dense = write_checkpoint("qwen3", tmp_path / "dense", tied=True, vocab_size=301, dtype="bfloat16")
     moe = write_checkpoint("qwen3_moe", tmp_path / "moe", dtype="bfloat16")
     latent = write_checkpoint("deepseek_v3", tmp_path / "latent", num_hidden_layers=4)
-    for model in (dense, moe):
+    odd = write_checkpoint("qwen3", tmp_path / "odd", num_hidden_layers=3, dtype="bfloat16")  # stages of 2 and 1 layers
+    for model in (dense, moe, odd):
         hf_to_megatron(model, tmp_path / f"{model.name}-streamed", Options(processes=1))
     steps = [
         ("verify", f"roundtrip --hf {dense} --tp 2 --pp 2"),
@@ -137,9 +142,11 @@ def test_four_ranks_verify_and_exchange_checkpoints_with_the_converter(tmp_path)
         ("checkpoint", f"--hf {moe} --save {tmp_path}/moe-saved --tp 2 --etp 2 --ep 2"),
         ("checkpoint", f"--hf {dense} --load {tmp_path}/dense-streamed --out {tmp_path}/dense-loaded --tp 2 --pp 2"),
         ("checkpoint", f"--hf {moe} --load {tmp_path}/moe-streamed --out {tmp_path}/moe-loaded --pp 2 --ep 2"),
+        ("checkpoint", f"--hf {odd} --save {tmp_path}/odd-saved --tp 2 --pp 2"),
+        ("checkpoint", f"--hf {odd} --load {tmp_path}/odd-streamed --out {tmp_path}/odd-loaded --tp 2 --pp 2"),
     ]
     assert run_steps(tmp_path, 4, steps) == [0] * len(steps)
-    for model in (dense, moe):
+    for model in (dense, moe, odd):
         megatron_to_hf(tmp_path / f"{model.name}-saved", tmp_path / f"{model.name}-back", Options(processes=1))
         assert same_tensors(model, tmp_path / f"{model.name}-loaded")
         assert same_tensors(model, tmp_path / f"{model.name}-back")

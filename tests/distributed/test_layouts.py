@@ -38,6 +38,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "hybrid": {"family": "nemotron_h", "hybrid_override_pattern": "M-*M"},
     "hybrid_moe": {"family": "nemotron_h", "hybrid_override_pattern": "ME*-ME"},
     "hybrid_latent": {"family": "nemotron_h", "hybrid_override_pattern": "E*ME", "moe_latent_size": 32},
+    "odd_moe": {"family": "qwen3_moe", "num_hidden_layers": 3},
     "mixed_moe": {"family": "qwen3_moe", "norm_topk_prob": False, "mlp_only_layers": [1]},
     "deepseek_v3": {"family": "deepseek_v3", "num_hidden_layers": 4},
     "deepseek_yarn": {
@@ -86,6 +87,7 @@ LAYOUTS += [(model, "tp2sp", DENSE["tp2sp"]) for model in ("mistral", "qwen2")]
 LAYOUTS += [("mixtral", "tp2ep2", MOE["tp2ep2"])]
 LAYOUTS += [("hybrid", layout, DENSE[layout]) for layout in ("tp2", "tp2sp", "pp2")]
 LAYOUTS += [("hybrid_moe", layout, parallel) for layout, parallel in MOE.items() if "cp" not in parallel]
+LAYOUTS += [("odd_moe", "pp2", MOE["pp2"]), ("hybrid_moe", "pp4", {"pp": 4})]  # stages of unequal length
 LAYOUTS += [("hybrid_latent", layout, MOE[layout]) for layout in ("tp2etp2", "ep2")]
 IDS = [f"{model}-{layout}" for model, layout, _ in LAYOUTS]
 

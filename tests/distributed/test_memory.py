@@ -20,6 +20,7 @@ TOKENS = 1024
 TOLERANCE = 0.05
 MODELS: dict[str, dict[str, Any]] = {
     "dense": {"family": "qwen3", "hidden_size": 128, "intermediate_size": 320},
+    "five layers": {"family": "qwen3", "hidden_size": 128, "num_hidden_layers": 5},
     "llama": {"family": "llama", "hidden_size": 128, "intermediate_size": 320},
     "gemma": {"family": "gemma3_text", "hidden_size": 128, "sliding_window": 2048},
     "moe": {"family": "qwen3_moe", "hidden_size": 128, "moe_intermediate_size": 96},
@@ -47,6 +48,7 @@ LAYOUTS: list[tuple[str, str, dict[str, Any], dict[str, Any], str]] = [
     ("dense", "tp2", {"tp": 2}, {}, "float32"),
     ("dense", "tp2sp", {"tp": 2, **SP}, {}, "float32"),
     ("dense", "pp2", {"pp": 2}, {}, "float32"),
+    ("five layers", "pp2", {"pp": 2}, {}, "float32"),
     ("dense", "pp2-full", {"pp": 2}, {"recompute": "full"}, "float32"),
     ("dense", "dp2-sharded", {"dp": 2}, SHARDED, "bfloat16"),
     ("dense", "cp2", {"cp": 2}, {}, "float32"),

@@ -57,7 +57,7 @@ def test_a_sound_recipe_is_said_to_be_fine(recipe_file: Path) -> None:
 
 
 def test_every_problem_is_a_line_of_stderr_and_the_exit_code_is_two(recipe_file: Path) -> None:
-    done = millrace("check", "recipe.yaml", "parallel.tp=3", "parallel.pp=3", cwd=recipe_file.parent)
+    done = millrace("check", "recipe.yaml", "parallel.tp=3", "parallel.pp=5", cwd=recipe_file.parent)
     assert done.returncode == 2 and done.stdout == ""
     lines = done.stderr.splitlines()
     assert len(lines) == 4 and lines[-1] == "3 problems"

@@ -154,6 +154,14 @@ class ModelShape:
     def num_layers(self) -> int:
         return len(self.layers)
 
+    def stage_layers(self, pp: int, pp_rank: int) -> range:
+        """The layers of one of `pp` pipeline stages, as even as can be. Where the number does not divide, the stages in
+        the middle hold one more, then the first: the last has the output layer besides, the first the embedding."""
+        each, more = divmod(self.num_layers, pp)
+        larger = [*range(1, pp - 1), 0][:more]
+        first = each * pp_rank + sum(stage < pp_rank for stage in larger)
+        return range(first, first + each + (pp_rank in larger))
+
     @property
     def has_dense_ffn(self) -> bool:
         return any(layer.ffn == "dense" for layer in self.layers)

@@ -162,8 +162,7 @@ def coordinates(rank: int, p: ParallelConfig) -> dict[str, int]:
 
 def rank_plan(rank: int, recipe: Recipe, shape: ModelShape) -> RankPlan:
     p, place = recipe.parallel, coordinates(rank, recipe.parallel)
-    layers = shape.num_layers // p.pp
-    first = place["pp"] * layers
+    layers = shape.stage_layers(p.pp, place["pp"])
     shared, experts = _parameters(shape, p, place["pp"])
     trained, trained_experts = shared, experts
     if recipe.model.lora is not None:
@@ -175,8 +174,8 @@ def rank_plan(rank: int, recipe: Recipe, shape: ModelShape) -> RankPlan:
     return RankPlan(
         rank=rank,
         **place,
-        first_layer=first,
-        layers=layers,
+        first_layer=layers.start,
+        layers=len(layers),
         parameters=shared + experts,
         trained=trained + trained_experts,
         weight_bytes=(shared + experts) * BYTES[recipe.model.dtype],
@@ -187,8 +186,7 @@ def rank_plan(rank: int, recipe: Recipe, shape: ModelShape) -> RankPlan:
 
 def _adapter_parameters(lora: LoraConfig, shape: ModelShape, p: ParallelConfig, pp_rank: int) -> tuple[int, int]:
     """Parameters of one rank's adapters: outside of experts, and of its experts."""
-    each = shape.num_layers // p.pp
-    found = [adapted(shape, layer, lora.targets) for layer in range(pp_rank * each, (pp_rank + 1) * each)]
+    found = [adapted(shape, layer, lora.targets) for layer in shape.stage_layers(p.pp, pp_rank)]
     flat = [linear for of_layer in found for linear in of_layer]
     shared = sum(linear.adapter_parameters(lora.rank, p.tp) for linear in flat if not linear.expert)
     experts = sum(linear.adapter_parameters(lora.rank, p.etp) for linear in flat if linear.expert)
@@ -197,8 +195,7 @@ def _adapter_parameters(lora: LoraConfig, shape: ModelShape, p: ParallelConfig, 
 
 def _parameters(shape: ModelShape, p: ParallelConfig, pp_rank: int) -> tuple[int, int]:
     """Parameters of one rank: those shared by all tokens, and those of its experts."""
-    each = shape.num_layers // p.pp
-    layers = [shape.layer_parameters(layer) for layer in range(pp_rank * each, (pp_rank + 1) * each)]
+    layers = [shape.layer_parameters(layer) for layer in shape.stage_layers(p.pp, pp_rank)]
     shared = sum(layer.cut // p.tp + layer.replicated for layer in layers)
     experts = sum((shape.num_experts // p.ep) * layer.expert // p.etp for layer in layers)
     vocabulary = shape.padded_vocab_size(p.tp) * shape.hidden_size // p.tp

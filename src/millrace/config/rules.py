@@ -124,7 +124,16 @@ def layout_problems(p: ParallelConfig, shape: ModelShape) -> Problems:
     yield from _must_divide("parallel.tp", p.tp, shape.num_kv_heads, "key/value heads")
     if shape.has_dense_ffn:
         yield from _must_divide("parallel.tp", p.tp, shape.ffn_hidden_size, "feed-forward columns")
-    yield from _must_divide("parallel.pp", p.pp, shape.num_layers, "layers")
+    if p.pp > shape.num_layers:
+        yield f"parallel.pp is {p.pp}, but the model has {shape.num_layers} layers; set it to that or less"
+    if shape.mamba is not None:
+        yield from _must_divide("parallel.tp", p.tp, shape.mamba.heads, "heads of a Mamba layer")
+        yield from _must_divide("parallel.tp", p.tp, shape.mamba.groups, "groups of a Mamba layer")
+    if p.tp > 1 and not p.sequence_parallel and (shape.num_experts or shape.latent_attention is not None):
+        what = "a mixture of experts" if shape.num_experts else "latent attention"
+        yield (
+            f"parallel.tp is {p.tp} with {what}, which needs sequence parallelism; set parallel.sequence_parallel=true"
+        )
     if not shape.num_experts:
         for key, ranks in (("ep", p.ep), ("etp", p.etp)):
             if ranks > 1:
@@ -134,11 +143,6 @@ def layout_problems(p: ParallelConfig, shape: ModelShape) -> Problems:
     yield from _must_divide("parallel.etp", p.etp, shape.moe_ffn_hidden_size, "columns of an expert")
     if shape.shared_ffn_hidden_size:
         yield from _must_divide("parallel.tp", p.tp, shape.shared_ffn_hidden_size, "columns of the shared expert")
-    if p.tp > 1 and not p.sequence_parallel:
-        yield (
-            f"parallel.tp is {p.tp} with a mixture of experts, which needs sequence parallelism; "
-            "set parallel.sequence_parallel=true"
-        )
 
 
 def _lora(recipe: Recipe, shape: ModelShape | None) -> Problems:

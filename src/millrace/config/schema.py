@@ -52,7 +52,7 @@ class ParallelConfig:
     tp: int = 1
     """Tensor-parallel ranks: each weight matrix is cut over them."""
     pp: int = 1
-    """Pipeline-parallel stages: the layers are cut over them."""
+    """Pipeline-parallel stages: the layers are cut over them, as evenly as their number allows."""
     cp: int = 1
     """Context-parallel ranks: each sequence is cut over them."""
     dp: int = 1

@@ -32,6 +32,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "tp2": {"tp": 2, "sequence_parallel": True},
     "tp2 etp2": {"tp": 2, "etp": 2, "sequence_parallel": True},
     "pp2": {"pp": 2},
+    "cp2": {"cp": 2},
     "ep2": {"dp": 2, "ep": 2},
     "tp2 pp2": {"tp": 2, "pp": 2, "sequence_parallel": True},
     "tp2 pp2 ep2": {"tp": 2, "pp": 2, "ep": 2, "sequence_parallel": True},
@@ -63,6 +64,8 @@ class Check:
 def fitting_layouts(shape: ModelShape) -> dict[str, ParallelConfig]:
     """The layouts of LAYOUTS that can hold the model, each kind once."""
     layouts = {name: ParallelConfig(**sizes) for name, sizes in LAYOUTS.items()}
+    if shape.mamba is not None:  # whose ranks share sequences through Transformer Engine only
+        layouts = {name: parallel for name, parallel in layouts.items() if parallel.cp == 1}
     return {name: parallel for name, parallel in layouts.items() if not any(layout_problems(parallel, shape))}
 
 
@@ -161,7 +164,7 @@ def _arguments(hf: Path, step: Step, folder: Path) -> list[str]:
 
 
 def _sizes(p: ParallelConfig) -> list[str]:
-    sizes = {"tp": p.tp, "pp": p.pp, "ep": p.ep, "etp": p.etp, "dp": p.dp}
+    sizes = {"tp": p.tp, "pp": p.pp, "cp": p.cp, "ep": p.ep, "etp": p.etp, "dp": p.dp}
     return [text for key, size in sizes.items() for text in (f"--{key}", str(size))]
 
 

@@ -14,7 +14,7 @@ import importlib
 import importlib.util
 import logging
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -55,6 +55,7 @@ def adapt(device: torch.device) -> None:
     use_adam_with_step_in_group()
     define_router_gemm()
     give_split_sizes_as_arrays()
+    gather_unequal_parts()
     scan_state_spaces_in_torch()
     project_latents_in_torch()
     _adapted = True
@@ -282,6 +283,42 @@ def give_split_sizes_as_arrays() -> None:
         return original(tensor, as_numpy=as_numpy, record_stream=record_stream)
 
     _replace(token_dispatcher, "maybe_move_tensor_to_cpu", move)
+
+
+def gather_unequal_parts() -> None:
+    """Ranks that share experts by tensor parallelism gather their tokens, and scatter the sums, in parts as large as
+    the router made them; gloo's gather and reduce-scatter take equal parts only, so that parts travel padded."""
+    from megatron.core.tensor_parallel import mappings
+
+    gather, reduce_scatter = mappings._gather_along_first_dim, mappings._reduce_scatter_along_first_dim
+
+    def gather_parts(part: Tensor, group: Any, sizes: Sequence[int] | None = None, *more: Any, **named: Any) -> Tensor:
+        """part [n_rank, ...], sizes: n of each rank -> all parts [sum(sizes), ...]."""
+        if sizes is None or len(set(sizes)) == 1:
+            return gather(part, group, sizes, *more, **named)
+        longest = max(sizes)
+        padded = part.new_zeros(longest, *part.shape[1:])
+        padded[: len(part)] = part
+        whole = part.new_empty(longest * len(sizes), *part.shape[1:])
+        torch.distributed.all_gather_into_tensor(whole, padded, group=group)
+        return torch.cat([rows[:size] for rows, size in zip(whole.split(longest), sizes, strict=True)])
+
+    def reduce_scatter_parts(
+        whole: Tensor, group: Any, sizes: Sequence[int] | None = None, *more: Any, **named: Any
+    ) -> Tensor:
+        """whole [sum(sizes), ...], sizes: n of each rank -> this rank's part [n_rank, ...] of the sum over ranks."""
+        if sizes is None or len(set(sizes)) == 1:
+            return reduce_scatter(whole, group, sizes, *more, **named)
+        longest = max(sizes)
+        padded = whole.new_zeros(longest * len(sizes), *whole.shape[1:])
+        for rows, part in zip(padded.split(longest), whole.split(list(sizes)), strict=True):
+            rows[: len(part)] = part
+        mine = whole.new_empty(longest, *whole.shape[1:])
+        torch.distributed.reduce_scatter_tensor(mine, padded, group=group)
+        return mine[: sizes[group.rank()]]
+
+    _replace(mappings, "_gather_along_first_dim", gather_parts)
+    _replace(mappings, "_reduce_scatter_along_first_dim", reduce_scatter_parts)
 
 
 def scan_state_spaces_in_torch() -> None:

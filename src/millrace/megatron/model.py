@@ -12,7 +12,8 @@ from megatron.core import parallel_state
 from megatron.core.models.gpt.gpt_model import GPTModel
 from torch import Tensor
 
-from millrace.config.model_shape import MambaShape, ModelShape
+from millrace.config.model_shape import ModelShape
+from millrace.config.rules import layout_problems
 from millrace.config.schema import ParallelConfig, TrainerConfig
 from millrace.megatron.expert_groups import choose_groups_by_their_best_two
 from millrace.megatron.local_layers import make_local, needs_local_layers
@@ -55,10 +56,11 @@ def build_model(
     config = transformer_config(shape, parallel, trainer, dtype, device, grouped_experts=grouped_experts)
     if shape.expert_groups > 1:
         choose_groups_by_their_best_two()
-    first, last = layers_of_stage(shape, parallel.pp, parallel_state.get_pipeline_model_parallel_rank())
-    spec = block_spec(config, shape.layers[first:last], shape.mamba, device)
+    stage = shape.stage_layers(parallel.pp, parallel_state.get_pipeline_model_parallel_rank())
+    layers = shape.layers[stage.start : stage.stop]
+    spec = block_spec(config, layers, shape.mamba, device)
     if needs_local_layers(shape):
-        make_local(spec, shape, shape.layers[first:last])
+        make_local(spec, shape, layers)
     model = HiddenStateModel(
         config=config,
         transformer_layer_spec=spec,
@@ -90,30 +92,9 @@ def scale_embeddings(embedding: torch.nn.Module, scale: float) -> None:
 
 def check_layout(shape: ModelShape, parallel: ParallelConfig) -> None:
     """Raises LayoutError, with one sentence for each problem, when the layout cannot hold the model."""
-    p, problems = parallel, []
-    if shape.num_heads % p.tp or shape.num_kv_heads % p.tp:
-        problems.append(
-            f"parallel.tp {p.tp} does not divide the {shape.num_heads} attention heads and {shape.num_kv_heads} "
-            "key/value heads"
-        )
-    if shape.num_layers % p.pp:
-        problems.append(f"parallel.pp {p.pp} does not divide the {shape.num_layers} layers")
-    problems += _mamba_problems(shape.mamba, p) if shape.mamba is not None else []
-    if shape.num_experts:
-        problems += _expert_problems(shape, p)
-    elif p.ep > 1 or p.etp > 1:
-        problems.append(f"parallel.ep {p.ep} and parallel.etp {p.etp} must be 1: the model has no experts")
+    problems = list(layout_problems(parallel, shape))
     if problems:
         raise LayoutError("; ".join(problems))
-
-
-def _mamba_problems(mamba: MambaShape, p: ParallelConfig) -> list[str]:
-    problems = []
-    if mamba.heads % p.tp or mamba.groups % p.tp:
-        problems.append(
-            f"parallel.tp {p.tp} does not divide the {mamba.heads} heads and {mamba.groups} groups of the Mamba layers"
-        )
-    return problems
 
 
 def check_context_parallelism(shape: ModelShape, parallel: ParallelConfig, device: torch.device) -> None:
@@ -123,25 +104,6 @@ def check_context_parallelism(shape: ModelShape, parallel: ParallelConfig, devic
             f"parallel.cp is {parallel.cp}, but Megatron-Core shares the sequences of Mamba layers through Transformer "
             "Engine only, which is not there; use parallel.cp=1"
         )
-
-
-def _expert_problems(shape: ModelShape, p: ParallelConfig) -> list[str]:
-    problems = []
-    if shape.num_experts % p.ep:
-        problems.append(f"parallel.ep {p.ep} does not divide the {shape.num_experts} experts")
-    if shape.moe_ffn_hidden_size % p.etp:
-        problems.append(f"parallel.etp {p.etp} does not divide the experts' width {shape.moe_ffn_hidden_size}")
-    if shape.shared_ffn_hidden_size % p.tp:
-        problems.append(f"parallel.tp {p.tp} does not divide the shared expert's width {shape.shared_ffn_hidden_size}")
-    if p.tp > 1 and not p.sequence_parallel:
-        problems.append(f"a mixture of experts with parallel.tp {p.tp} needs parallel.sequence_parallel=true")
-    return problems
-
-
-def layers_of_stage(shape: ModelShape, pp: int, pp_rank: int) -> tuple[int, int]:
-    """The layers [first, last) of one pipeline stage; all stages have the same number."""
-    each = shape.num_layers // pp
-    return pp_rank * each, (pp_rank + 1) * each
 
 
 def reduce_expert_gradients_over_expert_ranks(model: torch.nn.Module, parallel: ParallelConfig) -> None:

@@ -75,11 +75,22 @@ def transformer_config(
         bias_activation_fusion=fused and shape.gated and shape.activation == "silu",
         apply_rope_fusion=fused and shape.latent_attention is None,
         gradient_accumulation_fusion=False,
+        **_stage_options(shape, parallel.pp),
         **_recompute_options(trainer, shape, parallel),
         **_expert_options(shape, fused and grouped_experts),
         **_latent_attention_options(shape),
         **_mamba_options(shape),
     )
+
+
+def _stage_options(shape: ModelShape, pp: int) -> dict[str, Any]:
+    """Which stage holds which layers, where they are not the same number in each."""
+    if shape.num_layers % pp == 0:
+        return {}
+    stages = [["decoder"] * len(shape.stage_layers(pp, stage)) for stage in range(pp)]
+    stages[0].insert(0, "embedding")
+    stages[-1].append("loss")
+    return {"pipeline_model_parallel_layout": stages}
 
 
 def _recompute_options(trainer: TrainerConfig, shape: ModelShape, parallel: ParallelConfig) -> dict[str, Any]:

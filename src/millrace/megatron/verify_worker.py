@@ -131,7 +131,7 @@ def check_roundtrip(policy: Policy, reader: HFReader) -> Verdict:
 
 def roundtrip(arguments: argparse.Namespace) -> Verdict:
     reader = HFReader(arguments.hf)
-    dtype = widest_dtype(reader) if arguments.dtype == "auto" else arguments.dtype
+    dtype = widest_dtype(reader, ModelShape.from_hf(arguments.hf)) if arguments.dtype == "auto" else arguments.dtype
     return _at_layout(arguments, dtype, lambda policy: check_roundtrip(policy, reader))
 
 
@@ -219,6 +219,9 @@ def logits(arguments: argparse.Namespace) -> Verdict:
 
 # ---- layout
 
+GRADIENT = "gradient."
+"""What stands before the names of gradients in the file of one rank."""
+
 
 def example_batch(shape: ModelShape, seed: int) -> TokenBatch:
     """Sequences of uneven length with weights of both signs that are scaled by the number of tokens."""
@@ -254,7 +257,7 @@ def write_reference(arguments: argparse.Namespace) -> Verdict:
         if policy.topology.world != 1:
             raise ConversionError(f"the reference is computed on one rank, not on {policy.topology.world}")
         tensors = {"logits": policy.logits(tokens)}
-        tensors |= {f"gradient.{name}": gradient for name, gradient in gradients(policy, batch)}
+        tensors |= {GRADIENT + name: gradient for name, gradient in gradients(policy, batch)}
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, arguments.reference)
         return Verdict(True, f"the reference of one rank is in {arguments.reference}")
 
@@ -267,9 +270,10 @@ def check_layout_against(
     """Compare logits and gradients with those of one rank. Collective."""
     ours = policy.logits(tokens)
     same_logits = compare_logits(tokens, ours, reference.tensor("logits"), LOGITS_TOLERANCE, "one rank")
-    own = {name: _relative(g, reference.tensor(f"gradient.{name}")) for name, g in gradients(policy, batch)}
+    own = {name: _relative(g, reference.tensor(GRADIENT + name)) for name, g in gradients(policy, batch)}
     distances = {name: value for of_rank in gather(own) for name, value in of_rank.items()}
-    expected = list(mapping_for(policy.shape).hf_shapes())
+    # Buffers, such as a router's correction bias, have no gradient on one rank either.
+    expected = [name.removeprefix(GRADIENT) for name in reference.names if name.startswith(GRADIENT)]
     wrong = [name for name in expected if not distances.get(name, float("inf")) <= tolerance]
     worst = max(expected, key=lambda name: distances.get(name, float("inf")))
     facts = {
@@ -373,9 +377,12 @@ def load_policy(
     return policy
 
 
-def widest_dtype(reader: HFReader) -> str:
-    """bfloat16 when all tensors are stored so, else float32, which holds float16 and bfloat16 exactly."""
-    return "bfloat16" if {str(reader.lazy(name).dtype) for name in reader.names} == {"torch.bfloat16"} else "float32"
+def widest_dtype(reader: HFReader, shape: ModelShape) -> str:
+    """bfloat16 when all tensors are stored so, but for those that have a type of their own in any model (a router's
+    correction bias); else float32, which holds float16 and bfloat16 exactly."""
+    fixed = {name for entry in mapping_for(shape) if entry.dtype is not None for name in entry.hf}
+    found = {reader.lazy(name).dtype for name in reader.names if name not in fixed}
+    return "bfloat16" if found == {torch.bfloat16} else "float32"
 
 
 def load_with_bar(policy: Policy, path: str) -> None:

@@ -22,7 +22,6 @@ from millrace.config.model_shape import ModelShape
 from millrace.converters.errors import ConversionError
 from millrace.converters.mapping import Entry, canonical_name, mapping_for
 from millrace.converters.safetensors_io import HFReader
-from millrace.megatron.model import layers_of_stage
 from millrace.megatron.topology import Topology
 
 log = logging.getLogger(__name__)
@@ -72,7 +71,7 @@ class CanonicalNames:
     """What the mapping calls the parameters of this rank's module."""
 
     def __init__(self, shape: ModelShape, topology: Topology) -> None:
-        self.layers = range(*layers_of_stage(shape, topology.pp, topology.pp_rank))
+        self.layers = shape.stage_layers(topology.pp, topology.pp_rank)
         each = shape.num_experts // topology.ep
         self.experts = range(topology.ep_rank * each, (topology.ep_rank + 1) * each)
 

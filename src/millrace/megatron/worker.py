@@ -44,6 +44,7 @@ def add_layout_arguments(parser: argparse.ArgumentParser) -> None:
     for name, what in (
         ("tp", "tensor-parallel ranks"),
         ("pp", "pipeline stages"),
+        ("cp", "context-parallel ranks"),
         ("ep", "expert-parallel ranks"),
         ("etp", "tensor-parallel ranks inside one expert"),
     ):
@@ -61,11 +62,12 @@ def add_layout_arguments(parser: argparse.ArgumentParser) -> None:
 def layout(arguments: argparse.Namespace) -> ParallelConfig:
     """The layout the options name, data parallelism filled up from the number of ranks that were started."""
     world = int(os.environ.get("WORLD_SIZE", "1"))
-    dp = arguments.dp or max(1, world // (arguments.tp * arguments.pp))
+    dp = arguments.dp or max(1, world // (arguments.tp * arguments.pp * arguments.cp))
     sequence_parallel = arguments.tp > 1 if arguments.sequence_parallel is None else arguments.sequence_parallel
     return ParallelConfig(
         tp=arguments.tp,
         pp=arguments.pp,
+        cp=arguments.cp,
         dp=dp,
         ep=arguments.ep,
         etp=arguments.etp,

@@ -61,12 +61,11 @@ class ActivationSettings:
 def stage_parts(shape: ModelShape, settings: ActivationSettings, pp_rank: int) -> list[Part]:
     """The parts of one pipeline stage for one micro-batch, in the order of the forward pass."""
     sizes = _Sizes(shape, settings)
-    each = shape.num_layers // settings.parallel.pp
     parts: list[Part] = []
     if pp_rank == 0:
         parts.append(Part(name="embedding", kept=INDEX * sizes.tokens))
-    for layer in shape.layers[pp_rank * each : (pp_rank + 1) * each]:
-        of_layer = list(_layer_parts(layer, sizes))
+    for layer in shape.stage_layers(settings.parallel.pp, pp_rank):
+        of_layer = list(_layer_parts(shape.layers[layer], sizes))
         parts += [_recomputed(of_layer, sizes)] if settings.recompute == "full" else of_layer
     if pp_rank == settings.parallel.pp - 1:
         parts += [_norm("final norm", sizes), _head(sizes)]

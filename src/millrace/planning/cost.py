@@ -100,7 +100,9 @@ class CostModel:
         """Seconds of one rank for `tokens` tokens of its replica: `passes` through the whole model and `layer_passes`
         more through its layers."""
         p = self.recipe.parallel
-        share = p.tp * p.cp * p.pp
+        # The stage with the most layers sets the pace of all.
+        largest = max(len(self.shape.stage_layers(p.pp, rank)) for rank in range(p.pp))
+        share = p.tp * p.cp * self.shape.num_layers / largest
         kinds = {
             "dense_efficiency": flops.dense,
             "expert_efficiency": flops.experts,

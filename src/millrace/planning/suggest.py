@@ -262,7 +262,7 @@ def _stands(recipe: Recipe, cluster: ClusterConfig, overrides: Overrides) -> boo
 def layouts(world: int, shape: ModelShape, gpus: int) -> Iterator[ParallelConfig]:
     """The layouts of `world` ranks that a model allows. Tensor parallelism stays inside a node."""
     for tp in (n for n in (1, 2, 4, 8) if n <= gpus):
-        for pp in (n for n in range(1, 17) if shape.num_layers % n == 0):
+        for pp in (n for n in range(1, 17) if shape.num_layers % n == 0 or n & (n - 1) == 0):
             for cp in (1, 2, 4, 8):
                 dp, rest = divmod(world, tp * pp * cp)
                 if rest or not dp or not _mamba_allows(shape, tp * cp):

@@ -244,3 +244,14 @@ def test_a_missing_or_broken_config_json_is_named(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"a": 1,\n')
     with pytest.raises(ConfigError, match=r"not valid JSON \(line 2"):
         ModelShape.from_hf(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("layers", "pp", "sizes"),
+    [(4, 2, [2, 2]), (5, 2, [3, 2]), (7, 4, [2, 2, 2, 1]), (6, 4, [1, 2, 2, 1]), (61, 8, [7, 8, 8, 8, 8, 8, 7, 7])],
+)
+def test_pipeline_stages_are_as_even_as_can_be(layers: int, pp: int, sizes: list[int], tmp_path: Path) -> None:
+    shape = dense(tmp_path, num_hidden_layers=layers)
+    stages = [shape.stage_layers(pp, rank) for rank in range(pp)]
+    assert [layer for stage in stages for layer in stage] == list(range(layers))
+    assert [len(stage) for stage in stages] == sizes

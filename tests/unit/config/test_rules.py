@@ -34,7 +34,7 @@ def test_layouts_of_experts_that_megatron_trains_are_accepted(recipe_file: Path,
     [
         ("parallel.tp=4", "parallel.tp is 4, which does not divide the model's 2 key/value heads; use 2"),
         ("parallel.tp=3", "parallel.tp is 3, which does not divide the model's 4 attention heads; use 2 or 4"),
-        ("parallel.pp=3", "parallel.pp is 3, which does not divide the model's 4 layers"),
+        ("parallel.pp=5", "parallel.pp is 5, but the model has 4 layers; set it to that or less"),
         ("parallel.ep=2", "parallel.ep is 2, but the model has no experts"),
         ("parallel.sequence_parallel=true", "sequence_parallel needs parallel.tp of at least 2"),
         ("parallel.tp=0", "parallel.tp is 0; it must be at least 1"),

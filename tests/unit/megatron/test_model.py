@@ -5,9 +5,9 @@ import pytest
 import torch
 from tiny_checkpoints import write_checkpoint
 
-from millrace.config.model_shape import MambaShape, ModelShape
+from millrace.config.model_shape import LatentAttentionShape, MambaShape, ModelShape
 from millrace.config.schema import ParallelConfig
-from millrace.megatron.model import check_context_parallelism, check_layout, layers_of_stage, rope_inverse_frequencies
+from millrace.megatron.model import check_context_parallelism, check_layout, rope_inverse_frequencies
 from millrace.megatron.topology import LayoutError
 
 
@@ -24,11 +24,11 @@ def dense(tmp_path_factory: pytest.TempPathFactory) -> ModelShape:
 @pytest.mark.parametrize(
     ("layout", "sentence"),
     [
-        ({"tp": 4, "sequence_parallel": True}, "parallel.tp 4 does not divide the 4 attention heads and 2 key/value"),
-        ({"pp": 3}, "parallel.pp 3 does not divide the 4 layers"),
-        ({"ep": 3, "dp": 3}, "parallel.ep 3 does not divide the 4 experts"),
-        ({"tp": 2}, "needs parallel.sequence_parallel=true"),
-        ({"etp": 5}, "parallel.etp 5 does not divide the experts' width 64"),
+        ({"tp": 4, "sequence_parallel": True}, "parallel.tp is 4, which does not divide the model's 2 key/value heads"),
+        ({"pp": 5}, "parallel.pp is 5, but the model has 4 layers"),
+        ({"ep": 3, "dp": 3}, "parallel.ep is 3, which does not divide the model's 4 experts"),
+        ({"tp": 2}, "set parallel.sequence_parallel=true"),
+        ({"etp": 5}, "parallel.etp is 5, which does not divide the model's 64 columns of an expert"),
     ],
 )
 def test_a_layout_that_cannot_hold_the_model_is_refused(
@@ -41,17 +41,21 @@ def test_a_layout_that_cannot_hold_the_model_is_refused(
 def test_tensor_parallelism_must_divide_the_heads_and_groups_of_mamba_layers(tmp_path: Path) -> None:
     hybrid = ModelShape.from_hf(write_checkpoint("nemotron_h", tmp_path, num_key_value_heads=4))
     check_layout(hybrid, ParallelConfig(tp=2))
-    with pytest.raises(LayoutError, match="tp 4 does not divide the 8 heads and 2 groups of the Mamba layers"):
+    with pytest.raises(LayoutError, match="tp is 4, which does not divide the model's 2 groups of a Mamba layer"):
         check_layout(hybrid, ParallelConfig(tp=4))
+
+
+def test_latent_attention_under_tensor_parallelism_needs_sequence_parallelism(dense: ModelShape) -> None:
+    latent = LatentAttentionShape(q_rank=None, kv_rank=16, nope_dim=16, rope_dim=16, v_dim=16)
+    shape = replace(dense, latent_attention=latent)
+    check_layout(shape, ParallelConfig(tp=2, sequence_parallel=True))
+    with pytest.raises(LayoutError, match="latent attention, which needs sequence parallelism"):
+        check_layout(shape, ParallelConfig(tp=2))
 
 
 def test_expert_ranks_without_experts_are_refused(dense: ModelShape) -> None:
     with pytest.raises(LayoutError, match="the model has no experts"):
         check_layout(dense, ParallelConfig(dp=2, ep=2))
-
-
-def test_stages_hold_equal_runs_of_layers(dense: ModelShape) -> None:
-    assert [layers_of_stage(dense, 2, rank) for rank in range(2)] == [(0, 2), (2, 4)]
 
 
 @pytest.mark.parametrize(
