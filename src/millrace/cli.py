@@ -126,6 +126,9 @@ def plan(
     suggest: Annotated[
         bool, typer.Option("--suggest", help="Search layouts and placements that fit the cluster, the fastest first.")
     ] = False,
+    scale: Annotated[
+        bool, typer.Option("--scale", help="Simulate the slowest stage's step on 8 to 16,384 GPUs.")
+    ] = False,
     measured: Annotated[
         Path | None, typer.Option(metavar="RUN", help="Say how far the simulation is from the steps of this run.")
     ] = None,
@@ -152,10 +155,10 @@ def plan(
 
     loaded = load_recipe(recipe, overrides or ())
     if cluster is not None:
-        _plan_on_cluster(loaded, cluster, as_json=as_json, suggest=suggest, measured=measured, page=page)
+        _plan_on_cluster(loaded, cluster, as_json=as_json, suggest=suggest, scale=scale, measured=measured, page=page)
         return
-    if suggest or measured is not None or page is not None:
-        raise ConfigError("--suggest, --measured and --page plan for a cluster; add --cluster NAME_OR_FILE")
+    if suggest or scale or measured is not None or page is not None:
+        raise ConfigError("--suggest, --scale, --measured and --page plan for a cluster; add --cluster NAME_OR_FILE")
     require_runnable(loaded)
     made = make_plan(loaded)
     Console(highlight=False, markup=False, soft_wrap=True).print(to_json(made) if as_json else render_text(made))
@@ -432,12 +435,19 @@ def doctor() -> None:
 
 
 def _plan_on_cluster(
-    recipe: Recipe, name: str, *, as_json: bool, suggest: bool, measured: Path | None, page: Path | None
+    recipe: Recipe,
+    name: str,
+    *,
+    as_json: bool,
+    suggest: bool,
+    scale: bool,
+    measured: Path | None,
+    page: Path | None,
 ) -> None:
     from millrace.planning.clusters import cluster_named
     from millrace.planning.command import as_text, planned, to_json, write_page
 
-    made = planned(recipe, cluster_named(name), suggest=suggest, measured=measured)
+    made = planned(recipe, cluster_named(name), suggest=suggest, scale=scale, measured=measured)
     Console(highlight=False, markup=False, soft_wrap=True).print(to_json(made) if as_json else as_text(made))
     if page is not None:
         write_page(made, page)

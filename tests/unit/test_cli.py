@@ -29,7 +29,7 @@ def millrace(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
         ["--help"],
         ["check", "recipe.yaml"],
         ["plan", "recipe.yaml"],
-        ["plan", "recipe.yaml", "--cluster", "dgx-h100", "--suggest", "--page", "plan.html"],
+        ["plan", "recipe.yaml", "--cluster", "dgx-h100", "--suggest", "--scale", "--page", "plan.html"],
         ["check", "--schema"],
     ],
 )
@@ -106,7 +106,7 @@ def test_a_plan_that_does_not_fit_ends_with_one_and_says_what_helps(recipe_file:
 def test_what_plans_for_a_cluster_asks_for_its_name(recipe_file: Path) -> None:
     done = millrace("plan", "recipe.yaml", "--suggest", cwd=recipe_file.parent)
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == "--suggest, --measured and --page plan for a cluster; add --cluster NAME_OR_FILE\n"
+    assert done.stderr == "--suggest, --scale, --measured and --page plan for a cluster; add --cluster NAME_OR_FILE\n"
     done = millrace("plan", "recipe.yaml", "--cluster", "nowhere", cwd=recipe_file.parent)
     assert "no cluster file or name is 'nowhere'; there are cpu, dgx-h100, hgx-h200" in done.stderr
 

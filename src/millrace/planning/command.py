@@ -12,10 +12,11 @@ from millrace.config.cluster import ClusterConfig
 from millrace.config.errors import ConfigError
 from millrace.config.model_shape import ModelShape
 from millrace.config.schema import Recipe
-from millrace.planning import calibration, cluster_plan, suggest
+from millrace.planning import calibration, cluster_plan, scaling, suggest
 from millrace.planning.calibration import Calibration, calibrate
 from millrace.planning.cluster_plan import ClusterPlan, plan_on_cluster
 from millrace.planning.page import plan_page
+from millrace.planning.scaling import Scaling, scaled
 from millrace.planning.suggest import Suggestions
 
 
@@ -26,10 +27,13 @@ class Planned:
     no_place: str
     """Why it has none."""
     suggestions: Suggestions | None
+    scaling: Scaling | None
     calibration: Calibration | None
 
 
-def planned(recipe: Recipe, cluster: ClusterConfig, *, suggest: bool, measured: Path | None) -> Planned:
+def planned(
+    recipe: Recipe, cluster: ClusterConfig, *, suggest: bool = False, scale: bool = False, measured: Path | None = None
+) -> Planned:
     """Raises ConfigError as `plan_on_cluster` does, unless there are suggestions to make."""
     made, reason = None, ""
     try:
@@ -42,6 +46,7 @@ def planned(recipe: Recipe, cluster: ClusterConfig, *, suggest: bool, measured: 
         plan=made,
         no_place=reason,
         suggestions=_suggestions(recipe, cluster) if suggest else None,
+        scaling=scaled(recipe, cluster, ModelShape.from_hf(recipe.model.path)) if scale else None,
         calibration=calibrate(measured) if measured is not None else None,
     )
 
@@ -56,6 +61,8 @@ def as_text(made: Planned) -> str:
     ]
     if made.suggestions is not None:
         blocks.append(suggest.render_text(made.suggestions))
+    if made.scaling is not None:
+        blocks.append(scaling.render_text(made.scaling))
     if made.calibration is not None:
         blocks.append(calibration.render_text(made.calibration))
     return "\n\n".join(blocks)
@@ -68,6 +75,8 @@ def to_json(made: Planned) -> str:
         data["suggestions"] = dataclasses.asdict(made.suggestions)
         for one, suggestion in zip(data["suggestions"]["best"], made.suggestions.best, strict=True):
             one["overrides"] = str(suggestion)
+    if made.scaling is not None:
+        data["scaling"] = dataclasses.asdict(made.scaling)
     if made.calibration is not None:
         data["calibration"] = dataclasses.asdict(made.calibration)
     return json.dumps(data, indent=2)

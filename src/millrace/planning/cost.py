@@ -113,6 +113,10 @@ class CostModel:
         head = flops.head / (self.gpu.flops * SPEED["dense_efficiency"].value)
         return tokens * ((passes + layer_passes) * layers + passes * head) / share
 
+    def replica_tokens(self, work: Work) -> float:
+        """Tokens of a step on the data-parallel replica with the most: at least one sequence."""
+        return max(work.tokens / self.recipe.parallel.dp, work.length)
+
     def micro_batches(self, work: Work) -> int:
         """Of one replica and update."""
         p, capacity = self.recipe.parallel, self.recipe.trainer.max_tokens_per_micro_batch
@@ -177,7 +181,7 @@ class CostModel:
         optimizer's state."""
         p, recipe = self.recipe.parallel, self.recipe
         flops = self.flops_of(work.length)
-        tokens = work.tokens / p.dp
+        tokens = self.replica_tokens(work)
         passes, layer_passes = 3.0, float(recipe.trainer.recompute == "full")
         if recipe.trainer.recompute == "selective":
             layer_passes = flops.attention / flops.layers
@@ -196,7 +200,7 @@ class CostModel:
         """Forward passes besides training."""
         p = self.recipe.parallel
         flops = self.flops_of(work.length)
-        once = self.compute_seconds(flops, 1.0, 0.0, work.tokens / p.dp)
+        once = self.compute_seconds(flops, 1.0, 0.0, self.replica_tokens(work))
         once *= 1 + (p.pp - 1) / self.micro_batches(work)
         return work.scored * (once + self.wire_seconds(self.wire(work, training=False)))
 

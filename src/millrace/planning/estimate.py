@@ -16,6 +16,12 @@ from millrace.planning.tables import aligned
 
 STALENESS = 2
 """Updates that the bounded mode allows in a plan."""
+WAYS: dict[Mode, str] = {
+    "synchronous": "synchronous",
+    "one_step_off": "one step off",
+    "bounded": f"staleness up to {STALENESS}",
+}
+"""How the ways of working are told."""
 MOST_SIMULATED = 4
 """Engines that are simulated; of a larger fleet so many with their part of the batch."""
 
@@ -83,15 +89,23 @@ def _stages(recipe: Recipe, model: CostModel) -> Iterator[StageEstimate]:
         )
 
 
-def simulated(model: CostModel, work: Work, train_s: float, mode: Mode, bound: int, steps: int = 3) -> Outcome:
+def simulated(
+    model: CostModel,
+    work: Work,
+    train_s: float,
+    mode: Mode,
+    bound: int,
+    steps: int = 3,
+    most_engines: int = MOST_SIMULATED,
+) -> Outcome:
     """A few steps of a way of working."""
     fleet = model.recipe.fleet
     engines = fleet.engines or len(fleet.addresses) or 1
-    part = min(1.0, MOST_SIMULATED / engines)
+    part = min(1.0, most_engines / engines)
     outcome = simulate(
         Setting(
             mode=mode,
-            engines=min(engines, MOST_SIMULATED),
+            engines=min(engines, most_engines),
             slots=model.slots(work.prompt + work.longest),
             step_time=model.decoding(work.prompt + work.answer / 2).seconds,
             prefill_s=model.prefill_seconds(work.prompt),
@@ -125,6 +139,5 @@ def _phases(e: StageEstimate) -> tuple[str, ...]:
 
 
 def _way(estimate: StageEstimate, o: Outcome) -> tuple[str, ...]:
-    names = {"synchronous": "synchronous", "one_step_off": "one step off", "bounded": f"staleness up to {STALENESS}"}
     idle = (f"{o.trainer_idle:.0%}", f"{o.fleet_idle:.0%}")
-    return (estimate.stage, names[o.mode], f"{o.step_s:.1f} s", *idle, f"{o.staleness:.2f}", f"{o.tokens_s:.0f}")
+    return (estimate.stage, WAYS[o.mode], f"{o.step_s:.1f} s", *idle, f"{o.staleness:.2f}", f"{o.tokens_s:.0f}")

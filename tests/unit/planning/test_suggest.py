@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import re
+import time
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from millrace.config.model_shape import ModelShape
 from millrace.config.rules import layout_of_recipe, layout_problems
 from millrace.planning.cluster_plan import plan_on_cluster
 from millrace.planning.command import as_text, planned, to_json, write_page
+from millrace.planning.scaling import scaled
 from millrace.planning.suggest import layouts, suggest
 
 SMALL = ClusterConfig(
@@ -58,10 +60,25 @@ def test_only_layouts_that_the_rules_allow_are_tried(cuda_recipe: Path) -> None:
 
 def test_a_recipe_without_a_place_still_gets_suggestions(cuda_recipe: Path) -> None:
     recipe = load_recipe(cuda_recipe, ["parallel.dp=64"])
-    made = planned(recipe, SMALL, suggest=True, measured=None)
+    made = planned(recipe, SMALL, suggest=True)
     assert made.plan is None and "the run wants" in made.no_place
     assert "as it is, the recipe has no place" in as_text(made)
     assert json.loads(to_json(made))["suggestions"]["best"]
+
+
+def test_a_batch_that_stays_gains_less_and_less_from_more_gpus(cuda_recipe: Path) -> None:
+    recipe = load_recipe(cuda_recipe, ["parallel.dp=4", "parallel.ep=4", "fleet.engines=4"])
+    started = time.process_time()
+    found = scaled(recipe, SMALL, ModelShape.from_hf(recipe.model.path))
+    assert time.process_time() - started < 30
+    assert [size.gpus for size in found.sizes] == [8, 32, 128, 512, 2048, 8192, 16384]
+    assert all(size.trainer + size.engines == size.gpus for size in found.sizes)
+    synchronous = [size.outcomes[0] for size in found.sizes]
+    assert synchronous[0].step_s > synchronous[2].step_s
+    assert synchronous[-1].fleet_idle > synchronous[0].fleet_idle
+    assert synchronous[-1].tokens_s < 16384 / 8 * synchronous[0].tokens_s
+    made = planned(recipe, SMALL, scale=True)
+    assert "climb, 2048 sequences a step" in as_text(made) and json.loads(to_json(made))["scaling"]["sizes"]
 
 
 class _Page(HTMLParser):
@@ -84,7 +101,7 @@ class _Page(HTMLParser):
 
 
 def test_the_page_shows_every_role_and_every_phase_and_needs_nothing_else(cuda_recipe: Path, tmp_path: Path) -> None:
-    made = planned(load_recipe(cuda_recipe), SMALL, suggest=False, measured=None)
+    made = planned(load_recipe(cuda_recipe), SMALL)
     write_page(made, tmp_path / "pages" / "plan.html")
     text = (tmp_path / "pages" / "plan.html").read_text()
     page = _Page()
