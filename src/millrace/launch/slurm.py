@@ -21,10 +21,10 @@ from millrace.config.schema import BUILT_IN_TEMPLATES, Recipe, SftStage
 from millrace.launch.job import JobRecord, Site, read_job, write_job, write_site
 from millrace.launch.node import CONTINUE
 from millrace.launch.queue import SlurmError, slurm, states
+from millrace.planning.clusters import find_cluster
 from millrace.rollout.rendezvous import LAUNCH_FOLDER, PLACEMENT
 
 ENV_FILE = "env.sh"
-CLUSTERS = Path("slurm", "clusters")
 
 SCRIPT = """\
 #!/bin/bash
@@ -71,25 +71,13 @@ class Launch:
 
 def prepare(recipe: Recipe, cluster: str) -> Launch:
     """A launch of a recipe on a cluster, given by name or by file. Raises ConfigError with every problem."""
-    file = cluster_file(cluster)
+    file = find_cluster(cluster).resolve()
     config = load_cluster(file)
     launch = Launch(recipe=recipe, cluster=config, file=file, placement=place(recipe, config))
     problems = list(_problems(launch))
     if problems:
         raise ConfigError(problems)
     return launch
-
-
-def cluster_file(name: str) -> Path:
-    """The file that is named, or that of a name in slurm/clusters/ here or of this installation."""
-    if Path(name).suffix in (".yaml", ".yml"):
-        return Path(name).resolve()
-    folders = [Path.cwd() / CLUSTERS, Path(__file__).resolve().parents[3] / CLUSTERS]
-    for folder in folders:
-        if (folder / f"{name}.yaml").exists():
-            return folder / f"{name}.yaml"
-    known = sorted({file.stem for folder in folders for file in folder.glob("*.yaml")})
-    raise ConfigError(f"there is no cluster {name} in slurm/clusters/: name one of {', '.join(known)}, or a YAML file")
 
 
 def job_script(launch: Launch, until: str | None = None) -> str:

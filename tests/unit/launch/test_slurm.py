@@ -11,7 +11,7 @@ from millrace.config.cluster import ContainerConfig
 from millrace.config.errors import ConfigError
 from millrace.config.loading import load_recipe
 from millrace.launch.queue import SlurmError
-from millrace.launch.slurm import Launch, cluster_file, job_script, prepare, require_slurm, scripts
+from millrace.launch.slurm import Launch, job_script, prepare, require_slurm, scripts
 
 SITE = """\
 name: site
@@ -121,12 +121,6 @@ def test_a_container_s_image_may_be_a_registry_s(recipe_file: Path, site: Path) 
     site.write_text(SITE + "container: {image: nvcr.io/nvidia/pytorch:25.04-py3}\n")
     launch = launch_of(recipe_file, site)
     assert launch.cluster.container == ContainerConfig(image="nvcr.io/nvidia/pytorch:25.04-py3")
-
-
-def test_an_unknown_cluster_is_answered_with_those_there_are(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"there is no cluster dgx in slurm/clusters/: name one of cpu, dgx-h100, "):
-        cluster_file("dgx")
-    assert cluster_file("cpu").name == "cpu.yaml"
 
 
 def test_a_machine_without_slurm_is_told_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
