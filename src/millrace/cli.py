@@ -17,6 +17,7 @@ import typer
 from rich.console import Console
 
 from millrace.config.errors import ConfigError
+from millrace.config.schema import Recipe
 from millrace.errors import MillraceError
 
 FAILED, REFUSED = 1, 2
@@ -118,19 +119,46 @@ def plan(
     recipe: RecipeFile,
     overrides: Overrides = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON.")] = False,
+    cluster: Annotated[
+        str | None,
+        typer.Option(metavar="NAME_OR_FILE", help="Plan for this cluster: a name in slurm/clusters/, or a file."),
+    ] = None,
+    suggest: Annotated[
+        bool, typer.Option("--suggest", help="Search layouts and placements that fit the cluster, the fastest first.")
+    ] = False,
+    scale: Annotated[
+        bool, typer.Option("--scale", help="Simulate the slowest stage's step on 8 to 16,384 GPUs.")
+    ] = False,
+    measured: Annotated[
+        Path | None, typer.Option(metavar="RUN", help="Say how far the simulation is from the steps of this run.")
+    ] = None,
+    page: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write the plan for the cluster as one HTML page as well.")
+    ] = None,
 ) -> None:
     """Show what a recipe will start: ranks and their places, layers, parameters, bytes, batches.
+
+    With --cluster: which node runs what, the memory that each role needs of a GPU and of its host, what does not fit
+    with the changes that help most, and an estimate of each stage's step. Exit code 1: something does not fit.
 
     Examples:
 
     * `millrace plan recipes/laptop/dense.yaml`
     * `millrace plan recipes/laptop/dense.yaml parallel.dp=2 --json`
+    * `millrace plan recipes/qwen3/cascade-8b.yaml --cluster dgx-h100 --page plan.html`
+    * `millrace plan recipes/qwen3/cascade-8b.yaml --cluster dgx-h100 --suggest`
+    * `millrace plan recipes/laptop/cascade.yaml --cluster cpu fleet.transport=disk --measured runs/laptop-cascade`
     """
     from millrace.config.loading import load_recipe
     from millrace.config.plan import make_plan, render_text, to_json
     from millrace.config.rules import require_runnable
 
     loaded = load_recipe(recipe, overrides or ())
+    if cluster is not None:
+        _plan_on_cluster(loaded, cluster, as_json=as_json, suggest=suggest, scale=scale, measured=measured, page=page)
+        return
+    if suggest or scale or measured is not None or page is not None:
+        raise ConfigError("--suggest, --scale, --measured and --page plan for a cluster; add --cluster NAME_OR_FILE")
     require_runnable(loaded)
     made = make_plan(loaded)
     Console(highlight=False, markup=False, soft_wrap=True).print(to_json(made) if as_json else render_text(made))
@@ -508,6 +536,26 @@ def doctor() -> None:
     findings = examine()
     Console().print(table(findings))
     raise typer.Exit(0 if usable(findings) else FAILED)
+
+
+def _plan_on_cluster(
+    recipe: Recipe,
+    name: str,
+    *,
+    as_json: bool,
+    suggest: bool,
+    scale: bool,
+    measured: Path | None,
+    page: Path | None,
+) -> None:
+    from millrace.planning.clusters import cluster_named
+    from millrace.planning.command import as_text, planned, to_json, write_page
+
+    made = planned(recipe, cluster_named(name), suggest=suggest, scale=scale, measured=measured)
+    Console(highlight=False, markup=False, soft_wrap=True).print(to_json(made) if as_json else as_text(made))
+    if page is not None:
+        write_page(made, page)
+    raise typer.Exit(0 if made.plan is None or made.plan.fits else FAILED)
 
 
 def _verify(

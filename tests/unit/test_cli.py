@@ -24,7 +24,14 @@ def millrace(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--help"], ["check", "recipe.yaml"], ["plan", "recipe.yaml"], ["check", "--schema"]]
+    "arguments",
+    [
+        ["--help"],
+        ["check", "recipe.yaml"],
+        ["plan", "recipe.yaml"],
+        ["plan", "recipe.yaml", "--cluster", "dgx-h100", "--suggest", "--scale", "--page", "plan.html"],
+        ["check", "--schema"],
+    ],
 )
 def test_help_check_and_plan_import_nothing_heavy(recipe_file: Path, arguments: list[str]) -> None:
     program = f"""
@@ -79,6 +86,29 @@ def test_a_plan_can_be_read_by_programs(recipe_file: Path) -> None:
     done = millrace("plan", "recipe.yaml", "parallel.dp=2", "--json", cwd=recipe_file.parent)
     assert done.returncode == 0
     assert json.loads(done.stdout)["world_size"] == 2
+
+
+def test_a_plan_for_a_cluster_can_be_read_by_programs(recipe_file: Path) -> None:
+    done = millrace("plan", "recipe.yaml", "--cluster", "cpu", "fleet.transport=disk", "--json", cwd=recipe_file.parent)
+    assert done.returncode == 0, done.stderr
+    plan = json.loads(done.stdout)
+    assert plan["fits"] and plan["cluster"] == "cpu"
+    assert {role["name"] for role in plan["memory"]["roles"]} == {"trainer", "engine"}
+
+
+def test_a_plan_that_does_not_fit_ends_with_one_and_says_what_helps(recipe_file: Path) -> None:
+    asked = ["plan", "recipe.yaml", "--cluster", "cpu", "fleet.transport=disk", "fleet.kv_cache_bytes=68719476736"]
+    done = millrace(*asked, cwd=recipe_file.parent)
+    assert done.returncode == 1
+    assert "What helps most: fleet.kv_cache_bytes=34359738368 (32.0 GiB less)" in done.stdout
+
+
+def test_what_plans_for_a_cluster_asks_for_its_name(recipe_file: Path) -> None:
+    done = millrace("plan", "recipe.yaml", "--suggest", cwd=recipe_file.parent)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "--suggest, --scale, --measured and --page plan for a cluster; add --cluster NAME_OR_FILE\n"
+    done = millrace("plan", "recipe.yaml", "--cluster", "nowhere", cwd=recipe_file.parent)
+    assert "no cluster file or name is 'nowhere'; there are cpu, dgx-h100, hgx-h200" in done.stderr
 
 
 def test_the_version_is_that_of_the_package(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ check` needs neither torch nor transformers.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -172,7 +173,13 @@ class ModelShape:
 
     def layer_parameters(self, layer: int) -> LayerParameters:
         """Parameters of one layer, its norms included."""
-        kind = self.layers[layer]
+        return self._parameters_by_kind[self.layers[layer]]
+
+    @cached_property
+    def _parameters_by_kind(self) -> dict[LayerShape, LayerParameters]:
+        return {kind: self._parameters_of(kind) for kind in set(self.layers)}
+
+    def _parameters_of(self, kind: LayerShape) -> LayerParameters:
         parts = [self._attention_parameters()] if kind.mixer == "attention" else []
         parts += [self._mamba_parameters()] if kind.mixer == "mamba" else []
         parts += [LayerParameters(cut=self._ffn_parameters(self.ffn_hidden_size), replicated=0)] * (kind.ffn == "dense")

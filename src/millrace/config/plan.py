@@ -136,7 +136,7 @@ def make_plan(recipe: Recipe) -> Plan:
         engines=recipe.fleet.engines if recipe.samples else 0,
         engine_ranks=recipe.fleet.tensor_parallel,
         addresses=recipe.fleet.addresses if recipe.samples else (),
-        ranks=tuple(_rank(rank, recipe, shape) for rank in range(p.world_size)),
+        ranks=tuple(rank_plan(rank, recipe, shape) for rank in range(p.world_size)),
         stages=tuple(_stage(stage, parents[stage.name], recipe) for stage in recipe.stages),
         judges=tuple(_judges(recipe)),
         commands=tuple(_commands(recipe)),
@@ -160,7 +160,7 @@ def coordinates(rank: int, p: ParallelConfig) -> dict[str, int]:
     }
 
 
-def _rank(rank: int, recipe: Recipe, shape: ModelShape) -> RankPlan:
+def rank_plan(rank: int, recipe: Recipe, shape: ModelShape) -> RankPlan:
     p, place = recipe.parallel, coordinates(rank, recipe.parallel)
     layers = shape.stage_layers(p.pp, place["pp"])
     shared, experts = _parameters(shape, p, place["pp"])

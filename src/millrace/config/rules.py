@@ -84,6 +84,11 @@ def _shape(recipe: Recipe, problems: list[str]) -> ModelShape | None:
         return None
 
 
+def layout_of_recipe(recipe: Recipe, shape: ModelShape) -> list[str]:
+    """What is wrong with a recipe's parallel layout and its engines' for a model: all that a plan needs to be right."""
+    return [*range_problems(recipe), *_layout(recipe, None), *_layout_of_model(recipe, shape), *_lora(recipe, shape)]
+
+
 def _layout(recipe: Recipe, world_size: int | None) -> Problems:
     p = recipe.parallel
     asked = f"tp {p.tp} x pp {p.pp} x cp {p.cp} x dp {p.dp}"

@@ -1,0 +1,212 @@
+"""How far the simulation is from measured runs: its speeds are fitted to one half of a run's steps and tell the other.
+
+Fitted are, over all stages that sample and have no judge (whose time stands in the rollout's),
+
+    rollout seconds = longest answer * c0 + answer tokens * c1      a decoding step of n sequences takes c0 + n c1
+    train seconds   = micro-batches * t0 + tokens * t1
+
+to the earlier half of each stage's steps. The later half is predicted by simulating its rollouts with the measured
+lengths of its answers; score and sync take their mean of the earlier half. Only the synchronous way of working is in
+the product, so only that one can be compared.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from millrace.config.errors import ConfigError
+from millrace.config.loading import load_recipe
+from millrace.config.schema import Recipe, SamplingStage
+from millrace.observe.lines import read_lines
+from millrace.planning.simulate import Lengths, Setting, simulate
+
+LEAST_STEPS = 4
+"""Steps of a stage below which it is left out."""
+
+Row = Mapping[str, float]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Speeds:
+    """Measured on one machine."""
+
+    decode_fixed_s: float
+    """c0: of a decoding step."""
+    decode_sequence_s: float
+    """c1: of it, for each running sequence."""
+    micro_batch_s: float
+    """t0"""
+    token_s: float
+    """t1"""
+
+    def step_time(self, running: int) -> float:
+        return self.decode_fixed_s + running * self.decode_sequence_s
+
+    def train_s(self, micro_batches: float, tokens: float) -> float:
+        return micro_batches * self.micro_batch_s + tokens * self.token_s
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """Mean seconds of the later half of a stage's steps."""
+
+    stage: str
+    steps: int
+    predicted_rollout_s: float
+    measured_rollout_s: float
+    predicted_s: float
+    measured_s: float
+
+    @property
+    def error(self) -> float:
+        return self.predicted_s / self.measured_s - 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Calibration:
+    run: str
+    speeds: Speeds
+    comparisons: tuple[Comparison, ...]
+
+    @property
+    def worst(self) -> float:
+        return max(abs(one.error) for one in self.comparisons)
+
+
+@dataclass(frozen=True)
+class _Step:
+    row: Row
+    lengths: tuple[int, ...]
+    """Tokens of each answer."""
+
+
+def calibrate(run_dir: str | Path) -> Calibration:
+    """Read a run's recipe, metrics and rollouts. Raises ConfigError when it has too few steps that can be compared."""
+    run = Path(run_dir)
+    if not (run / "metrics.jsonl").is_file() or not (run / "recipe.yaml").is_file():
+        raise ConfigError(
+            f"{run} is no run with metrics.jsonl and recipe.yaml; name the folder of a run that has trained"
+        )
+    recipe = load_recipe(run / "recipe.yaml")
+    stages = {name: steps for name, steps in _steps(run, recipe).items() if len(steps) >= LEAST_STEPS}
+    if not stages:
+        raise ConfigError(
+            f"{run} has no stage of {LEAST_STEPS} or more steps with rollouts on disk and no judge; let it run on"
+        )
+    early = {name: steps[: len(steps) // 2] for name, steps in stages.items()}
+    speeds = fit([step for steps in early.values() for step in steps])
+    found = [_compare(name, early[name], steps[len(steps) // 2 :], speeds, recipe) for name, steps in stages.items()]
+    return Calibration(run=str(run), speeds=speeds, comparisons=tuple(found))
+
+
+def _steps(run: Path, recipe: Recipe) -> dict[str, list[_Step]]:
+    """The steps of each stage that have their answers on disk."""
+    rows: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    for row in read_lines(run / "metrics.jsonl"):
+        if "time/rollout" in row and "judge/verdicts" not in row:
+            rows[row["stage"]].append(row)
+    found: dict[str, list[_Step]] = {}
+    for stage in recipe.stages:
+        if not isinstance(stage, SamplingStage) or stage.name not in rows:
+            continue
+        files = sorted(
+            file for file in (run / "rollouts" / stage.name).glob("step-*.jsonl") if file.name.count(".") == 1
+        )
+        found[stage.name] = []
+        for row, file in zip(rows[stage.name], files, strict=False):
+            lengths = tuple(len(line["answer_tokens"]) for line in read_lines(file) if "answer_tokens" in line)
+            if lengths:
+                found[stage.name].append(_Step(row, lengths))
+    return found
+
+
+def fit(steps: Sequence[_Step]) -> Speeds:
+    """Speeds that tell the measured seconds best (least squares, none below 0)."""
+    decode = least_squares(
+        [(float(max(step.lengths)), float(sum(step.lengths))) for step in steps],
+        [step.row["time/rollout"] for step in steps],
+    )
+    train = least_squares(
+        [(step.row["micro_batches"], step.row["tokens"]) for step in steps],
+        [step.row["time/train"] for step in steps],
+    )
+    return Speeds(decode_fixed_s=decode[0], decode_sequence_s=decode[1], micro_batch_s=train[0], token_s=train[1])
+
+
+def least_squares(inputs: Sequence[tuple[float, float]], outputs: Sequence[float]) -> tuple[float, float]:
+    """Weights a, b >= 0 for which a x + b y is nearest to the outputs."""
+    xx = sum(x * x for x, _ in inputs)
+    xy = sum(x * y for x, y in inputs)
+    yy = sum(y * y for _, y in inputs)
+    xo = sum(x * out for (x, _), out in zip(inputs, outputs, strict=True))
+    yo = sum(y * out for (_, y), out in zip(inputs, outputs, strict=True))
+    determinant = xx * yy - xy * xy
+    if determinant > 1e-9 * xx * yy:
+        a, b = (xo * yy - yo * xy) / determinant, (yo * xx - xo * xy) / determinant
+        if a >= 0 and b >= 0:
+            return a, b
+    alone = ((xo / xx, 0.0), (0.0, yo / yy))
+    return min(
+        alone,
+        key=lambda ab: sum((ab[0] * x + ab[1] * y - out) ** 2 for (x, y), out in zip(inputs, outputs, strict=True)),
+    )
+
+
+def _compare(name: str, early: Sequence[_Step], later: Sequence[_Step], speeds: Speeds, recipe: Recipe) -> Comparison:
+    fleet = recipe.fleet
+    rest = fmean(
+        step.row["time/step"] - step.row["time/rollout"] - step.row["time/train"] for step in early
+    )  # teachers, scores, the sync
+    rollout, whole = [], []
+    for step in later:
+        lengths = Lengths(mean=fmean(step.lengths), longest=max(step.lengths), measured=step.lengths)
+        train = speeds.train_s(step.row["micro_batches"], step.row["tokens"])
+        outcome = simulate(
+            Setting(
+                mode="synchronous",
+                engines=max(1, fleet.engines or len(fleet.addresses)),
+                slots=fleet.max_num_seqs,
+                step_time=speeds.step_time,
+                prefill_s=0.0,
+                batch=len(step.lengths),
+                lengths=lengths,
+                train_s=train,
+                sync_s=rest,
+                steps=1,
+                seed=recipe.seed,
+            )
+        )
+        rollout.append(outcome.rollout_s)
+        whole.append(outcome.step_s)
+    return Comparison(
+        stage=name,
+        steps=len(later),
+        predicted_rollout_s=fmean(rollout),
+        measured_rollout_s=fmean(step.row["time/rollout"] for step in later),
+        predicted_s=fmean(whole),
+        measured_s=fmean(step.row["time/step"] for step in later),
+    )
+
+
+def render_text(found: Calibration) -> str:
+    speeds = found.speeds
+    lines = [
+        f"calibrated on {found.run}: a decoding step of n sequences takes {1e3 * speeds.decode_fixed_s:.2f} + "
+        f"{1e3 * speeds.decode_sequence_s:.3f} n ms, a micro-batch {1e3 * speeds.micro_batch_s:.0f} ms and "
+        f"{1e6 * speeds.token_s:.1f} us a token"
+    ]
+    for one in found.comparisons:
+        lines.append(
+            f"  {one.stage}: synchronous step predicted {one.predicted_s:.2f} s, measured {one.measured_s:.2f} s over "
+            f"{one.steps} later steps: {one.error:+.1%} (rollout {one.predicted_rollout_s:.2f} s, measured "
+            f"{one.measured_rollout_s:.2f} s)"
+        )
+    lines.append(
+        "  one step off and bounded staleness are simulated only: runs are synchronous, so nothing measures them"
+    )
+    return "\n".join(lines)
