@@ -262,6 +262,7 @@ def launch(
         raise ConfigError("launch needs a cluster: --cluster NAME of slurm/clusters/, or a YAML file")
     require_runnable(loaded)
     prepared, run_dir = prepare(loaded, cluster), Path(loaded.run_dir)
+    sys.stderr.write("".join(f"warning: {line}\n" for line in prepared.warnings))
     told = foresee(loaded, run_dir, options)
     written = scripts(prepared, chain, until)
     if dry_run:

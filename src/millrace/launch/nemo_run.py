@@ -62,6 +62,8 @@ def experiment(
     options = options or Options()
     require_runnable(recipe)
     launch = prepare(recipe, cluster) if cluster else None
+    for line in launch.warnings if launch else ():
+        sys.stderr.write(f"warning: {line}\n")
     base = _executor(executor, launch)
     with locked(Path(recipe.run_dir)):
         for line in start(recipe, Path(recipe.run_dir), options):

@@ -16,11 +16,12 @@ from pathlib import Path
 from millrace.config.cluster import ClusterConfig
 from millrace.config.errors import ConfigError
 from millrace.config.loading import load_cluster
-from millrace.config.placement import Placement, place, write_placement
+from millrace.config.placement import Placement, write_placement
 from millrace.config.schema import BUILT_IN_TEMPLATES, Recipe, SftStage
 from millrace.launch.job import JobRecord, Site, read_job, write_job, write_site
 from millrace.launch.node import CONTINUE
 from millrace.launch.queue import SlurmError, slurm, states
+from millrace.planning.cluster_plan import plan_on_cluster
 from millrace.planning.clusters import find_cluster
 from millrace.rollout.rendezvous import LAUNCH_FOLDER, PLACEMENT
 
@@ -49,6 +50,8 @@ class Launch:
     file: Path
     """The cluster file."""
     placement: Placement
+    warnings: tuple[str, ...] = ()
+    """What the plan says will not fit the nodes' memory."""
 
     @property
     def run_dir(self) -> Path:
@@ -73,7 +76,9 @@ def prepare(recipe: Recipe, cluster: str) -> Launch:
     """A launch of a recipe on a cluster, given by name or by file. Raises ConfigError with every problem."""
     file = find_cluster(cluster).resolve()
     config = load_cluster(file)
-    launch = Launch(recipe=recipe, cluster=config, file=file, placement=place(recipe, config))
+    plan = plan_on_cluster(recipe, config)
+    unfit = tuple(str(one) for one in plan.unfit)
+    launch = Launch(recipe=recipe, cluster=config, file=file, placement=plan.placement, warnings=unfit)
     problems = list(_problems(launch))
     if problems:
         raise ConfigError(problems)

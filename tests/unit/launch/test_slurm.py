@@ -127,3 +127,10 @@ def test_a_machine_without_slurm_is_told_so(monkeypatch: pytest.MonkeyPatch, tmp
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(SlurmError, match="sbatch is not on PATH: Slurm is not installed here"):
         require_slurm()
+
+
+def test_what_will_not_fit_is_said_before_the_job_is_submitted(recipe_file: Path, site: Path) -> None:
+    assert launch_of(recipe_file, site).warnings == ()
+    site.write_text(SITE.replace("cores: 32,", "cores: 32, gpu_memory_gib: 1,"))
+    trainer = next(line for line in launch_of(recipe_file, site, "trainer.device=cuda").warnings if "trainer" in line)
+    assert "of each GPU, which has 1.0 GiB for it" in trainer
