@@ -2,6 +2,7 @@
 
 cluster.json   `Site`: what every node must know of the cluster
 job.json       `JobRecord`: the jobs that were submitted for the run
+current.json   which start of a job has the run now, and how many before it got nowhere
 """
 
 from __future__ import annotations
@@ -12,9 +13,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from millrace.errors import MillraceError
 from millrace.rollout.rendezvous import LAUNCH_FOLDER, read_json, write_json
 
-CLUSTER, JOB = "cluster.json", "job.json"
+CLUSTER, JOB, CURRENT = "cluster.json", "job.json", "current.json"
+MOST_STARTS = 3
+"""Starts of one job in a row that may get nowhere."""
+
+
+class StuckError(MillraceError):
+    """A job is started again and again without getting further."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,9 +60,30 @@ def read_job(launch: Path) -> JobRecord | None:
     return JobRecord(**{**facts, "ids": tuple(facts["ids"])}) if facts else None
 
 
-def note_job(run_dir: Path, job: str) -> None:
-    """Record a job that another launcher than `millrace launch` has submitted, so that the run is found by it."""
-    launch = run_dir / LAUNCH_FOLDER
+def note_start(run_dir: Path, job: str) -> None:
+    """Record that the start `job` (ID.RESTART) of a job has the run now, whichever launcher has submitted it.
+
+    Raises StuckError when starts of one job follow each other in which the run gets no further, so that a job whose
+    time is too short for one step is not put into the queue for ever.
+    """
+    launch, number = run_dir / LAUNCH_FOLDER, job.split(".")[0]
     known = read_job(launch)
-    if known is None or job not in known.ids:
-        write_job(launch, JobRecord(ids=(job,), log=str(run_dir / "logs" / "job-%j.log")))
+    if known is None or number not in known.ids:
+        write_job(launch, JobRecord(ids=(number,), log=str(run_dir / "logs" / "job-%j.log")))
+    before, reached = read_json(launch / CURRENT), _reached(run_dir)
+    same = before.get("job", "").split(".")[0] == number and before.get("reached") == reached
+    starts = before.get("starts", 0) + 1 if same else 1
+    write_json(launch / CURRENT, {"job": job, "reached": reached, "starts": starts})
+    if starts > MOST_STARTS:
+        raise StuckError(
+            f"{MOST_STARTS} starts of job {number} were ended before the run got any further; give a job more time by "
+            "slurm.time_limit or a later warning by slurm.warn_s in the cluster file, or save more often by "
+            "checkpoint.every"
+        )
+
+
+def _reached(run_dir: Path) -> list[int]:
+    """Something that grows with every step: bytes of the metrics, recorded batches of rollouts."""
+    metrics = run_dir / "metrics.jsonl"
+    written = metrics.stat().st_size if metrics.exists() else 0
+    return [written, sum(1 for _ in run_dir.glob("rollouts/*/*.jsonl"))]

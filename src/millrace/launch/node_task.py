@@ -22,7 +22,7 @@ from pathlib import Path
 from millrace.config.loading import load_recipe
 from millrace.config.placement import NodeRanks, read_placement
 from millrace.errors import MillraceError
-from millrace.launch.job import Site, note_job, read_site
+from millrace.launch.job import CURRENT, Site, note_start, read_site
 from millrace.launch.local import FINISHED, STOPPED, RankFailed, RankGroup, free_port, run_group
 from millrace.launch.local import trainer_environment as local_environment
 from millrace.launch.network import address_of, interface_of
@@ -39,11 +39,9 @@ from millrace.rollout.rendezvous import (
     Pulse,
     Rendezvous,
     read_json,
-    write_json,
 )
 
 FAILED = 1
-CURRENT = "current.json"
 BEAT_SECONDS = 1.0
 WAIT_LOG_SECONDS = 10.0
 NODES_LIMIT = 600.0
@@ -150,8 +148,7 @@ class Node:
         if self.seat.node == 0:
             stack.enter_context(locked(self.run_dir))
             self.meeting.make_token()
-            write_json(self.run_dir / LAUNCH_FOLDER / CURRENT, {"job": self.seat.job})
-            note_job(self.run_dir, self.seat.job.split(".")[0])
+            note_start(self.run_dir, self.seat.job)
         self.meeting.announce(self.state)
         threads, done = stack.enter_context(ThreadPoolExecutor(2)), threading.Event()
         stack.callback(done.set)

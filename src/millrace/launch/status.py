@@ -14,7 +14,7 @@ from millrace.config.errors import ConfigError
 from millrace.config.placement import Placement, read_placement
 from millrace.config.schema import Recipe
 from millrace.errors import MillraceError
-from millrace.launch.job import JobRecord, read_job
+from millrace.launch.job import CURRENT, JobRecord, read_job
 from millrace.launch.queue import JobState, SlurmError, states
 from millrace.launch.run_dir import LOCK, is_locked, recorded_recipe
 from millrace.launch.slurm import cancel
@@ -134,7 +134,7 @@ def _parts(placement: Placement, node: int) -> Iterator[str]:
 
 def _meeting(run_dir: Path) -> Rendezvous | None:
     """The rendezvous of the job's present or last start."""
-    current = read_json(run_dir / LAUNCH_FOLDER / "current.json").get("job")
+    current = read_json(run_dir / LAUNCH_FOLDER / CURRENT).get("job")
     return Rendezvous(run_dir / LAUNCH_FOLDER / current) if current else None
 
 
