@@ -92,7 +92,6 @@ SHORT = {
 def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("MILLRACE_DATA", str(tmp_path / "data"))
     monkeypatch.setenv("MILLRACE_MODELS", str(tmp_path / "models"))
-    monkeypatch.setenv("MILLRACE_FLEET", "[http://127.0.0.1:8000,http://node17:8001]")
     monkeypatch.chdir(tmp_path)
     return tmp_path
 

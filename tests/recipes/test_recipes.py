@@ -25,7 +25,6 @@ def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty folder where recipes look for data and models."""
     monkeypatch.setenv("MILLRACE_DATA", str(tmp_path / "data"))
     monkeypatch.setenv("MILLRACE_MODELS", str(tmp_path / "models"))
-    monkeypatch.setenv("MILLRACE_FLEET", "[http://127.0.0.1:8000,http://node17:8001]")
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -86,19 +85,12 @@ def test_the_model_has_the_parameters_of_its_report(tmp_path: Path) -> None:
     assert round(shape.active_parameter_count() / 1e9, 1) == 3.2
 
 
-def test_the_cluster_layout_uses_the_fleet_and_the_judge_of_the_environment(elsewhere: Path) -> None:
+def test_the_cluster_layout_has_engines_and_the_judge_of_the_environment(elsewhere: Path) -> None:
     recipe = load(CLUSTER)
     assert recipe.parallel.world_size == 128
-    assert recipe.fleet.addresses == ("http://127.0.0.1:8000", "http://node17:8001")
+    assert recipe.fleet.engines * recipe.fleet.tensor_parallel == 128
     assert recipe.judges["genrm"].model is None and recipe.judges["genrm"].url == "http://127.0.0.1:8100/v1"
     assert recipe.stages == load(CASCADE).stages, "a layout changes nothing that is learnt"
-
-
-def test_the_cluster_layout_says_what_to_do_without_a_fleet(elsewhere: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("MILLRACE_FLEET")
-    assert any(
-        p.startswith("fleet: the run samples answers, but there are no engines") for p in check_recipe(load(CLUSTER))
-    )
 
 
 def test_the_stages_are_those_of_the_paper(elsewhere: Path) -> None:

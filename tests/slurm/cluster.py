@@ -23,6 +23,9 @@ import psutil
 
 DAEMONS = ("munged", "mariadbd", "mariadb-install-db", "slurmdbd", "slurmctld", "slurmd", "sbatch")
 PACKAGES = ("munge", "mariadb-server-core", "mariadb-client-core", "slurmdbd", "slurmctld", "slurmd", "slurm-client")
+PACKAGES += ("libslurm-dev",)
+HEADER = Path("/usr/include/slurm/spank.h")
+CONTAINER = Path(__file__).with_name("container.c")
 NODES = tuple(f"127.0.0.{number}" for number in range(11, 15))
 LIMIT = 60.0
 
@@ -98,11 +101,12 @@ class NoCluster(Exception):
 def install() -> None:
     """Install Slurm from Debian's packages if it is not there. Raises NoCluster where that cannot be done."""
     os.environ["PATH"] += os.pathsep + "/usr/sbin"
-    if all(shutil.which(name) for name in DAEMONS):
+    absent = [name for name in DAEMONS if not shutil.which(name)]
+    absent += [] if HEADER.exists() else [str(HEADER)]
+    if not absent:
         return
-    missing = next(name for name in DAEMONS if not shutil.which(name))
     if shutil.which("apt-get") is None or os.geteuid() != 0:
-        raise NoCluster(f"{missing} is not installed, and only root can install it by apt-get; install {PACKAGES}")
+        raise NoCluster(f"{absent[0]} is not installed, and only root can install it by apt-get; install {PACKAGES}")
     environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
     for command in (["update"], ["install", "-y", "--no-install-recommends", *PACKAGES]):
         done = subprocess.run(["apt-get", *command], env=environment, capture_output=True, text=True)
@@ -126,6 +130,8 @@ class Cluster:
         (self.root / "slurmdbd.conf").touch(mode=0o600)
         (self.root / "slurmdbd.conf").write_text(SLURMDBD_CONF.format(**facts))
         os.environ["SLURM_CONF"] = str(self.config)
+        _run("cc", "-shared", "-fPIC", "-o", str(self.root / "container.so"), str(CONTAINER))
+        (self.root / "plugstack.conf").write_text(f"required {self.root}/container.so\n")
         self._munge()
         self._database(ports + 2)
         _run("slurmdbd")

@@ -2,10 +2,12 @@
 
 import stat
 import subprocess
+import sys
 
 import psutil
 import pytest
 import torch
+import yaml
 from real_runs import RL, SFT, exported, write_world
 from real_runs import run as run_here
 from slurm_runs import (
@@ -198,6 +200,25 @@ def test_a_node_that_dies_without_a_word_ends_the_job_and_its_log_says_so(cluste
     assert cluster.wait_for(job, {"FAILED"}, 30) == "FAILED"
     status = millrace("status", run_dir_of(recipe)).stdout
     assert "failed: node 1 (127.0.0.12): gave no sign of life for 1" in status
+
+
+def test_a_container_has_the_folders_of_the_recipe_and_nothing_beside_them(cluster, tmp_path):
+    world = write_world(tmp_path / "a world in a box")
+    (tmp_path / "beside").write_text("not mounted")
+    image = tmp_path.with_name(f"{tmp_path.name}.image")
+    image.write_text(f"{tmp_path}\n")
+    inside = ["srun", f"--container-image={image}", f"--container-mounts={world}/base:{world}/base", "ls"]
+    assert subprocess.run([*inside, tmp_path], capture_output=True, text=True).stdout.split("\n")[:-1] == [world.name]
+    assert subprocess.run([*inside, world], capture_output=True, text=True).stdout.split() == ["base"]
+
+    recipe, here = (write_wide_recipe(world, name, stages=[SFT]) for name in ("boxed", "here"))
+    site = write_site(world)
+    container = {"container": {"image": str(image)}, "python": sys.executable}
+    site.write_text(yaml.safe_dump({**yaml.safe_load(site.read_text()), **container}))
+    (job,) = launch(recipe, site)
+    finish(cluster, job, recipe)
+    assert run_here(here) == 0
+    assert_same(exported(run_dir_of(recipe)), exported(run_dir_of(here)))
 
 
 @pytest.mark.parametrize(
