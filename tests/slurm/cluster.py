@@ -185,6 +185,10 @@ class Cluster:
 
     # ---- what tests do to it
 
+    def admit(self, user: str) -> None:
+        """Let another user submit jobs."""
+        _run("sacctmgr", "-i", "add", "user", user, "account=lab", "cluster=trial")
+
     def state(self, job: str) -> str:
         """State of a job by squeue, or by sacct when it has left the queue."""
         asked = subprocess.run(["squeue", "-h", "-j", job, "-o", "%T"], capture_output=True, text=True)

@@ -1,8 +1,13 @@
 """Runs as jobs of a real Slurm cluster: trainer and engines on nodes of their own, disturbed, crashed, refused."""
 
+import os
+import shutil
 import stat
 import subprocess
 import sys
+import sysconfig
+import tempfile
+from pathlib import Path
 
 import psutil
 import pytest
@@ -25,6 +30,7 @@ from slurm_runs import (
 )
 
 from millrace.cascade.ledger import Ledger
+from millrace.launch.job import read_job
 from millrace.rollout.rendezvous import Rendezvous
 
 LONG_SFT = {**SFT, "steps": 120}
@@ -219,6 +225,46 @@ def test_a_container_has_the_folders_of_the_recipe_and_nothing_beside_them(clust
     finish(cluster, job, recipe)
     assert run_here(here) == 0
     assert_same(exported(run_dir_of(recipe)), exported(run_dir_of(here)))
+
+
+@pytest.fixture
+def foreign_world():
+    """A world that belongs to another user."""
+    folder = Path(tempfile.mkdtemp(prefix="of-somebody-else-"))
+    yield write_world(folder)
+    shutil.rmtree(folder)
+
+
+def test_another_user_launches_a_run(cluster, foreign_world):
+    user, python = "nobody", foreign_world / "python"
+    # The system's interpreter with this one's packages: the folder of the latter may be closed to others.
+    (foreign_world / "sitecustomize.py").write_text(
+        f"import site\nsite.addsitedir({sysconfig.get_path('purelib')!r})\n"
+    )
+    python.write_text(f'#!/bin/sh\nPYTHONPATH="{foreign_world}" exec /usr/bin/python3 "$@"\n')
+    python.chmod(0o755)
+    recipe = write_wide_recipe(foreign_world, "foreign", stages=[SFT])
+    site = write_site(foreign_world)
+    site.write_text(yaml.safe_dump({**yaml.safe_load(site.read_text()), "python": str(python)}))
+    for path in (foreign_world, *foreign_world.rglob("*")):
+        shutil.chown(path, user)
+
+    def as_user(*arguments):
+        command, home = [str(python), *map(str, arguments)], {"HOME": str(foreign_world)}
+        return subprocess.run(
+            command, user=user, cwd="/", env={**os.environ, **home}, capture_output=True, text=True, timeout=120
+        )
+
+    tried = as_user("-c", "import millrace.cli, torch")
+    if tried.returncode != 0:
+        pytest.skip(f"{user} cannot run Millrace from here: {(tried.stderr.strip() or 'no word').splitlines()[-1]}")
+    cluster.admit(user)
+    done = as_user("-m", "millrace.cli", "launch", recipe, "--cluster", site)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (job,) = read_job(run_dir_of(recipe) / "launch").ids
+    finish(cluster, job, recipe)
+    assert exported(run_dir_of(recipe))
+    assert {path.owner() for path in run_dir_of(recipe).rglob("*")} == {user}
 
 
 @pytest.mark.parametrize(
