@@ -67,7 +67,10 @@ def test_a_checkpoint_that_lacks_a_tensor_fails_and_is_still_recorded(tmp_path: 
 def test_layouts_are_chosen_by_what_the_model_can_be_cut_into(tmp_path: Path) -> None:
     dense = ModelShape.from_hf(write_checkpoint("llama", tmp_path / "dense", num_hidden_layers=3))
     moe = ModelShape.from_hf(write_checkpoint("qwen3_moe", tmp_path / "moe"))
-    assert list(fitting_layouts(dense)) == ["one rank", "tp2"]
-    assert list(fitting_layouts(moe)) == ["one rank", "tp2", "tp2 etp2", "pp2", "ep2", "tp2 pp2", "tp2 pp2 ep2"]
-    with pytest.raises(ConfigError, match=r"'pp2' does not fit this model; those that do are one rank, tp2$"):
-        planned_steps(dense, sync=False, only=["pp2"])
+    hybrid = ModelShape.from_hf(write_checkpoint("nemotron_h", tmp_path / "hybrid"))
+    assert list(fitting_layouts(dense)) == ["one rank", "tp2", "pp2", "cp2", "tp2 pp2"]
+    assert list(fitting_layouts(hybrid)) == ["one rank", "tp2", "pp2", "tp2 pp2"]
+    experts = ["one rank", "tp2", "tp2 etp2", "pp2", "cp2", "ep2", "tp2 pp2", "tp2 pp2 ep2"]
+    assert list(fitting_layouts(moe)) == experts
+    with pytest.raises(ConfigError, match=r"'ep2' does not fit this model; those that do are one rank, tp2, pp2, cp2"):
+        planned_steps(dense, sync=False, only=["ep2"])

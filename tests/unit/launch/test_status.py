@@ -56,9 +56,10 @@ def test_a_run_on_this_machine_tells_step_rate_checkpoint_and_last_word(run_dir:
 def test_a_run_on_this_machine_is_cancelled_by_asking_it_to_save(run_dir: Path) -> None:
     assert cancel_run(run_dir) == f"{run_dir}: nothing runs"
     program = """
-import sys, time
+import signal, sys, time
 from pathlib import Path
 from millrace.launch.run_dir import locked
+signal.signal(signal.SIGINT, signal.SIG_DFL)  # which a job in the background is started without
 with locked(Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(60)
