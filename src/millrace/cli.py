@@ -18,7 +18,6 @@ import typer
 from rich.console import Console
 
 from millrace.config.errors import ConfigError
-from millrace.config.schema import Recipe
 from millrace.errors import MillraceError
 
 if TYPE_CHECKING:
@@ -49,6 +48,13 @@ Overrides = Annotated[
         metavar="[KEY=VALUE]...", help="Values that replace the recipe's; a stage is addressed by its name."
     ),
 ]
+AcceptChanges = Annotated[
+    bool, typer.Option("--accept-changes", help="Go on although changes of the recipe touch what the run has done.")
+]
+FromStage = Annotated[
+    str | None, typer.Option("--from", metavar="STAGE", help="Run this stage and all after it again.")
+]
+UntilStage = Annotated[str | None, typer.Option("--until", metavar="STAGE", help="The last stage to run now.")]
 HfFolder = Annotated[Path, typer.Option("--hf", help="Folder of the Hugging Face checkpoint.")]
 Card = Annotated[Path | None, typer.Option(help="Write the result as a small YAML file as well.")]
 Tp = Annotated[int, typer.Option(min=1, help="Tensor-parallel ranks.")]
@@ -173,13 +179,9 @@ def plan(
 def run(
     recipe: RecipeFile,
     overrides: Overrides = None,
-    accept_changes: Annotated[
-        bool, typer.Option("--accept-changes", help="Go on although changes of the recipe touch what the run has done.")
-    ] = False,
-    from_: Annotated[
-        str | None, typer.Option("--from", metavar="STAGE", help="Run this stage and all after it again.")
-    ] = None,
-    until: Annotated[str | None, typer.Option(metavar="STAGE", help="The last stage to run now.")] = None,
+    accept_changes: AcceptChanges = False,
+    from_: FromStage = None,
+    until: UntilStage = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and do nothing.")] = False,
 ) -> None:
     """Run a recipe on this machine, or resume it where it stopped. Ctrl-C saves and stops; twice ends it at once.
@@ -227,13 +229,9 @@ def launch(
         str | None, typer.Option(metavar="slurm|local", help="Through NeMo-Run, with this executor.")
     ] = None,
     detach: Annotated[bool, typer.Option("--detach", help="With --executor: return when it is submitted.")] = False,
-    accept_changes: Annotated[
-        bool, typer.Option("--accept-changes", help="Go on although changes of the recipe touch what the run has done.")
-    ] = False,
-    from_: Annotated[
-        str | None, typer.Option("--from", metavar="STAGE", help="Run this stage and all after it again.")
-    ] = None,
-    until: Annotated[str | None, typer.Option(metavar="STAGE", help="The last stage to run now.")] = None,
+    accept_changes: AcceptChanges = False,
+    from_: FromStage = None,
+    until: UntilStage = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the job's script, and do nothing.")] = False,
 ) -> None:
     """Run a recipe as a Slurm job, or resume it. The job saves itself before its time is up and goes on by itself.
@@ -242,10 +240,10 @@ def launch(
 
     Examples:
 
-    * `millrace launch recipes/nemotron-cascade-2/cascade.yaml --cluster dgx-h100 --dry-run`
+    * `millrace launch recipes/qwen3/cascade-8b.yaml --cluster dgx-h100 --dry-run`
     * `millrace launch recipes/laptop/dense.yaml fleet.transport=disk --cluster cpu --until sft`
-    * `millrace launch recipes/laptop/cascade.yaml --cluster my-site.yaml --chain`
-    * `millrace launch recipes/laptop/cascade.yaml --cluster my-site.yaml --executor slurm`
+    * `millrace launch recipes/qwen3/cascade-8b.yaml --cluster my-site.yaml --chain`
+    * `millrace launch recipes/qwen3/cascade-8b.yaml --cluster my-site.yaml --executor slurm`
     """
     from millrace.config.loading import load_recipe
     from millrace.config.rules import require_runnable
@@ -289,7 +287,7 @@ def _launch_experiment(
         )
     from millrace.launch.nemo_run import experiment
 
-    with experiment(recipe, executor, cluster=cluster, chain=chain, options=options) as built:
+    with experiment(recipe, executor, cluster=cluster, chain=chain, options=options, dry_run=dry_run) as built:
         if dry_run:
             built.dryrun()
         else:

@@ -32,7 +32,14 @@ def command(*arguments: object) -> list[str]:
 
 
 def start(arguments: list[str]) -> subprocess.Popen:
-    return subprocess.Popen(arguments, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    return subprocess.Popen(
+        arguments,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        # Where the tests run in the background of a shell, Ctrl-C would be ignored from the start.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
 
 
 def files(folder: Path, pattern: str) -> dict[str, int]:

@@ -123,6 +123,7 @@ def test_nemo_knows_the_command(world, launcher, home):
     arguments = ["launch", f"recipe={recipe}", f"cluster={site}", "--dryrun", "--yes"]
     done = launched(launcher.with_name("nemo"), home, "millrace", *arguments)
     assert done.returncode == 0, done.stdout + done.stderr
+    assert not run_dir_of(recipe).exists(), "a dry run makes nothing"
     assert "#SBATCH --nodes=2" in done.stdout and "#SBATCH --signal=USR1@60" in done.stdout
 
 

@@ -28,7 +28,9 @@ def launch(
     executor = getattr(ctx, "executor", None) or ("slurm" if cluster else "local")
     loaded = load_recipe(recipe, shlex.split(overrides))
     options = Options(until=until or None)
-    with experiment(loaded, executor, cluster=cluster or None, chain=chain, options=options) as built:
+    with experiment(
+        loaded, executor, cluster=cluster or None, chain=chain, options=options, dry_run=ctx.dryrun
+    ) as built:
         if ctx.dryrun:
             built.dryrun()
         else:

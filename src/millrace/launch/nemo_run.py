@@ -29,8 +29,8 @@ from millrace.config.rules import require_runnable
 from millrace.config.schema import Recipe
 from millrace.errors import MillraceError
 from millrace.launch.run_dir import RECIPE, locked
-from millrace.launch.slurm import Launch, jobs, mounts, node_command, prepare, write_for_nodes
-from millrace.launch.starting import Options, start
+from millrace.launch.slurm import Launch, jobs, mounts, node_command, prepare, require_free, write_for_nodes
+from millrace.launch.starting import Options, foresee, start
 
 RETRIES = 10
 """How often a job is put back into the queue, which it asks for before its time limit as well as when it fails."""
@@ -49,6 +49,7 @@ def experiment(
     cluster: str | None = None,
     chain: bool = False,
     options: Options | None = None,
+    dry_run: bool = False,
 ) -> Iterator[run.Experiment]:
     """The experiment of a recipe, with its tasks added and nothing run yet.
 
@@ -56,8 +57,9 @@ def experiment(
     tunnel and the like stay and nodes, signal and commands are set. cluster: name or file, needed for Slurm. chain: a
     task for each stage, each behind the one before it.
 
-    The run's folder is made ready as by `millrace run`. Raises ConfigError with every problem, and at the end of the
-    block ExperimentFailed, naming them, when tasks that ran in it did not succeed.
+    The run's folder is made ready as by `millrace run`, unless dry_run says that nothing will be run. Raises
+    ConfigError with every problem, and at the end of the block ExperimentFailed, naming them, when tasks that ran in it
+    did not succeed.
     """
     options = options or Options()
     require_runnable(recipe)
@@ -65,17 +67,15 @@ def experiment(
     for line in launch.warnings if launch else ():
         sys.stderr.write(f"warning: {line}\n")
     base = _executor(executor, launch)
-    with locked(Path(recipe.run_dir)):
-        for line in start(recipe, Path(recipe.run_dir), options):
-            sys.stderr.write(f"{line}\n")
-    if isinstance(base, run.SlurmExecutor):
-        assert launch is not None
-        if any(map(str.isspace, get_nemorun_home())):
-            raise ConfigError(
-                f"NEMORUN_HOME is {get_nemorun_home()!r}, and NeMo-Run submits no script from a path with spaces; set "
-                "it to another folder on a disk that the nodes share"
-            )
-        write_for_nodes(launch)
+    if isinstance(base, run.SlurmExecutor) and any(map(str.isspace, get_nemorun_home())):
+        raise ConfigError(
+            f"NEMORUN_HOME is {get_nemorun_home()!r}, and NeMo-Run submits no script from a path with spaces; set "
+            "it to another folder on a disk that the nodes share"
+        )
+    for line in (
+        foresee(recipe, Path(recipe.run_dir), options) if dry_run else _made_ready(recipe, base, launch, options)
+    ):
+        sys.stderr.write(f"{line}\n")
     try:
         with run.Experiment(recipe.name) as built:  # which waits for its tasks as the block ends
             _add_tasks(built, recipe, base, launch, jobs(recipe, chain, options.until))
@@ -84,6 +84,20 @@ def experiment(
         said = "; ".join(line for line in error.result.stderr.splitlines() if line.strip())
         raise ExperimentFailed(f"{error.result.command.split()[0]} refused a task of {built._id}: {said}") from error
     _require_success(built)
+
+
+def _made_ready(recipe: Recipe, executor: run.Executor, launch: Launch | None, options: Options) -> list[str]:
+    """Make the folder of the run ready; what a person should be told. Raises ConfigError when a job of the run is in
+    the queue or runs."""
+    run_dir, on_slurm = Path(recipe.run_dir), isinstance(executor, run.SlurmExecutor)
+    if on_slurm:
+        require_free(run_dir)
+    with locked(run_dir):
+        told = start(recipe, run_dir, options)
+    if on_slurm:
+        assert launch is not None
+        write_for_nodes(launch)
+    return told
 
 
 def _add_tasks(
