@@ -20,6 +20,7 @@ from millrace.config.errors import ConfigError
 from millrace.config.graph import graph_problems
 from millrace.config.linears import ALL_LINEAR, linear_names
 from millrace.config.model_shape import ModelShape
+from millrace.config.precision_rules import precision_problems
 from millrace.config.ranges import range_problems
 from millrace.config.schema import (
     BUILT_IN_TEMPLATES,
@@ -50,6 +51,7 @@ def check_recipe(recipe: Recipe, *, world_size: int | None = None) -> list[str]:
     if shape is not None:
         problems += _layout_of_model(recipe, shape)
     problems += _lora(recipe, shape)
+    problems += precision_problems(recipe, shape)
     problems += _lengths(recipe, shape)
     problems += _fleet(recipe)
     problems += _servers(recipe)
@@ -86,7 +88,13 @@ def _shape(recipe: Recipe, problems: list[str]) -> ModelShape | None:
 
 def layout_of_recipe(recipe: Recipe, shape: ModelShape) -> list[str]:
     """What is wrong with a recipe's parallel layout and its engines' for a model: all that a plan needs to be right."""
-    return [*range_problems(recipe), *_layout(recipe, None), *_layout_of_model(recipe, shape), *_lora(recipe, shape)]
+    return [
+        *range_problems(recipe),
+        *_layout(recipe, None),
+        *_layout_of_model(recipe, shape),
+        *_lora(recipe, shape),
+        *precision_problems(recipe, shape),
+    ]
 
 
 def _layout(recipe: Recipe, world_size: int | None) -> Problems:
