@@ -87,6 +87,11 @@ class PrecisionConfig:
     def chosen_format(self) -> Fp8Format:
         return self.format or ("hybrid" if self.fp8 in ("delayed", "tensorwise") else "e4m3")
 
+    @property
+    def computes_fp8(self) -> bool:
+        """Whether products are computed in FP8, rather than in the model's type or by the emulation."""
+        return self.fp8 != "none" and not self.emulate
+
 
 @dataclass(frozen=True, kw_only=True)
 class ParallelConfig:

@@ -14,7 +14,8 @@ from megatron.core.transformer.transformer_config import MLATransformerConfig, T
 from torch import Tensor
 
 from millrace.config.model_shape import Activation, ModelShape
-from millrace.config.schema import ParallelConfig, TrainerConfig
+from millrace.config.schema import ParallelConfig, PrecisionConfig, TrainerConfig
+from millrace.megatron.precision import PLAIN, require_computable, transformer_options
 from millrace.megatron.specs import uses_transformer_engine
 
 ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
@@ -32,9 +33,12 @@ def transformer_config(
     device: torch.device,
     *,
     grouped_experts: bool = True,
+    precision: PrecisionConfig = PLAIN,
 ) -> TransformerConfig:
     """Megatron-Core's description of the model. Kernels that exist on CUDA with Transformer Engine only are off
-    without. `grouped_experts`: compute all experts of a rank in one grouped product, where that is possible."""
+    without. `grouped_experts`: compute all experts of a rank in one grouped product, where that is possible. Raises
+    PrecisionError for an FP8 that this machine cannot compute."""
+    require_computable(precision, shape, device)
     fused = uses_transformer_engine(shape, device)
     describe = TransformerConfig if shape.latent_attention is None else MLATransformerConfig
     return describe(
@@ -80,6 +84,7 @@ def transformer_config(
         **_expert_options(shape, fused and grouped_experts),
         **_latent_attention_options(shape),
         **_mamba_options(shape),
+        **transformer_options(precision, shape),
     )
 
 
