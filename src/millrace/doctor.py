@@ -206,7 +206,7 @@ def _deep_ep() -> Finding:
 
 def _apex() -> Finding:
     cost = (
-        "the fused Adam is Transformer Engine's, and without that torch's, which is slower; NVIDIA's Apex comes with its "
+        "the fused Adam is Transformer Engine's, and without that torch's, slower one; NVIDIA's Apex comes with its "
         "PyTorch container, or is built from github.com/NVIDIA/apex"
     )
     if util.find_spec("apex") is None:

@@ -36,6 +36,7 @@ from millrace.errors import MillraceError
 from millrace.megatron import lora, weights
 from millrace.megatron.context import ContextShare
 from millrace.megatron.divergence import Divergence, TeacherStates, taught_logprobs
+from millrace.megatron.fp8_emulation import Fp8Emulation
 from millrace.megatron.logprobs import token_logprobs, vocabulary_logits, whole_hidden
 from millrace.megatron.microbatch import MicroBatch, cut_batch
 from millrace.megatron.model import HiddenStateModel, build_model
@@ -86,6 +87,10 @@ class Policy:
         self.module = build_model(
             shape, parallel, trainer, self.dtype, topology.device, grouped_experts=grouped, precision=precision
         )
+        self.emulation: Fp8Emulation | None = None
+        """Of FP8, with `precision.emulate`."""
+        if precision.fp8 != "none" and precision.emulate:
+            self.emulation = Fp8Emulation(self.module, precision, shape, topology)
         self.adapters = [] if model.lora is None else lora.attach(self.module, shape, model.lora, topology)
         """Of this rank's linears, with `model.lora`; then they alone are trained."""
         self._base: str | None = None
@@ -154,8 +159,11 @@ class Policy:
         return weights.hf_tensors(weights.bind(self.module, self.shape, self.topology))
 
     def reset_optimizer(self, config: OptimizerConfig, total_steps: int) -> None:
-        """Start a stage of `total_steps` updates: fresh moments, and its schedule from the beginning."""
+        """Start a stage of `total_steps` updates: fresh moments (and a fresh history of FP8's delayed scales), and its
+        schedule from the beginning."""
         assert self._trained is not None, "a forward-only policy has no optimizer"
+        if self.emulation is not None:
+            self.emulation.reset()
         self.optimizer = None  # free the old state first
         self.optimizer = build_optimizer(config, self.trainer, self.dtype, self._trained, self.precision)
         self.set_schedule(config, total_steps)
@@ -227,6 +235,8 @@ class Policy:
             before_update(metrics)
         self.optimizer.step()
         self.step += 1
+        if self.emulation is not None:
+            self.emulation.advance()
         return metrics
 
     def backward(
