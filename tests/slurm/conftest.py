@@ -10,9 +10,16 @@ from cluster import Cluster, NoCluster, running_cluster
 
 
 @pytest.fixture(scope="session")
-def cluster() -> Iterator[Cluster]:
+def one_cluster() -> Iterator[Cluster]:
     try:
         with running_cluster() as found:
             yield found
     except NoCluster as reason:
         pytest.skip(f"no Slurm cluster can be brought up here: {reason}")
+
+
+@pytest.fixture
+def cluster(one_cluster: Cluster) -> Iterator[Cluster]:
+    """The cluster with every node free; what a test leaves behind is no matter of the next one."""
+    yield one_cluster
+    one_cluster.clear()

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import psutil
 import yaml
-from cluster import Cluster
+from cluster import ENDED, Cluster
 from real_runs import write_recipe
 
 from millrace.observe.writer import read_metrics
@@ -91,7 +91,7 @@ def until(condition: Callable[[], bool], recipe: Path, limit: float = LIMIT) -> 
 
 def finish(cluster: Cluster, job: str, recipe: Path) -> None:
     """Wait until a job has done its work."""
-    state = cluster.wait_for(job, {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL"}, LIMIT)
+    state = cluster.wait_for(job, set(ENDED), LIMIT)
     assert state == "COMPLETED", f"{state}:\n{said(recipe)}"
 
 

@@ -25,6 +25,9 @@ GRACE_SECONDS = 5.0
 def main(parent: int, command: list[str]) -> int:
     """Exit status of the command; 128 + signal number when a signal ended it."""
     _follow_parent(parent)
+    # A scheduler's warning reaches every process of its job and would end those that do not know it. The command
+    # inherits this; what is to be done about the warning is for the trainer to say.
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     # This process has one thread, so code between fork and exec is safe here.
     child = subprocess.Popen(command, preexec_fn=lambda: _signal_on_parent_death(signal.SIGKILL))
     terminated = False

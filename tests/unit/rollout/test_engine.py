@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 
 TREE = """
@@ -83,3 +84,11 @@ def test_the_tree_ends_when_the_thread_that_started_it_ends(tmp_path: Path) -> N
 
 def test_a_parent_that_died_before_is_noticed() -> None:
     assert supervise(1, sys.executable, "-c", "import time; time.sleep(60)").wait(20) == 1
+
+
+def test_a_warning_of_the_scheduler_ends_no_engine(tree: tuple["subprocess.Popen[bytes]", int]) -> None:
+    supervisor, grandchild = tree
+    for pid in (supervisor.pid, grandchild):
+        os.kill(pid, signal.SIGUSR1)
+    time.sleep(0.2)
+    assert supervisor.poll() is None and psutil.Process(grandchild).status() != psutil.STATUS_ZOMBIE
