@@ -6,7 +6,10 @@ import pytest
 
 sys.path.append(str(Path(__file__).parents[1] / "e2e"))  # real_runs
 
+import torch
 from cluster import Cluster, NoCluster, running_cluster
+from real_runs import SFT, exported, run, write_world
+from slurm_runs import SHORT_RL, run_dir_of, write_wide_recipe
 
 
 @pytest.fixture(scope="session")
@@ -16,6 +19,15 @@ def one_cluster() -> Iterator[Cluster]:
             yield found
     except NoCluster as reason:
         pytest.skip(f"no Slurm cluster can be brought up here: {reason}")
+
+
+@pytest.fixture(scope="session")
+def local_cascade(tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor]:
+    """The export of SFT and RL with two ranks and two engines, run on this machine without Slurm."""
+    world = write_world(tmp_path_factory.mktemp("a world without nodes"))
+    recipe = write_wide_recipe(world, "here", stages=[SFT, SHORT_RL], domains=True)
+    assert run(recipe) == 0
+    return exported(run_dir_of(recipe))
 
 
 @pytest.fixture

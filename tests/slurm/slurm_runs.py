@@ -13,11 +13,12 @@ from pathlib import Path
 import psutil
 import yaml
 from cluster import ENDED, Cluster
-from real_runs import write_recipe
+from real_runs import RL, write_recipe
 
 from millrace.observe.writer import read_metrics
 
 LIMIT = 240.0
+SHORT_RL = {**RL, "steps": 3, "prompts_per_step": 2, "sampling": {"max_response_tokens": 48}}
 
 
 def write_site(world: Path, **slurm: object) -> Path:

@@ -13,9 +13,10 @@ import psutil
 import pytest
 import torch
 import yaml
-from real_runs import RL, SFT, exported, write_world
+from real_runs import SFT, exported, write_world
 from real_runs import run as run_here
 from slurm_runs import (
+    SHORT_RL,
     finish,
     launch,
     millrace,
@@ -34,7 +35,6 @@ from millrace.launch.job import read_job
 from millrace.rollout.rendezvous import Rendezvous
 
 LONG_SFT = {**SFT, "steps": 120}
-SHORT_RL = {**RL, "steps": 3, "prompts_per_step": 2, "sampling": {"max_response_tokens": 48}}
 
 
 @pytest.fixture(scope="module")
@@ -70,8 +70,9 @@ def preempt(cluster):
 
 
 @pytest.mark.slow
-def test_a_cascade_on_four_nodes_is_preempted_and_ends_with_the_weights_of_a_local_run(cluster, world, site):
-    here = write_wide_recipe(world, "here", stages=[SFT, SHORT_RL], domains=True)
+def test_a_cascade_on_four_nodes_is_preempted_and_ends_with_the_weights_of_a_local_run(
+    cluster, world, site, local_cascade
+):
     recipe = write_wide_recipe(world, "job", stages=[SFT, SHORT_RL], domains=True)
     run_dir = run_dir_of(recipe)
     (job,) = launch(recipe, site)
@@ -86,11 +87,10 @@ def test_a_cascade_on_four_nodes_is_preempted_and_ends_with_the_weights_of_a_loc
 
     preempt(cluster)
     cluster.start_now(job)
-    assert run_here(here) == 0  # meanwhile
     finish(cluster, job, recipe)
     assert "resuming at step" in said(recipe)
-    assert_same(exported(run_dir), exported(run_dir_of(here)))
-    assert list(Ledger(run_dir).scores()) == list(Ledger(run_dir_of(here)).scores())
+    assert_same(exported(run_dir), local_cascade)
+    assert list(Ledger(run_dir).scores()) == ["start", "sft", "rl@2", "rl"]
     assert not processes_of(recipe)
     assert f"Slurm job {job} COMPLETED" in millrace("status", run_dir).stdout
 
