@@ -120,7 +120,7 @@ def test_a_cascade_that_was_interrupted_and_killed_ends_where_an_undisturbed_one
 
 @pytest.mark.slow
 def test_one_step_off_each_batch_is_of_the_weights_before_and_a_run_that_was_disturbed_loses_no_bit(world):
-    stage = {**RL, "steps": 5, "one_step_off": True}
+    stage = {**RL, "steps": 5, "one_step_off": True, "optimizer": {"lr": 1.0e-4}}
     whole = write_recipe(world, "ahead", stages=[stage], domains=True)
     assert run(whole) == 0, output(whole)
     # Two updates a step: the first two batches are of the weights at the start, each further one of those a step ago.
