@@ -127,18 +127,13 @@ def mismatch_guard(stage: SamplingStage) -> Callable[[dict[str, float]], None]:
     def guard(metrics: dict[str, float]) -> None:
         limit, found = stage.mismatch.stop_above, metrics["mismatch/mean"]
         if limit is not None and not found <= limit:
-            step_off = isinstance(stage, RlStage) and stage.one_step_off
-            way_out = (
-                "Part of it is the last step's training, since one_step_off samples before it: lower optimizer.lr, or "
-                "raise the limit. "
-                if step_off
-                else ""
-            )
+            one_step_off = isinstance(stage, RlStage) and stage.one_step_off
+            cause = "The last step's training is part of it, one step off: lower optimizer.lr. " if one_step_off else ""
             raise MismatchTooLarge(
                 f"{stage.name}: trainer and engines differ by {found:.3g} in mean |log-prob| over the same tokens, "
                 f"more than stages.{stage.name}.mismatch.stop_above = {limit}; this update was not made. "
-                f"{way_out}`millrace verify sync` tells whether the weights arrive; else use one dtype in model and fleet, or "
-                "an off_policy correction."
+                f"{cause}`millrace verify sync` tells whether the weights arrive; else use one dtype in model and "
+                "fleet, or an off_policy correction."
             )
 
     return guard
