@@ -92,3 +92,11 @@ def test_a_warning_of_the_scheduler_ends_no_engine(tree: tuple["subprocess.Popen
         os.kill(pid, signal.SIGUSR1)
     time.sleep(0.2)
     assert supervisor.poll() is None and psutil.Process(grandchild).status() != psutil.STATUS_ZOMBIE
+
+
+def test_sockets_that_a_killed_command_leaves_go_with_its_supervisor(tmp_path: Path) -> None:
+    note = tmp_path / "folder"
+    leave = f"import os, pathlib; pathlib.Path({str(note)!r}).write_text(os.environ['VLLM_RPC_BASE_PATH'])"
+    leave += "; pathlib.Path(os.environ['VLLM_RPC_BASE_PATH'], 'socket').touch(); os.kill(os.getpid(), 9)"
+    assert supervise(os.getpid(), sys.executable, "-c", leave).wait(20) == 128 + signal.SIGKILL
+    assert not Path(note.read_text()).exists()
