@@ -70,8 +70,9 @@ class PrecisionConfig:
     power_of_two_scales: bool = True
     """blockwise: round scales down to powers of two; false keeps them as float32."""
     parameters: bool = False
-    """Keep the weights of linear layers in FP8, which halves them and what data-parallel ranks gather; checkpoints and
-    the optimizer go by its float32 master weights. Needs `trainer.distributed_optimizer`."""
+    """Keep the weights of linear layers in FP8 alone, rather than in bfloat16 with copies in FP8; data-parallel ranks
+    then gather half the bytes. The optimizer and its checkpoints go by float32 master weights. Needs
+    `trainer.distributed_optimizer`."""
     first_layers_bf16: int = 0
     """Layers at the start of the model that stay in `model.dtype`; not with delayed."""
     last_layers_bf16: int = 0
@@ -151,6 +152,19 @@ class TrainerConfig:
     """Activation recomputation: core attention only (selective) or whole layers (full)."""
     distributed_optimizer: bool = False
     """Shard optimizer state over data-parallel ranks."""
+    overlap_gradient_reduction: bool = False
+    """Reduce each bucket of gradients over data-parallel ranks while the backward pass of the last micro-batch still
+    computes the others, rather than all behind it."""
+    token_dispatcher: Literal["alltoall", "deepep"] = "alltoall"
+    """How tokens travel to the experts of other ranks: NCCL's all-to-all, or DeepEP's kernels, which send a token once
+    to a node however many of its experts stand there; they need the package deep_ep and ep or etp above 1."""
+    permute_fusion: bool = False
+    """Sort the tokens of a mixture of experts by Transformer Engine's fused kernels, which save copies and launches."""
+    expandable_segments: bool = False
+    """Let the CUDA allocator grow its segments, which keeps packed micro-batches of unequal length from fragmenting the
+    GPU's memory."""
+    deterministic: bool = False
+    """Take only kernels that give the same bits each time, at some cost in speed; CPU ranks do in any case."""
     threads_per_rank: int | None = None
     """CPU threads of one trainer rank on CPU; the cores divided by the ranks when absent."""
     logprob_chunk_tokens: int = 1024

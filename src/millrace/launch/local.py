@@ -141,6 +141,13 @@ def trainer_environment(trainer: TrainerConfig, ranks: int, precision: Precision
         # Megatron's fused mixture-of-experts functions would be compiled for many seconds at the first step.
         environment["TORCH_COMPILE_DISABLE"] = "1"
         environment["PYTHONWARNINGS"] = ",".join(EXPECTED_WARNINGS)
+    if trainer.expandable_segments:
+        environment["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"
+    if trainer.deterministic:
+        # Transformer Engine, cuBLAS and NCCL each choose among algorithms by themselves.
+        environment["NVTE_ALLOW_NONDETERMINISTIC_ALGO"] = "0"
+        environment["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
+        environment["NCCL_ALGO"] = "Ring"
     if precision is not None and precision.computes_fp8 and not precision.power_of_two_scales:
         # Read when Transformer Engine is imported; Megatron-Core has no argument for it.
         environment["NVTE_FP8_BLOCK_SCALING_FP32_SCALES"] = "1"

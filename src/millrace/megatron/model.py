@@ -6,6 +6,7 @@ Legend: T tokens of a packed micro-batch that this rank computes (a multiple of 
 from __future__ import annotations
 
 import logging
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -58,6 +59,7 @@ def build_model(
     `transformer_config`. Raises LayoutError for a layout that cannot hold it."""
     check_layout(shape, parallel)
     check_context_parallelism(shape, parallel, device)
+    check_dispatcher(trainer)
     config = transformer_config(
         shape, parallel, trainer, dtype, device, grouped_experts=grouped_experts, precision=precision
     )
@@ -112,6 +114,15 @@ def check_context_parallelism(shape: ModelShape, parallel: ParallelConfig, devic
         raise LayoutError(
             f"parallel.cp is {parallel.cp}, but Megatron-Core shares the sequences of Mamba layers through Transformer "
             "Engine only, which is not there; use parallel.cp=1"
+        )
+
+
+def check_dispatcher(trainer: TrainerConfig) -> None:
+    """Raises LayoutError where the kernels of the token dispatcher are not installed."""
+    if trainer.token_dispatcher == "deepep" and find_spec("deep_ep") is None:
+        raise LayoutError(
+            "trainer.token_dispatcher is deepep, but the package deep_ep is not installed; build it from "
+            "github.com/deepseek-ai/DeepEP, or set trainer.token_dispatcher=alltoall"
         )
 
 

@@ -69,7 +69,8 @@ def transformer_config(
         pipeline_dtype=dtype,
         bf16=dtype == torch.bfloat16,
         variable_seq_lengths=True,  # packed micro-batches differ in length
-        moe_token_dispatcher_type="alltoall",  # the one that takes unequal lengths
+        deterministic_mode=trainer.deterministic,
+        **_dispatcher_options(trainer),
         calculate_per_token_loss=True,  # gradients are sums; the weights of the tokens hold every division
         transformer_impl="transformer_engine" if fused else "local",
         use_cpu_initialization=device.type == "cpu",
@@ -81,7 +82,7 @@ def transformer_config(
         gradient_accumulation_fusion=False,
         **_stage_options(shape, parallel.pp),
         **_recompute_options(trainer, shape, parallel),
-        **_expert_options(shape, fused and grouped_experts),
+        **_expert_options(shape, fused and grouped_experts, fused and trainer.permute_fusion),
         **_latent_attention_options(shape),
         **_mamba_options(shape),
         **transformer_options(precision, shape),
@@ -106,7 +107,14 @@ def _recompute_options(trainer: TrainerConfig, shape: ModelShape, parallel: Para
     return {}
 
 
-def _expert_options(shape: ModelShape, grouped: bool) -> dict[str, Any]:
+def _dispatcher_options(trainer: TrainerConfig) -> dict[str, Any]:
+    """Both dispatchers take micro-batches of unequal length."""
+    if trainer.token_dispatcher == "deepep":
+        return {"moe_token_dispatcher_type": "flex", "moe_flex_dispatcher_backend": "deepep"}
+    return {"moe_token_dispatcher_type": "alltoall"}
+
+
+def _expert_options(shape: ModelShape, grouped: bool, fused_permutation: bool) -> dict[str, Any]:
     if not shape.num_experts:
         return {}
     return {
@@ -119,7 +127,7 @@ def _expert_options(shape: ModelShape, grouped: bool) -> dict[str, Any]:
         "moe_router_load_balancing_type": "none",
         "moe_aux_loss_coeff": 0.0,
         "moe_grouped_gemm": grouped,
-        "moe_permute_fusion": False,
+        "moe_permute_fusion": fused_permutation,
         **_router_options(shape),
     }
 

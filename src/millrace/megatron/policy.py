@@ -437,14 +437,17 @@ def _with_gradient_buffers(
     """Megatron-Core's data parallelism: gradients add up in float32 buffers, reduced once a step by plain sums."""
     config = module.config
     config.finalize_model_grads_func = _finalize_sums
-    return DistributedDataParallel(config, data_parallel_settings(trainer, precision), module)
+    wrapped = DistributedDataParallel(config, data_parallel_settings(trainer, precision), module)
+    if trainer.overlap_gradient_reduction:
+        config.no_sync_func = wrapped.no_sync  # gradients of all but the last micro-batch only add up
+    return wrapped
 
 
 def data_parallel_settings(trainer: TrainerConfig, precision: PrecisionConfig = PLAIN) -> DistributedDataParallelConfig:
     """Megatron-Core's description of data parallelism."""
     return DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
-        overlap_grad_reduce=False,
+        overlap_grad_reduce=trainer.overlap_gradient_reduction,
         use_distributed_optimizer=trainer.distributed_optimizer,
         **data_parallel_options(precision),
     )
