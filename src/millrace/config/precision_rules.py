@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 from millrace.config.cluster import ClusterConfig
 from millrace.config.model_shape import ModelShape
-from millrace.config.schema import Fp8Recipe, ModelConfig, MopdStage, PrecisionConfig, Recipe, RlStage
+from millrace.config.schema import Fp8Recipe, ModelConfig, MopdStage, ParallelConfig, PrecisionConfig, Recipe, RlStage
 
 Capability = tuple[int, int]
 """Compute capability of a GPU: (9, 0) is Hopper's."""
@@ -85,7 +85,7 @@ def precision_problems(recipe: Recipe, shape: ModelShape | None) -> Problems:
     if precision.fp8 == "delayed":
         yield from _history(recipe)
     if shape is not None:
-        yield from model_problems(precision, shape, recipe.parallel.pp)
+        yield from model_problems(precision, shape, recipe.parallel)
 
 
 def unread_keys(precision: PrecisionConfig) -> Problems:
@@ -108,15 +108,40 @@ def unread_keys(precision: PrecisionConfig) -> Problems:
             yield f"precision.{key} is not read with precision.fp8={fp8}, but by {' and '.join(recipes)}; leave it out"
 
 
-def model_problems(precision: PrecisionConfig, shape: ModelShape, pp: int) -> Problems:
-    """What the model and its pipeline stages do not allow."""
-    most = shape.num_layers // max(pp, 1)
+def model_problems(precision: PrecisionConfig, shape: ModelShape, p: ParallelConfig) -> Problems:
+    """What the model and its layout do not allow."""
+    most = shape.num_layers // max(p.pp, 1)
     for key in ("first_layers_bf16", "last_layers_bf16"):
         kept = getattr(precision, key)
         if kept > most:
             yield f"precision.{key} is {kept}, but Megatron-Core takes at most the {most} layers of one pipeline stage"
     if precision.pad_experts and not shape.num_experts:
         yield "precision.pad_experts is set, but the model has no experts; leave it out"
+    if precision.computes_fp8:
+        yield from _widths(precision.fp8, shape, p)
+
+
+def _widths(fp8: Fp8Recipe, shape: ModelShape, p: ParallelConfig) -> Problems:
+    """FP8 products take matrices of whole multiples of 16, or with MXFP8 of its blocks of 32."""
+    multiple = token_multiple(fp8)
+    widths = {
+        "hidden_size": (shape.hidden_size, 1, "tp"),
+        "feed-forward columns": (shape.ffn_hidden_size if shape.has_dense_ffn else 0, p.tp, "tp"),
+        "columns of an expert": (shape.moe_ffn_hidden_size if shape.num_experts else 0, p.etp, "etp"),
+        "columns of the shared expert": (shape.shared_ffn_hidden_size or 0, p.tp, "tp"),
+    }
+    for what, (width, ranks, key) in widths.items():
+        if ranks > 0 and width // ranks % multiple:
+            over = f" over parallel.{key}={ranks}" if ranks > 1 else ""
+            yield (
+                f"precision.fp8 is {fp8}, whose products take multiples of {multiple}, but the model has "
+                f"{width} {what}{over}; {f'lower parallel.{key} or ' if ranks > 1 else ''}set precision.fp8=none"
+            )
+
+
+def token_multiple(fp8: Fp8Recipe) -> int:
+    """The sizes of a matrix that a recipe's products take, its tokens included, are divisible by this."""
+    return 32 if fp8 == "mxfp8" else 16
 
 
 def _dtype(model: ModelConfig, precision: PrecisionConfig) -> Problems:

@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 
+from millrace.config import precision_rules
 from millrace.config.model_shape import ModelShape
-from millrace.config.precision_rules import gpu_problem
 from millrace.config.schema import Fp8Recipe, PrecisionConfig
 from millrace.errors import MillraceError
 from millrace.megatron.local_layers import needs_local_layers
@@ -112,10 +112,8 @@ def _shared_buffer(precision: PrecisionConfig) -> dict[str, Any]:
 
 
 def token_multiple(precision: PrecisionConfig) -> int:
-    """The number of tokens of a rank that FP8 products take must be divisible by this."""
-    if not precision.computes_fp8:
-        return 1
-    return 32 if precision.fp8 == "mxfp8" else 16
+    """The number of tokens that a rank computes must be divisible by this."""
+    return precision_rules.token_multiple(precision.fp8) if precision.computes_fp8 else 1
 
 
 def require_computable(precision: PrecisionConfig, shape: ModelShape, device: torch.device) -> None:
@@ -140,7 +138,9 @@ def require_computable(precision: PrecisionConfig, shape: ModelShape, device: to
             f"precision.fp8 is {precision.fp8}, but the layers of {shape.family} are plain torch modules, for "
             "Transformer Engine has none like them; set precision.fp8=none"
         )
-    problem = gpu_problem(precision.fp8, torch.cuda.get_device_capability(), torch.cuda.get_device_name())
+    problem = precision_rules.gpu_problem(
+        precision.fp8, torch.cuda.get_device_capability(), torch.cuda.get_device_name()
+    )
     if problem is not None:
         raise PrecisionError(problem)
 

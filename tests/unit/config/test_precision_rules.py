@@ -92,6 +92,16 @@ def test_what_cannot_be_computed_or_would_not_be_read_is_refused(
     assert any(message in problem for problem in problems), problems
 
 
+def test_matrices_must_be_of_a_width_that_fp8_products_take(recipe_file: Path) -> None:
+    """96 feed-forward columns over two ranks are 48, of which 16 is a divisor and 32 is none."""
+    tp2 = "parallel={tp: 2, sequence_parallel: true}"
+    assert check_recipe(loaded(recipe_file, "precision.fp8=blockwise", tp2, *ON_GPUS)) == []
+    (problem,) = check_recipe(loaded(recipe_file, "precision.fp8=mxfp8", tp2, *ON_GPUS))
+    assert "multiples of 32, but the model has 96 feed-forward columns over parallel.tp=2; lower parallel.tp" in problem
+    (problem,) = check_recipe(loaded(recipe_file, "precision.fp8=mxfp8", "model.path=moe", *ON_GPUS))
+    assert "48 columns of an expert; set precision.fp8=none" in problem
+
+
 def test_teachers_on_the_ranks_have_no_history_for_delayed_scales(cascade_file: Path) -> None:
     fp8 = "precision={fp8: delayed, emulate: true}"
     (problem,) = check_recipe(loaded(cascade_file, fp8, "stages.prefer.kl.coefficient=0"))
