@@ -1,6 +1,6 @@
 """How far the simulation is from measured runs: its speeds are fitted to one half of a run's steps and tell the other.
 
-Fitted are, over all stages that sample and have no judge (whose time stands in the rollout's),
+Fitted are, over all stages of one way of working that sample and have no judge (whose time stands in the rollout's),
 
     rollout seconds = longest answer * c0 + answer tokens * c1      a decoding step of n sequences takes c0 + n c1
     train seconds   = micro-batches * t0 + tokens * t1
@@ -74,7 +74,8 @@ class Comparison:
 @dataclass(frozen=True, kw_only=True)
 class Calibration:
     run: str
-    speeds: Speeds
+    speeds: Mapping[Mode, Speeds]
+    """Of each way of working: one step off, fleet and trainer share what the machine has."""
     comparisons: tuple[Comparison, ...]
 
     @property
@@ -108,8 +109,15 @@ def calibrate(run_dir: str | Path) -> Calibration:
             f"{run} has no stage of {LEAST_STEPS} or more steps with rollouts on disk and no judge; let it run on"
         )
     early = {name: steps[: len(steps) // 2] for name, steps in stages.items()}
-    speeds = fit([step for steps in early.values() for step in steps])
-    found = [_compare(name, early[name], steps[len(steps) // 2 :], speeds, recipe) for name, steps in stages.items()]
+    modes = {name: _mode(recipe, name) for name in stages}
+    speeds = {
+        mode: fit([step for name, steps in early.items() if modes[name] == mode for step in steps])
+        for mode in dict.fromkeys(modes.values())
+    }
+    found = [
+        _compare(name, modes[name], early[name], steps[len(steps) // 2 :], speeds[modes[name]], recipe)
+        for name, steps in stages.items()
+    ]
     return Calibration(run=str(run), speeds=speeds, comparisons=tuple(found))
 
 
@@ -166,9 +174,14 @@ def least_squares(inputs: Sequence[tuple[float, float]], outputs: Sequence[float
     )
 
 
-def _compare(name: str, early: Sequence[_Step], later: Sequence[_Step], speeds: Speeds, recipe: Recipe) -> Comparison:
+def _mode(recipe: Recipe, name: str) -> Mode:
     stage = next(stage for stage in recipe.stages if stage.name == name)
-    mode: Mode = "one_step_off" if isinstance(stage, RlStage) and stage.one_step_off else "synchronous"
+    return "one_step_off" if isinstance(stage, RlStage) and stage.one_step_off else "synchronous"
+
+
+def _compare(
+    name: str, mode: Mode, early: Sequence[_Step], later: Sequence[_Step], speeds: Speeds, recipe: Recipe
+) -> Comparison:
     rest = fmean(
         step.row["time/step"] - step.row["time/rollout"] - step.row["time/train"] for step in early
     )  # teachers, scores, the sync
@@ -204,11 +217,11 @@ def _setting(mode: Mode, steps: Sequence[_Step], speeds: Speeds, rest: float, fl
 
 
 def render_text(found: Calibration) -> str:
-    speeds = found.speeds
     lines = [
-        f"calibrated on {found.run}: a decoding step of n sequences takes {1e3 * speeds.decode_fixed_s:.2f} + "
-        f"{1e3 * speeds.decode_sequence_s:.3f} n ms, a micro-batch {1e3 * speeds.micro_batch_s:.0f} ms and "
-        f"{1e6 * speeds.token_s:.1f} us a token"
+        f"calibrated on {found.run}, {mode.replace('_', ' ')}: a decoding step of n sequences takes "
+        f"{1e3 * speeds.decode_fixed_s:.2f} + {1e3 * speeds.decode_sequence_s:.3f} n ms, a micro-batch "
+        f"{1e3 * speeds.micro_batch_s:.0f} ms and {1e6 * speeds.token_s:.1f} us a token"
+        for mode, speeds in found.speeds.items()
     ]
     for one in found.comparisons:
         lines.append(

@@ -42,9 +42,10 @@ def run(recipe_file: Path) -> Path:
 
 def test_the_speeds_behind_a_run_are_found_and_tell_its_later_steps(run: Path) -> None:
     found = calibrate(run)
-    assert found.speeds.decode_fixed_s == pytest.approx(DECODE[0])
-    assert found.speeds.decode_sequence_s == pytest.approx(DECODE[1])
-    assert (found.speeds.micro_batch_s, found.speeds.token_s) == pytest.approx(TRAIN)
+    speeds = found.speeds["synchronous"]
+    assert speeds.decode_fixed_s == pytest.approx(DECODE[0])
+    assert speeds.decode_sequence_s == pytest.approx(DECODE[1])
+    assert (speeds.micro_batch_s, speeds.token_s) == pytest.approx(TRAIN)
     (one,) = found.comparisons
     assert (one.stage, one.steps) == ("climb", 10)
     assert found.worst < 0.05, "answers are drawn anew from the measured lengths"
@@ -64,7 +65,7 @@ def test_a_run_one_step_off_is_simulated_one_step_off(run: Path) -> None:
         row["time/step"] = row["time/rollout"] + row["time/train"] + row["time/sync"]
     (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     found = calibrate(run)
-    assert found.speeds.decode_fixed_s == pytest.approx(DECODE[0])
+    assert found.speeds["one_step_off"].decode_fixed_s == pytest.approx(DECODE[0])
     assert found.comparisons[0].mode == "one_step_off" and found.worst < 0.05
     assert "climb: one step off, a step predicted" in render_text(found)
 
