@@ -127,8 +127,29 @@ def main(arguments: argparse.Namespace) -> None:
         setting.topology.close()
     say(table(found, arguments.steps))
     if arguments.out is not None:
-        about = {"steps": arguments.steps, "seeds": arguments.seeds, "torch": torch.__version__}
-        arguments.out.write_text(json.dumps({**about, "runs": found}, indent=1) + "\n", encoding="utf-8")
+        arguments.out.write_text(as_json(found, arguments), encoding="utf-8")
+
+
+def as_json(found: dict[str, list[dict[str, Any]]], arguments: argparse.Namespace) -> str:
+    """Every loss, a line a run."""
+    about = {
+        "command": " ".join(["python -m benchmarks.fp8_emulation", *sys.argv[1:]]),
+        "steps": arguments.steps,
+        "seeds": arguments.seeds,
+        "torch": torch.__version__,
+    }
+    head = [f" {json.dumps(key)}: {json.dumps(value)}" for key, value in about.items()]
+    runs = [f"  {json.dumps(name)}: [\n" + ",\n".join(map(_line, of_name)) + "\n  ]" for name, of_name in found.items()]
+    return "{\n" + ",\n".join([*head, ' "runs": {\n' + ",\n".join(runs) + "\n }"]) + "\n}\n"
+
+
+def _line(run: dict[str, Any]) -> str:
+    rounded = {
+        "losses": [round(loss, 5) for loss in run["losses"]],
+        "mismatch": round(run["mismatch"], 6),
+        "seconds": round(run["seconds"], 1),
+    }
+    return f"   {json.dumps(rounded)}"
 
 
 def table(found: dict[str, list[dict[str, Any]]], steps: int) -> str:
