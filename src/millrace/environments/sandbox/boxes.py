@@ -18,7 +18,7 @@ from typing import Protocol
 
 from millrace.environments.sandbox import kernel
 from millrace.environments.sandbox.collect import collect
-from millrace.environments.sandbox.confine import NOBODY, memory_file
+from millrace.environments.sandbox.confine import NOBODY, leaves_root, memory_file
 from millrace.environments.sandbox.namespaces import (
     DEVICES,
     SCRATCH,
@@ -190,7 +190,7 @@ class LandlockBox(_SingleBox):
         if not kernel.landlock_version():
             raise Unavailable("the kernel has no Landlock")
         super().__init__()
-        self._others = _tasks_of(NOBODY if os.geteuid() == 0 else os.geteuid()) + OTHERS_SLACK
+        self._others = _tasks_of(NOBODY if leaves_root() else os.geteuid()) + OTHERS_SLACK
 
     def _processes(self, limits: Limits) -> int:
         return limits.processes + self._others
@@ -218,7 +218,7 @@ class BubblewrapBox(_SingleBox):
         inner = [*_interpreter(self.interpreter, "/box/code.zip", "single"), self.how, str(job), str(started)]
         arguments = [self._bwrap, *_bubblewrap_options(code), "--", *inner]
         try:
-            return _popen(arguments, stdin, stdout, stderr, (job, started, code), drop=os.geteuid() == 0)
+            return _popen(arguments, stdin, stdout, stderr, (job, started, code), drop=leaves_root())
         finally:
             os.close(code)
 
@@ -259,7 +259,7 @@ def _interpreter(executable: str, path: str, module: str) -> list[str]:
 def _readable_interpreter() -> str:
     """An interpreter of this version that the user whom programs run as can read."""
     own = os.path.realpath(sys._base_executable)  # type: ignore[attr-defined]
-    if os.geteuid() != 0 or _open_to_all(own):
+    if not leaves_root() or _open_to_all(own):
         return own
     other = f"/usr/bin/python{sys.version_info.major}.{sys.version_info.minor}"
     if _open_to_all(other):
@@ -281,7 +281,7 @@ def _bubblewrap_options(code: int) -> list[str]:
             options += ["--symlink", os.readlink(folder), folder]
         elif os.path.isdir(folder):
             options += ["--ro-bind", folder, folder]
-    if (prefix := interpreter_folder()) != "/usr" and _open_to_all(prefix):
+    if (prefix := interpreter_folder()) != "/usr" and (_open_to_all(prefix) or not leaves_root()):
         options += ["--ro-bind", prefix, prefix]
     for file in SYSTEM_FILES:
         options += ["--ro-bind-try", file, file]

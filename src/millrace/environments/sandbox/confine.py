@@ -26,12 +26,24 @@ F_ADD_SEALS, SEALS = 1033, 0xF
 """No writing, growing, shrinking, and no change of seals."""
 
 
+def leaves_root() -> bool:
+    """Whether this process is root and can become an ordinary user. The root of a container that has no other user
+    cannot; to the host it is an ordinary user already."""
+    return os.geteuid() == 0 and all(_is_mapped(file) for file in ("/proc/self/uid_map", "/proc/self/gid_map"))
+
+
 def become_nobody() -> None:
     """Leave root for an ordinary user: a program that is root of a namespace may still be root to the host's files."""
-    if os.geteuid() == 0:
+    if leaves_root():
         os.setgroups([])
         os.setresgid(NOBODY, NOBODY, NOBODY)
         os.setresuid(NOBODY, NOBODY, NOBODY)
+
+
+def _is_mapped(file: str) -> bool:
+    with open(file) as maps:
+        ranges = [[int(word) for word in line.split()] for line in maps]
+    return any(first <= NOBODY < first + count for first, _, count in ranges)
 
 
 def close_from(first: int) -> None:

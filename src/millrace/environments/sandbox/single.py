@@ -30,6 +30,9 @@ def main() -> NoReturn:
     if how == "landlock":
         os.chdir("/")
         become_nobody()
+        if os.geteuid() == 0:
+            kernel.lock_privileges()
+            kernel.drop_capabilities()
         allow_files_only((*SYSTEM_FOLDERS, *SYSTEM_FILES, interpreter_folder()), DEVICES)
     kernel.die_with_parent(signal.SIGKILL)
     set_limits(Limits(**header["limits"]), header["processes"])

@@ -25,7 +25,7 @@ CANARY_LIMITS = Limits(wall_s=20.0, cpu_s=10, memory_bytes=512 << 20)
 ENDLESS_LIMITS = CANARY_LIMITS._replace(wall_s=0.3)
 
 CANARY = """
-import ctypes, json, os, socket, threading
+import ctypes, json, os, socket, struct, threading
 from fractions import Fraction
 
 def allowed(attempt):
@@ -42,7 +42,12 @@ def fork():
 def write(path):
     os.close(os.open(path, os.O_CREAT | os.O_WRONLY))
 
-worked = []
+def capabilities():
+    held = ctypes.create_string_buffer(24)
+    libc.syscall(125, struct.pack("=Ii", 0x20080522, 0), held)
+    return any(held.raw)
+
+libc, worked = ctypes.CDLL(None), []
 thread = threading.Thread(target=lambda: worked.append(Fraction(1, 3) * 3 == 1))
 thread.start()
 thread.join()
@@ -58,9 +63,9 @@ print(json.dumps({
     "starts a process": allowed(fork),
     "signals others": allowed(lambda: os.kill(-1, 0)),
     "takes all memory": allowed(lambda: bytearray(600 << 20)),
-    "is root": os.geteuid() == 0,
+    "holds a capability": capabilities(),
     "sees an environment": sorted(os.environ.keys() - {"PYTHONHASHSEED", "LC_ALL", "PWD"}) != [],
-    "gains privileges": ctypes.CDLL(None).prctl(39, 0, 0, 0, 0) != 1,
+    "gains privileges": libc.prctl(39, 0, 0, 0, 0) != 1,
 }))
 """
 
