@@ -39,8 +39,8 @@ ENVIRONMENT = {"PYTHONHASHSEED": "0", "LC_ALL": "C.UTF-8"}
 """All that a program finds in its environment. A fixed seed of hashes gives it the same verdict every time."""
 
 START_LIMIT_S = 30.0
-ANSWER_GRACE_S = 15.0
-"""How much longer than a run's own limit a zygote may take before it counts as stuck."""
+ANSWER_GRACE_S = 45.0
+"""How much longer than a run's own limit a zygote may take, for the program's start too, before it counts as stuck."""
 END_GRACE_S = 2.0
 
 OTHERS_SLACK = 512
@@ -143,23 +143,22 @@ class _SingleBox:
     how = ""
 
     def __init__(self) -> None:
-        self.interpreter = _readable_interpreter()
+        self.interpreter, self._code = _readable_interpreter(), _bundle()
 
     def run(self, program: Program, stdin: bytes, limits: Limits) -> Run:
         if limits.scratch_bytes:
             raise SandboxFault(f"the tier {self.name} has no scratch folder; only the zygote has")
         job = {"program": program._asdict(), "limits": limits._asdict(), "processes": self._processes(limits)}
-        given, header = memory_file(stdin), memory_file(json.dumps(job).encode())
         (out, out_in), (err, err_in), (started, started_in) = os.pipe(), os.pipe(), os.pipe()
-        passed = [given, header, out_in, err_in, started_in]
+        files = [memory_file(content) for content in (stdin, json.dumps(job).encode(), self._code)]
         try:
-            process = self._launch(given, out_in, err_in, header, started_in)
+            process = self._launch(files[0], out_in, err_in, (files[1], started_in, files[2]))
         except OSError as error:
             for descriptor in (out, err, started):
                 os.close(descriptor)
             raise SandboxFault(f"{self.name}: {error}") from error
         finally:
-            for descriptor in passed:
+            for descriptor in (*files, out_in, err_in, started_in):
                 os.close(descriptor)
         run = None
         try:
@@ -174,9 +173,11 @@ class _SingleBox:
     def _processes(self, limits: Limits) -> int:
         return limits.processes
 
-    def _launch(self, stdin: int, stdout: int, stderr: int, job: int, started: int) -> subprocess.Popen[bytes]:
-        arguments = [*_interpreter(self.interpreter, str(SOURCES), "single"), self.how, str(job), str(started)]
-        return _popen(arguments, stdin, stdout, stderr, (job, started))
+    def _launch(self, stdin: int, stdout: int, stderr: int, passed: tuple[int, int, int]) -> subprocess.Popen[bytes]:
+        """`passed` are the descriptors of the job, of the pipe for the start, and of this package's code."""
+        job, started, code = passed
+        arguments = _interpreter(self.interpreter, f"/proc/self/fd/{code}", "single")
+        return _popen([*arguments, self.how, str(job), str(started)], stdin, stdout, stderr, passed)
 
 
 class LandlockBox(_SingleBox):
@@ -208,19 +209,16 @@ class BubblewrapBox(_SingleBox):
         if found is None:
             raise Unavailable("bubblewrap (bwrap) is not installed")
         super().__init__()
-        self._bwrap, self._code = found, _bundle()
+        self._bwrap = found
 
     def _processes(self, limits: Limits) -> int:
         return limits.processes + 2  # bubblewrap's own two
 
-    def _launch(self, stdin: int, stdout: int, stderr: int, job: int, started: int) -> subprocess.Popen[bytes]:
-        code = memory_file(self._code)
+    def _launch(self, stdin: int, stdout: int, stderr: int, passed: tuple[int, int, int]) -> subprocess.Popen[bytes]:
+        job, started, code = passed
         inner = [*_interpreter(self.interpreter, "/box/code.zip", "single"), self.how, str(job), str(started)]
         arguments = [self._bwrap, *_bubblewrap_options(code), "--", *inner]
-        try:
-            return _popen(arguments, stdin, stdout, stderr, (job, started, code), drop=leaves_root())
-        finally:
-            os.close(code)
+        return _popen(arguments, stdin, stdout, stderr, passed, drop=leaves_root())
 
 
 class OpenBox(_SingleBox):

@@ -48,6 +48,12 @@ def check(job: Mapping[str, Any]) -> dict[str, Any]:
     return {**report, "wall_s": time.monotonic() - begin}
 
 
+def close_boxes() -> None:
+    """End the boxes of this process. One that ends itself need not: its boxes end with it."""
+    while _boxes:
+        _boxes.popitem()[1].close()
+
+
 def _run(tier: str, program: Program, stdin: bytes, limits: Limits, report: dict[str, Any]) -> Run | None:
     """How the program ended, or None when its box failed each time, which is then in the report."""
     for _ in range(TRIES):
