@@ -10,6 +10,7 @@ import torch
 from real_runs import RL, SFT, exported, finish, kill, output, run, start, wait_until, write_recipe, write_world
 
 from millrace.cascade.ledger import Ledger
+from millrace.observe.lines import read_lines
 from millrace.observe.writer import read_metrics
 
 KILLS = 10
@@ -115,6 +116,37 @@ def test_a_cascade_that_was_interrupted_and_killed_ends_where_an_undisturbed_one
     assert_same_export(undisturbed, run_dir)
     assert (run_dir / "report.html").exists()
     assert list(Ledger(run_dir).scores()) == ["start", "sft", "rl@2", "rl"]
+
+
+@pytest.mark.slow
+def test_one_step_off_each_batch_is_of_the_weights_before_and_a_run_that_was_disturbed_loses_no_bit(world):
+    stage = {**RL, "steps": 5, "one_step_off": True, "optimizer": {"lr": 1.0e-4}}
+    whole = write_recipe(world, "ahead", stages=[stage], domains=True)
+    assert run(whole) == 0, output(whole)
+    # Two updates a step: the first two batches are of the weights at the start, each further one of those a step ago.
+    assert [sampled_with(world / "runs" / "ahead", step) for step in range(5)] == [{0}, {0}, {2}, {4}, {6}]
+    rows = read_metrics(world / "runs" / "ahead" / "metrics.jsonl")
+    assert "sampling/seconds" not in rows[0] and all(row["sampling/seconds"] > 0 for row in rows[1:])
+
+    disturbed = write_recipe(world, "disturbed", stages=[stage], domains=True)
+    run_dir = world / "runs" / "disturbed"
+    process = start(disturbed)
+    ahead = run_dir / "rollouts" / "rl" / "step-000003.jsonl"
+    assert wait_until(ahead.exists, process, disturbed), output(disturbed)
+    kill(process)  # the batch is on record, the step beside which it was sampled perhaps not
+    process = start(disturbed)
+    assert wait_until(lambda: "resuming at step" in output(disturbed), process, disturbed), output(disturbed)
+    assert wait_until(lambda: "trains on its recorded rollouts" in output(disturbed), process, disturbed)
+    process.send_signal(signal.SIGINT)
+    assert finish(process, disturbed) in (0, 130), output(disturbed)
+    assert run(disturbed) == 0, output(disturbed)
+    assert_same_export(world / "runs" / "ahead", run_dir)
+
+
+def sampled_with(run_dir, step) -> set[int]:
+    """The weights that a step's answers come from, as their engines say."""
+    lines = read_lines(run_dir / "rollouts" / "rl" / f"step-{step:06d}.jsonl")
+    return {line["weight_version"] for line in lines}
 
 
 def metric_steps(run_dir) -> list[int]:

@@ -28,6 +28,9 @@ HEADER = Path("/usr/include/slurm/spank.h")
 CONTAINER = Path(__file__).with_name("container.c")
 NODES = tuple(f"127.0.0.{number}" for number in range(11, 15))
 LIMIT = 60.0
+ENDED = frozenset({"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL"})
+SETTLED_SECONDS = 5.0
+"""A job that is put into the queue again is seen as ended for a moment."""
 
 SLURM_CONF = """\
 ClusterName=trial
@@ -140,9 +143,7 @@ class Cluster:
         _run("sacctmgr", "-i", "add", "account", "lab", "cluster=trial")
         _run("sacctmgr", "-i", "add", "user", _user(), "account=lab", "cluster=trial")
         _run("slurmctld", "-i", "-f", str(self.config))
-        for node in NODES:
-            _run("slurmd", "-f", str(self.config), "-N", node)
-        self.bring_back(node)
+        self.bring_back(*NODES)
 
     def wait_idle(self) -> None:
         """Wait until every node is free."""
@@ -198,12 +199,27 @@ class Cluster:
         return lines[0] if lines else ""
 
     def wait_for(self, job: str, states: set[str], limit: float = 240.0) -> str:
-        _until(lambda: self.state(job) in states, f"job {job} to be {states}, it is {self.state(job)}", limit)
+        """Wait until a job is in one of the states; fails as soon as it has ended otherwise."""
+        ended_since: float | None = None
+
+        def reached() -> bool:
+            nonlocal ended_since
+            state = self.state(job)
+            ended_since = (ended_since or time.monotonic()) if state in ENDED else None
+            otherwise = state not in states and ended_since and time.monotonic() - ended_since > SETTLED_SECONDS
+            assert not otherwise, f"job {job} was to be {states}, it has ended as {state}"
+            return state in states
+
+        _until(reached, f"job {job} to be {states}, it is {self.state(job)}", limit)
         return self.state(job)
+
+    def nodes_of(self, job: str) -> list[str]:
+        """The nodes that a job has, in the order of its tasks."""
+        return _said("scontrol", "show", "hostnames", _said("squeue", "-h", "-j", job, "-o", "%N").strip()).split()
 
     def settled(self, job: str) -> str:
         """State of a job when it does not run any more: it may be back in the queue."""
-        return self.wait_for(job, {"PENDING", "COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL"})
+        return self.wait_for(job, {"PENDING", *ENDED})
 
     def start_now(self, job: str) -> None:
         """Let a job start that was put into the queue again; Slurm would wait two minutes."""
@@ -215,17 +231,26 @@ class Cluster:
         """As an operator does it."""
         _run("scontrol", "update", f"nodename={node}", "state=down", "reason=trial")
 
-    def bring_back(self, node: str) -> None:
-        _tried("scontrol", "update", f"nodename={node}", "state=resume")  # one that answers is back by itself
-        self.wait_idle()
-
     def kill_node(self, node: str) -> None:
         """kill -9 of a node's slurmd: Slurm does not hear of the node any more."""
-        os.kill(int((self.root / f"slurmd-{node}.pid").read_text()), signal.SIGKILL)
+        os.kill(self._slurmd(node), signal.SIGKILL)
 
-    def revive_node(self, node: str) -> None:
-        _run("slurmd", "-f", str(self.config), "-N", node)
-        self.bring_back(node)
+    def bring_back(self, *nodes: str) -> None:
+        for node in nodes:
+            if not _runs(self._slurmd(node)):
+                _run("slurmd", "-f", str(self.config), "-N", node)
+            _tried("scontrol", "update", f"nodename={node}", "state=resume")  # one that answers is back by itself
+        self.wait_idle()
+
+    def clear(self) -> None:
+        """End what a test has left, so that the next one finds every node free."""
+        _tried("scancel", "--user", _user())
+        self.bring_back(*NODES)
+
+    def _slurmd(self, node: str) -> int:
+        """Its process id; 0 before it was started."""
+        file = self.root / f"slurmd-{node}.pid"
+        return int(file.read_text()) if file.exists() else 0
 
 
 @contextmanager
@@ -295,6 +320,8 @@ def _end(pid_files: Iterator[Path]) -> None:
 
 
 def _runs(pid: int) -> bool:
+    if not pid:
+        return False
     try:
         return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:

@@ -12,12 +12,13 @@ from pathlib import Path
 
 import psutil
 import yaml
-from cluster import Cluster
-from real_runs import write_recipe
+from cluster import ENDED, Cluster
+from real_runs import RL, write_recipe
 
 from millrace.observe.writer import read_metrics
 
 LIMIT = 240.0
+SHORT_RL = {**RL, "steps": 3, "prompts_per_step": 2, "sampling": {"max_response_tokens": 48}}
 
 
 def write_site(world: Path, **slurm: object) -> Path:
@@ -91,7 +92,7 @@ def until(condition: Callable[[], bool], recipe: Path, limit: float = LIMIT) -> 
 
 def finish(cluster: Cluster, job: str, recipe: Path) -> None:
     """Wait until a job has done its work."""
-    state = cluster.wait_for(job, {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL"}, LIMIT)
+    state = cluster.wait_for(job, set(ENDED), LIMIT)
     assert state == "COMPLETED", f"{state}:\n{said(recipe)}"
 
 

@@ -13,9 +13,10 @@ import psutil
 import pytest
 import torch
 import yaml
-from real_runs import RL, SFT, exported, write_world
+from real_runs import SFT, exported, write_world
 from real_runs import run as run_here
 from slurm_runs import (
+    SHORT_RL,
     finish,
     launch,
     millrace,
@@ -34,7 +35,6 @@ from millrace.launch.job import read_job
 from millrace.rollout.rendezvous import Rendezvous
 
 LONG_SFT = {**SFT, "steps": 120}
-SHORT_RL = {**RL, "steps": 3, "prompts_per_step": 2, "sampling": {"max_response_tokens": 48}}
 
 
 @pytest.fixture(scope="module")
@@ -70,8 +70,9 @@ def preempt(cluster):
 
 
 @pytest.mark.slow
-def test_a_cascade_on_four_nodes_is_preempted_and_ends_with_the_weights_of_a_local_run(cluster, world, site):
-    here = write_wide_recipe(world, "here", stages=[SFT, SHORT_RL], domains=True)
+def test_a_cascade_on_four_nodes_is_preempted_and_ends_with_the_weights_of_a_local_run(
+    cluster, world, site, local_cascade
+):
     recipe = write_wide_recipe(world, "job", stages=[SFT, SHORT_RL], domains=True)
     run_dir = run_dir_of(recipe)
     (job,) = launch(recipe, site)
@@ -86,11 +87,10 @@ def test_a_cascade_on_four_nodes_is_preempted_and_ends_with_the_weights_of_a_loc
 
     preempt(cluster)
     cluster.start_now(job)
-    assert run_here(here) == 0  # meanwhile
     finish(cluster, job, recipe)
     assert "resuming at step" in said(recipe)
-    assert_same(exported(run_dir), exported(run_dir_of(here)))
-    assert list(Ledger(run_dir).scores()) == list(Ledger(run_dir_of(here)).scores())
+    assert_same(exported(run_dir), local_cascade)
+    assert list(Ledger(run_dir).scores()) == ["start", "sft", "rl@2", "rl"]
     assert not processes_of(recipe)
     assert f"Slurm job {job} COMPLETED" in millrace("status", run_dir).stdout
 
@@ -106,17 +106,19 @@ def assert_token_is_secret(folder, recipe):
 
 
 def by_a_node_set_down(cluster, job, recipe):
-    cluster.set_down("127.0.0.12")
+    node = cluster.nodes_of(job)[1]
+    cluster.set_down(node)
     cluster.wait_for(job, {"PENDING"}, 60)
-    cluster.bring_back("127.0.0.12")
+    cluster.bring_back(node)
     cluster.start_now(job)
 
 
 def by_the_end_of_slurmd(cluster, job, recipe):
-    cluster.kill_node("127.0.0.12")
+    node = cluster.nodes_of(job)[1]
+    cluster.kill_node(node)
     cluster.wait_for(job, {"PENDING"}, 90)
     until(lambda: not processes_of(recipe), recipe, 30)  # also those of the node that Slurm does not reach
-    cluster.revive_node("127.0.0.12")
+    cluster.bring_back(node)
     cluster.start_now(job)
 
 
@@ -187,6 +189,7 @@ def test_a_crash_ends_the_job_within_thirty_seconds_with_its_reason_in_one_place
     recipe = write_wide_recipe(world, f"crashed-{rank}", stages=[{**SFT, "steps": 10_000}])
     (job,) = launch(recipe, site)
     until(lambda: len(steps_of(recipe)) > 5, recipe)
+    node = cluster.nodes_of(job)[rank]
     rank_process(recipe, rank).kill()
     assert until(lambda: not processes_of(recipe), recipe) < 30
     assert cluster.wait_for(job, {"FAILED"}, 30) == "FAILED"
@@ -194,18 +197,19 @@ def test_a_crash_ends_the_job_within_thirty_seconds_with_its_reason_in_one_place
     assert failure.node == rank and failure.component == "trainer"
     assert failure.reason.startswith(f"rank {rank} was ended by SIGKILL")
     status = millrace("status", run_dir_of(recipe)).stdout
-    assert f"failed: node {rank} (127.0.0.{11 + rank}), trainer: rank {rank} was ended by SIGKILL" in status
+    assert f"failed: node {rank} ({node}), trainer: rank {rank} was ended by SIGKILL" in status
 
 
 def test_a_node_that_dies_without_a_word_ends_the_job_and_its_log_says_so(cluster, world, site):
     recipe = write_wide_recipe(world, "silenced", stages=[{**SFT, "steps": 10_000}])
     (job,) = launch(recipe, site)
     until(lambda: len(steps_of(recipe)) > 5, recipe)
+    node = cluster.nodes_of(job)[1]
     psutil.Process(rank_process(recipe, 1).ppid()).kill()
     assert until(lambda: not processes_of(recipe), recipe) < 30
     assert cluster.wait_for(job, {"FAILED"}, 30) == "FAILED"
     status = millrace("status", run_dir_of(recipe)).stdout
-    assert "failed: node 1 (127.0.0.12): gave no sign of life for 1" in status
+    assert f"failed: node 1 ({node}): gave no sign of life for 1" in status
 
 
 def test_a_container_has_the_folders_of_the_recipe_and_nothing_beside_them(cluster, tmp_path):

@@ -10,12 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from real_runs import RL, SFT, exported, write_world
-from real_runs import run as run_here
-from slurm_runs import millrace, run_dir_of, said, write_site, write_wide_recipe
+from real_runs import SFT, exported, write_world
+from slurm_runs import SHORT_RL, millrace, run_dir_of, said, write_site, write_wide_recipe
 
 ROOT = Path(__file__).parents[2]
-SHORT_RL = {**RL, "steps": 2, "prompts_per_step": 2, "sampling": {"max_response_tokens": 24}}
 LIBRARY = """
 import sys
 import nemo_run as run
@@ -77,14 +75,13 @@ def launch(launcher: Path, home: Path, recipe: Path, *options: object) -> subpro
     return launched(launcher, home, "-m", "millrace.cli", "launch", recipe, *options)
 
 
-def test_an_experiment_on_slurm_ends_with_the_weights_of_a_local_run(cluster, world, launcher, home):
-    here = write_wide_recipe(world, "here", stages=[SFT, SHORT_RL], domains=True)
+def test_an_experiment_on_slurm_ends_with_the_weights_of_a_local_run(cluster, world, launcher, home, local_cascade):
     recipe = write_wide_recipe(world, "experiment", stages=[SFT, SHORT_RL], domains=True)
     done = launch(launcher, home, recipe, "--cluster", site_of(world), "--executor", "slurm")
     assert done.returncode == 0, done.stdout + done.stderr + said(recipe)
-    assert run_here(here) == 0
-    ours, theirs = exported(run_dir_of(recipe)), exported(run_dir_of(here))
-    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+    ours = exported(run_dir_of(recipe))
+    assert ours.keys() == local_cascade.keys()
+    assert all(torch.equal(ours[name], local_cascade[name]) for name in ours)
     status = millrace("status", run_dir_of(recipe)).stdout
     assert "COMPLETED on 127.0.0.[11-14]" in status
 

@@ -426,6 +426,9 @@ class RlStage(SamplingStage):
     kl: KlConfig = field(default_factory=KlConfig)
     updates_per_batch: int = 1
     """Optimizer steps on one batch of rollouts; 1 is strictly on-policy."""
+    one_step_off: bool = False
+    """Sample the next step's answers while this one is trained, so that neither fleet nor trainer waits for the other.
+    They come from the weights before the last step, which off_policy corrects; `mismatch` then holds that step too."""
 
 
 @dataclass(frozen=True, kw_only=True)

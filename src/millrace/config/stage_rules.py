@@ -89,6 +89,11 @@ def _rl_loss(stage: RlStage, key: str) -> Problems:
             f"{key}.loss.kind is reinforce, which is right for on-policy samples only, but updates_per_batch is "
             f"{stage.updates_per_batch}; use ppo, cispo or gspo, or updates_per_batch=1"
         )
+    if stage.one_step_off and stage.off_policy.kind == "none":
+        yield (
+            f"{key}.one_step_off samples with the weights before the last step, but off_policy.kind is none, so "
+            "the loss would take the answers for the present policy's; set off_policy.kind to icepop or tis"
+        )
     if stage.off_policy.low >= stage.off_policy.high:
         yield f"{key}.off_policy: low {stage.off_policy.low} must be below high {stage.off_policy.high}"
 

@@ -20,6 +20,10 @@ ORPHAN_GRACE_S = 2.0
 
 
 def main() -> None:
+    # A scheduler signals every process of its job. Dying of it in the middle of an item would be taken for the item's
+    # fault; this process ends with its owner.
+    for number in (signal.SIGUSR1, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
     target, memory_bytes = sys.argv[1], int(sys.argv[2])
     resource.setrlimit(resource.RLIMIT_AS, (memory_bytes, memory_bytes))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))

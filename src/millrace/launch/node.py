@@ -22,7 +22,12 @@ def main(arguments: list[str]) -> int:
         signal.signal(number, lambda number, _: asked.append(number))
     from millrace.launch.node_task import run_node
 
-    return run_node(Path(arguments[0]), *arguments[1:2], stop_asked=lambda: bool(asked))
+    code = run_node(Path(arguments[0]), *arguments[1:2], stop_asked=lambda: bool(asked))
+    # When node 0 ends with CONTINUE, Slurm sends SIGTERM to the tasks that are still there. An interpreter that shuts
+    # down has given up its handlers, and its death by the signal would be the exit code of the job.
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+    return code
 
 
 if __name__ == "__main__":

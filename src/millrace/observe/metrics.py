@@ -154,6 +154,12 @@ METRICS: dict[str, Metric] = {
         "near the domain's share of the prompts",
         "far below it: its answers are filtered, or short under aggregation: token",
     ),
+    "sampling/seconds": Metric(
+        "seconds in which this step's answers were sampled and scored beside the training of the step before, with "
+        "one_step_off; time/rollout is what the trainer waited for them",
+        "as long as time/train",
+        "longer: more engines for the fleet; shorter: fewer, or synchronous steps",
+    ),
     "time/rollout": Metric("seconds spent sampling and scoring", "the larger part of a step", "more engines"),
     "time/teacher": Metric(
         "seconds spent on the teachers' log-probs, swaps included",

@@ -1,13 +1,13 @@
 """How far the simulation is from measured runs: its speeds are fitted to one half of a run's steps and tell the other.
 
-Fitted are, over all stages that sample and have no judge (whose time stands in the rollout's),
+Fitted are, over all stages of one way of working that sample and have no judge (whose time stands in the rollout's),
 
     rollout seconds = longest answer * c0 + answer tokens * c1      a decoding step of n sequences takes c0 + n c1
     train seconds   = micro-batches * t0 + tokens * t1
 
 to the earlier half of each stage's steps. The later half is predicted by simulating its rollouts with the measured
-lengths of its answers; score and sync take their mean of the earlier half. Only the synchronous way of working is in
-the product, so only that one can be compared.
+lengths of its answers; score and sync take their mean of the earlier half. A stage is simulated in its own way of
+working: synchronous, or one step off, whose speeds are those of fleet and trainer at work together.
 """
 
 from __future__ import annotations
@@ -21,10 +21,12 @@ from typing import Any
 
 from millrace.config.errors import ConfigError
 from millrace.config.loading import load_recipe
-from millrace.config.schema import Recipe, SamplingStage
+from millrace.config.schema import FleetConfig, Recipe, RlStage, SamplingStage
 from millrace.observe.lines import read_lines
-from millrace.planning.simulate import Lengths, Setting, simulate
+from millrace.planning.simulate import Lengths, Mode, Setting, simulate
 
+MANY_STEPS = 100
+"""Simulated one step off, so that the first batch, which is waited for, does not count."""
 LEAST_STEPS = 4
 """Steps of a stage below which it is left out."""
 
@@ -56,9 +58,11 @@ class Comparison:
     """Mean seconds of the later half of a stage's steps."""
 
     stage: str
+    mode: Mode
     steps: int
     predicted_rollout_s: float
     measured_rollout_s: float
+    """What the trainer waits for."""
     predicted_s: float
     measured_s: float
 
@@ -70,7 +74,8 @@ class Comparison:
 @dataclass(frozen=True, kw_only=True)
 class Calibration:
     run: str
-    speeds: Speeds
+    speeds: Mapping[Mode, Speeds]
+    """Of each way of working: one step off, fleet and trainer share what the machine has."""
     comparisons: tuple[Comparison, ...]
 
     @property
@@ -83,6 +88,11 @@ class _Step:
     row: Row
     lengths: tuple[int, ...]
     """Tokens of each answer."""
+
+    @property
+    def sampling_s(self) -> float:
+        """Seconds in which the answers came about, waited for or not."""
+        return self.row.get("sampling/seconds", self.row["time/rollout"])
 
 
 def calibrate(run_dir: str | Path) -> Calibration:
@@ -99,8 +109,15 @@ def calibrate(run_dir: str | Path) -> Calibration:
             f"{run} has no stage of {LEAST_STEPS} or more steps with rollouts on disk and no judge; let it run on"
         )
     early = {name: steps[: len(steps) // 2] for name, steps in stages.items()}
-    speeds = fit([step for steps in early.values() for step in steps])
-    found = [_compare(name, early[name], steps[len(steps) // 2 :], speeds, recipe) for name, steps in stages.items()]
+    modes = {name: _mode(recipe, name) for name in stages}
+    speeds = {
+        mode: fit([step for name, steps in early.items() if modes[name] == mode for step in steps])
+        for mode in dict.fromkeys(modes.values())
+    }
+    found = [
+        _compare(name, modes[name], early[name], steps[len(steps) // 2 :], speeds[modes[name]], recipe)
+        for name, steps in stages.items()
+    ]
     return Calibration(run=str(run), speeds=speeds, comparisons=tuple(found))
 
 
@@ -129,7 +146,7 @@ def fit(steps: Sequence[_Step]) -> Speeds:
     """Speeds that tell the measured seconds best (least squares, none below 0)."""
     decode = least_squares(
         [(float(max(step.lengths)), float(sum(step.lengths))) for step in steps],
-        [step.row["time/rollout"] for step in steps],
+        [step.sampling_s for step in steps],
     )
     train = least_squares(
         [(step.row["micro_batches"], step.row["tokens"]) for step in steps],
@@ -157,56 +174,59 @@ def least_squares(inputs: Sequence[tuple[float, float]], outputs: Sequence[float
     )
 
 
-def _compare(name: str, early: Sequence[_Step], later: Sequence[_Step], speeds: Speeds, recipe: Recipe) -> Comparison:
-    fleet = recipe.fleet
+def _mode(recipe: Recipe, name: str) -> Mode:
+    stage = next(stage for stage in recipe.stages if stage.name == name)
+    return "one_step_off" if isinstance(stage, RlStage) and stage.one_step_off else "synchronous"
+
+
+def _compare(
+    name: str, mode: Mode, early: Sequence[_Step], later: Sequence[_Step], speeds: Speeds, recipe: Recipe
+) -> Comparison:
     rest = fmean(
         step.row["time/step"] - step.row["time/rollout"] - step.row["time/train"] for step in early
     )  # teachers, scores, the sync
-    rollout, whole = [], []
-    for step in later:
-        lengths = Lengths(mean=fmean(step.lengths), longest=max(step.lengths), measured=step.lengths)
-        train = speeds.train_s(step.row["micro_batches"], step.row["tokens"])
-        outcome = simulate(
-            Setting(
-                mode="synchronous",
-                engines=max(1, fleet.engines or len(fleet.addresses)),
-                slots=fleet.max_num_seqs,
-                step_time=speeds.step_time,
-                prefill_s=0.0,
-                batch=len(step.lengths),
-                lengths=lengths,
-                train_s=train,
-                sync_s=rest,
-                steps=1,
-                seed=recipe.seed,
-            )
-        )
-        rollout.append(outcome.rollout_s)
-        whole.append(outcome.step_s)
+    # One step off a batch is sampled beside the training of another, so the steps are simulated as one sequence.
+    parts = [later] if mode == "one_step_off" else [[step] for step in later]
+    outcomes = [simulate(_setting(mode, part, speeds, rest, recipe.fleet, recipe.seed)) for part in parts]
     return Comparison(
         stage=name,
+        mode=mode,
         steps=len(later),
-        predicted_rollout_s=fmean(rollout),
+        predicted_rollout_s=fmean(outcome.rollout_s for outcome in outcomes),
         measured_rollout_s=fmean(step.row["time/rollout"] for step in later),
-        predicted_s=fmean(whole),
+        predicted_s=fmean(outcome.step_s for outcome in outcomes),
         measured_s=fmean(step.row["time/step"] for step in later),
     )
 
 
+def _setting(mode: Mode, steps: Sequence[_Step], speeds: Speeds, rest: float, fleet: FleetConfig, seed: int) -> Setting:
+    lengths = [length for step in steps for length in step.lengths]
+    return Setting(
+        mode=mode,
+        engines=max(1, fleet.engines or len(fleet.addresses)),
+        slots=fleet.max_num_seqs,
+        step_time=speeds.step_time,
+        prefill_s=0.0,
+        batch=round(len(lengths) / len(steps)),
+        lengths=Lengths(mean=fmean(lengths), longest=max(lengths), measured=lengths),
+        train_s=fmean(speeds.train_s(step.row["micro_batches"], step.row["tokens"]) for step in steps),
+        sync_s=rest,
+        steps=MANY_STEPS if mode == "one_step_off" else 1,
+        seed=seed,
+    )
+
+
 def render_text(found: Calibration) -> str:
-    speeds = found.speeds
     lines = [
-        f"calibrated on {found.run}: a decoding step of n sequences takes {1e3 * speeds.decode_fixed_s:.2f} + "
-        f"{1e3 * speeds.decode_sequence_s:.3f} n ms, a micro-batch {1e3 * speeds.micro_batch_s:.0f} ms and "
-        f"{1e6 * speeds.token_s:.1f} us a token"
+        f"calibrated on {found.run}, {mode.replace('_', ' ')}: a decoding step of n sequences takes "
+        f"{1e3 * speeds.decode_fixed_s:.2f} + {1e3 * speeds.decode_sequence_s:.3f} n ms, a micro-batch "
+        f"{1e3 * speeds.micro_batch_s:.0f} ms and {1e6 * speeds.token_s:.1f} us a token"
+        for mode, speeds in found.speeds.items()
     ]
     for one in found.comparisons:
         lines.append(
-            f"  {one.stage}: synchronous step predicted {one.predicted_s:.2f} s, measured {one.measured_s:.2f} s over "
-            f"{one.steps} later steps: {one.error:+.1%} (rollout {one.predicted_rollout_s:.2f} s, measured "
-            f"{one.measured_rollout_s:.2f} s)"
+            f"  {one.stage}: {one.mode.replace('_', ' ')}, a step predicted {one.predicted_s:.2f} s, "
+            f"measured {one.measured_s:.2f} s over {one.steps} later steps: {one.error:+.1%} "
+            f"(waiting for rollouts {one.predicted_rollout_s:.2f} s, measured {one.measured_rollout_s:.2f} s)"
         )
-    lines.append(
-        "  one step off and bounded staleness are simulated only: runs are synchronous, so nothing measures them"
-    )
     return "\n".join(lines)

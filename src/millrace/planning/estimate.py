@@ -129,7 +129,7 @@ def render_text(estimates: Sequence[StageEstimate]) -> str:
     ]
     ways += [_way(estimate, outcome) for estimate in estimates for outcome in estimate.outcomes]
     tables = [aligned(table) for table in (rows, ways) if len(table) > 1]
-    note = "the product runs synchronously; one step off and bounded staleness are simulated only"
+    note = "stages run synchronously, or with one_step_off: true one step off; bounded staleness is simulated only"
     return "\n\n".join([*tables, *([note] if len(ways) > 1 else [])])
 
 

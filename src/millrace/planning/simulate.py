@@ -8,7 +8,7 @@ log-normal distribution (or measured ones). Three ways of working:
     bounded         engines always sample; no answer is begun that could be trained on more than `staleness` updates
                     after the weights that began it
 
-Millrace runs the synchronous way. The others say what they would bring.
+Millrace runs the synchronous way, and with `one_step_off` the second. The third says what it would bring.
 
 Legend: virtual time of an engine: tokens that each of its running sequences has gained since it started.
 """

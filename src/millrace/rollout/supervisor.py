@@ -13,11 +13,14 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from types import FrameType
 
 PR_SET_PDEATHSIG = 1
 PR_SET_CHILD_SUBREAPER = 36
+SOCKETS_VARIABLE = "VLLM_RPC_BASE_PATH"
+"""Where vLLM puts the sockets between its processes; those that are killed leave them there."""
 GRACE_SECONDS = 5.0
 """How long the group may take to end by itself after SIGTERM."""
 
@@ -25,8 +28,9 @@ GRACE_SECONDS = 5.0
 def main(parent: int, command: list[str]) -> int:
     """Exit status of the command; 128 + signal number when a signal ended it."""
     _follow_parent(parent)
-    # This process has one thread, so code between fork and exec is safe here.
-    child = subprocess.Popen(command, preexec_fn=lambda: _signal_on_parent_death(signal.SIGKILL))
+    # A scheduler's warning reaches every process of its job and would end those that do not know it. The command
+    # inherits this; what is to be done about the warning is for the trainer to say.
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     terminated = False
 
     def pass_on(signum: int, frame: FrameType | None) -> None:
@@ -34,11 +38,18 @@ def main(parent: int, command: list[str]) -> int:
         terminated = True
 
     signal.signal(signal.SIGTERM, pass_on)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the trainer, which stops its engines in order
-    while child.poll() is None and not terminated:
-        time.sleep(0.05)
-    _end_group(child)
-    status = child.wait()
+    with tempfile.TemporaryDirectory(prefix="millrace-") as sockets:
+        # This process has one thread, so code between fork and exec is safe here.
+        child = subprocess.Popen(
+            command,
+            env={**os.environ, SOCKETS_VARIABLE: sockets},
+            preexec_fn=lambda: _signal_on_parent_death(signal.SIGKILL),
+        )
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the trainer, which stops its engines in order
+        while child.poll() is None and not terminated:
+            time.sleep(0.05)
+        _end_group(child)
+        status = child.wait()
     return 128 - status if status < 0 else status
 
 

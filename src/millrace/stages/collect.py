@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, TimeoutError
+from contextlib import contextmanager
 from typing import Any
 
 from millrace.config.schema import MopdStage, RlStage
 from millrace.data.curriculum import ChosenRows
 from millrace.data.sampler import MixedSampler
 from millrace.errors import MillraceError
+from millrace.rollout.member import FleetNeedsSync
 from millrace.stages.context import StageContext
 from millrace.stages.episodes import Episode, EpisodePlayer, Group, Scored
 from millrace.stages.journal import RolloutJournal
 from millrace.stages.rlhf import comparison, judge_metrics
+
+WAIT_LOG_SECONDS = 10.0
 
 
 class NothingToLearn(MillraceError):
@@ -55,22 +61,96 @@ class GroupCollector:
         if sampler_state is not None:
             self._sampler.load_state_dict(sampler_state)
         self._journal = RolloutJournal(ctx.run_dir, stage.name, ctx.recipe, ctx.built_on)
+        self._thread: ThreadPoolExecutor | None = None
+        self._ahead: tuple[int, Future[Collected | None]] | None = None
+        """The step that is sampled ahead, on rank 0."""
+        self._ready: tuple[int, Collected] | None = None
+        """The step that was."""
 
     def collect(self, step: int) -> Collected:
-        """The groups of a step: those on record for these weights, or newly sampled ones. Collective."""
-        version = self._ctx.policy.step
-        recorded = self._ctx.control.on_main(lambda: self._recorded(step, version))
+        """The groups of a step: those on record for its weights, or newly sampled ones. Collective."""
+        ready, self._ready = self._ready, None
+        if ready is not None and ready[0] == step:
+            return ready[1]
+        recorded = self._ctx.control.on_main(lambda: self._recorded(step))
         if recorded is None:
-            groups, metrics = self._sample(step)
-            state = self._sampler.state_dict()
-            if self._ctx.control.is_main:
-                header: dict[str, Any] = {"step": step, "weight_version": version, "sampler": state, "metrics": metrics}
-                self._journal.write(step, header, groups)
-            return Collected(groups, self._ctx.control.on_main(lambda: metrics), state)
+            groups, metrics = self._sample(step, self._player.play, self._is_full)
+            collected = Collected(groups, self._ctx.control.on_main(lambda: metrics), self._sampler.state_dict())
+            self._record(step, self._ctx.policy.step, collected)
+            return collected
         self._ctx.say(f"{self._stage.name}: step {step + 1} trains on its recorded rollouts")
         header, groups = recorded
         self._sampler.load_state_dict(header["sampler"])
         return Collected(groups, header["metrics"], header["sampler"])
+
+    # ---- ahead of training
+
+    @contextmanager
+    def sampling_ahead(self) -> Iterator[None]:
+        """Around the steps of a stage that calls `begin` and `join`; waits for what is under way when they fail."""
+        with ThreadPoolExecutor(1, "millrace-ahead") as self._thread:
+            yield
+
+    def begin(self, step: int) -> None:
+        """Begin to sample a later step with the engines' present weights, while the ranks train. Not collective."""
+        if not self._ctx.control.is_main or self._journal.read(step, self._ctx.policy.step):
+            return
+        assert self._thread is not None, "called within sampling_ahead"
+        self._ahead = step, self._thread.submit(self._sample_ahead, step, self._ctx.policy.step)
+
+    def join(self) -> None:
+        """Wait until the step that was begun is sampled, and put it on record; engines may be given new weights and a
+        checkpoint may be made after that. Collective.
+
+        A stop that is asked for meanwhile waits too: what a checkpoint is to go on with must be on record. When all
+        engines were lost the step is sampled later, with the weights they are given then.
+        """
+        facts = self._ctx.control.on_main(self._wait_for_the_step_ahead)
+        if facts is not None:
+            step, state, metrics = facts
+            groups = self._ready[1].groups if self._ready else []
+            self._sampler.load_state_dict(state)
+            self._ready = step, Collected(groups, metrics, state)
+
+    def _wait_for_the_step_ahead(self) -> tuple[int, dict[str, Any], dict[str, float]] | None:
+        if self._ahead is None:
+            return None
+        (step, future), self._ahead = self._ahead, None
+        began = time.monotonic()
+        while True:
+            try:
+                collected = future.result(timeout=WAIT_LOG_SECONDS)
+                break
+            except TimeoutError:
+                seconds = time.monotonic() - began
+                self._ctx.say(f"{self._stage.name}: waiting for the rollouts of step {step + 1} for {seconds:.0f} s")
+        if collected is None:
+            return None
+        self._ready = step, collected
+        return step, collected.sampler, collected.metrics
+
+    def _sample_ahead(self, step: int, version: int) -> Collected | None:
+        """Rank 0's work in its thread; None when all engines were lost."""
+        before, began = self._sampler.state_dict(), time.perf_counter()
+        try:
+            groups, metrics = self._sample(step, self._player.play_alone, self._fills)
+        except FleetNeedsSync as lost:
+            self._sampler.load_state_dict(before)
+            self._ctx.say(f"{lost}; step {step + 1} is sampled after the next sync")
+            return None
+        metrics["sampling/seconds"] = time.perf_counter() - began
+        collected = Collected(groups, metrics, self._sampler.state_dict())
+        self._record(step, version, collected)
+        return collected
+
+    # ---- on record
+
+    def _record(self, step: int, version: int, collected: Collected) -> None:
+        """Put what was sampled with the weights `version` on record, on rank 0."""
+        if self._ctx.control.is_main:
+            header: dict[str, Any] = {"step": step, "weight_version": version}
+            header |= {"sampler": collected.sampler, "metrics": collected.metrics}
+            self._journal.write(step, header, collected.groups)
 
     def record_streams(self, step: int, answers: Sequence[Mapping[str, Any]]) -> None:
         """Put beside a step's answers what their tokens are trained with; rank 0's `answers`, in the groups' order."""
@@ -81,10 +161,17 @@ class GroupCollector:
         """What `record_streams` left for these weights, on rank 0; None elsewhere and where there is nothing."""
         return self._journal.read_streams(step, self._ctx.policy.step) if self._ctx.control.is_main else None
 
-    def _recorded(self, step: int, version: int) -> tuple[dict, list[Group]] | None:
-        return self._journal.read(step, version)
+    def _recorded(self, step: int) -> tuple[dict, list[Group]] | None:
+        """What was sampled with the present weights, or, one step off, with those before the last step."""
+        stage, version = self._stage, self._ctx.policy.step
+        found = self._journal.read(step, version)
+        if found is None and isinstance(stage, RlStage) and stage.one_step_off and step:
+            found = self._journal.read(step, version - stage.updates_per_batch)
+        return found
 
-    def _sample(self, step: int) -> tuple[list[Group], dict[str, float]]:
+    def _sample(
+        self, step: int, play: Callable[..., list[Group]], is_full: Callable[[Sequence[Group]], bool]
+    ) -> tuple[list[Group], dict[str, float]]:
         stage = self._stage
         kept: list[Group] = []
         played: list[Group] = []
@@ -93,11 +180,11 @@ class GroupCollector:
             drawn = self._sampler.next(stage.prompts_per_step)
             episodes = self._episodes(drawn, step, round_number)
             what = f"{stage.name} {step + 1}/{stage.steps} rollouts"
-            groups = self._player.play(episodes, stage.sampling, stage.samples_per_prompt, what, comparison(stage))
+            groups = play(episodes, stage.sampling, stage.samples_per_prompt, what, comparison(stage))
             groups = [self._penalise_overlong(group) for group in groups]
             played += groups
             kept += [group for group in groups if self._teaches(group)] if stage.dynamic_sampling else groups
-            if self._is_full(kept):
+            if is_full(kept):
                 break
         if self._ctx.control.is_main and len(kept) < self._least_groups:
             raise NothingToLearn(
@@ -112,7 +199,10 @@ class GroupCollector:
 
     def _is_full(self, kept: Sequence[Group]) -> bool:
         """Rank 0's answer on every rank."""
-        return self._ctx.control.on_main(lambda: len(kept) >= self._stage.prompts_per_step)
+        return self._ctx.control.on_main(lambda: self._fills(kept))
+
+    def _fills(self, kept: Sequence[Group]) -> bool:
+        return len(kept) >= self._stage.prompts_per_step
 
     def _episodes(self, drawn: Sequence[tuple[str, int]], step: int, round_number: int) -> list[Episode]:
         """Rank 0's episodes; every prompt of the run has its own seeds, whatever ran before."""

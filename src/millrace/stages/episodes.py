@@ -200,6 +200,21 @@ class EpisodePlayer:
         self._control.on_main_until_stopped(lambda: groups.extend(self.score(episodes, rollouts, what, comparison)))
         return groups
 
+    def play_alone(
+        self,
+        episodes: Sequence[Episode],
+        sampling: SamplingConfig,
+        n: int,
+        what: str,
+        comparison: Comparison | None = None,
+    ) -> list[Group]:
+        """Like `play`, by rank 0 in a thread of its own while the ranks train; nothing else is played meanwhile.
+
+        Raises FleetNeedsSync when all engines were lost: only the ranks together can give them weights.
+        """
+        rollouts = self._rollouts([self._request(episode, sampling, n) for episode in episodes], what)
+        return self.score(episodes, rollouts, what, comparison)
+
     def score(
         self,
         episodes: Sequence[Episode],
@@ -251,17 +266,21 @@ class EpisodePlayer:
             self._resync()
 
     def _try_generate(self, requests: Sequence[Request], what: str, rollouts: list[list[Rollout]]) -> bool:
+        try:
+            rollouts[:] = self._rollouts(requests, what)
+        except FleetNeedsSync as lost:
+            assert self._console is not None
+            self._console.say(str(lost))
+            return False
+        return True
+
+    def _rollouts(self, requests: Sequence[Request], what: str) -> list[list[Rollout]]:
         assert self._fleet is not None and self._console is not None
         answers = sum(request.sampling.n for request in requests)
         with self._console.bar(what, answers) as bar:
-            try:
-                rollouts[:] = self._fleet.generate(
-                    list(requests), on_progress=lambda done, total, tokens: bar.update(done, f"{tokens:,} tokens")
-                )
-            except FleetNeedsSync as lost:
-                self._console.say(str(lost))
-                return False
-        return True
+            return self._fleet.generate(
+                list(requests), on_progress=lambda done, total, tokens: bar.update(done, f"{tokens:,} tokens")
+            )
 
     async def _score_all(
         self,

@@ -2,7 +2,8 @@
 
 GRPO as Nemotron-Cascade 2 runs it (arXiv 2603.19220, section 4.1): strictly on-policy, one update a batch,
 group-normalised rewards, token-level loss over the tokens of the global batch, no KL. What the recipe asks for beyond
-that (PPO clip, off-policy correction, KL, dynamic sampling) composes in `algorithms` and changes nothing in this loop.
+that (PPO clip, off-policy correction, KL, dynamic sampling) composes in `algorithms` and changes nothing in this loop;
+with one_step_off the rollout of the next step goes on beside the training of this one.
 """
 
 from __future__ import annotations
@@ -41,25 +42,31 @@ def run_rl(stage: RlStage, ctx: StageContext, progress: Progress, measure: Calla
     temperature = stage.sampling.temperature
     ctx.begin_stage(stage, progress, stage.steps, stage.updates_per_batch)
     ctx.push_weights()
-    for step in range(progress.step, stage.steps):
-        if every and step and step % every == 0:
-            measure(step)
-        with ctx.timed("rollout"):
-            collected = collector.collect(step)
-            collector.record_streams(step, [{"advantage": a} for a in _advantages(collected, stage)])
-        with ctx.timed("train"):
-            updates = [
-                ctx.policy.train_step(
-                    batch, loss_fn, temperature=temperature, entropy=True, before_update=mismatch_guard(stage)
-                )
-                for batch in _batches(collected, stage, ctx, reference)
-            ]
-        values = {**collected.metrics, **step_metrics(updates)}
-        passes = (reference is not None) + (stage.updates_per_batch > 1)  # forward only, over the whole batch
-        values["tokens/scored"] = passes * values["tokens"]
-        with ctx.timed("sync"):
-            ctx.sync.push(ctx.policy.step)
-        ctx.end_step(stage, Progress(progress.stage, step + 1, collected.sampler), stage.steps, values)
+    with collector.sampling_ahead():
+        for step in range(progress.step, stage.steps):
+            if every and step and step % every == 0:
+                measure(step)
+            with ctx.timed("rollout"):
+                collected = collector.collect(step)
+                collector.record_streams(step, [{"advantage": a} for a in _advantages(collected, stage)])
+            if stage.one_step_off and step + 1 < stage.steps:
+                collector.begin(step + 1)
+            with ctx.timed("train"):
+                updates = [
+                    ctx.policy.train_step(
+                        batch, loss_fn, temperature=temperature, entropy=True, before_update=mismatch_guard(stage)
+                    )
+                    for batch in _batches(collected, stage, ctx, reference)
+                ]
+            values = {**collected.metrics, **step_metrics(updates)}
+            passes = (reference is not None) + (stage.updates_per_batch > 1)  # forward only, over the whole batch
+            values["tokens/scored"] = passes * values["tokens"]
+            if stage.one_step_off:
+                with ctx.timed("rollout"):
+                    collector.join()
+            with ctx.timed("sync"):
+                ctx.sync.push(ctx.policy.step)
+            ctx.end_step(stage, Progress(progress.stage, step + 1, collected.sampler), stage.steps, values)
 
 
 def _advantages(collected: Collected, stage: RlStage) -> list[float]:
@@ -120,11 +127,13 @@ def mismatch_guard(stage: SamplingStage) -> Callable[[dict[str, float]], None]:
     def guard(metrics: dict[str, float]) -> None:
         limit, found = stage.mismatch.stop_above, metrics["mismatch/mean"]
         if limit is not None and not found <= limit:
+            one_step_off = isinstance(stage, RlStage) and stage.one_step_off
+            cause = "The last step's training is part of it, one step off: lower optimizer.lr. " if one_step_off else ""
             raise MismatchTooLarge(
                 f"{stage.name}: trainer and engines differ by {found:.3g} in mean |log-prob| over the same tokens, "
                 f"more than stages.{stage.name}.mismatch.stop_above = {limit}; this update was not made. "
-                "`millrace verify sync` tells whether the weights arrive; else use one dtype in model and fleet, or "
-                "an off_policy correction."
+                f"{cause}`millrace verify sync` tells whether the weights arrive; else use one dtype in model and "
+                "fleet, or an off_policy correction."
             )
 
     return guard

@@ -43,6 +43,7 @@ def write_pass_rates(file: Path) -> str:
             "names chat, whose answers a judge compares in pairs; make the stage type: rlhf",
         ),
         ("stages.climb.samples_per_prompt=1", "stages.climb.samples_per_prompt is 1, but an advantage compares the"),
+        ("stages.climb.one_step_off=true", "stages.climb.one_step_off samples with the weights before the last step"),
         ("stages.climb.off_policy.low=2", "stages.climb.off_policy: low 2.0 must be below high 2.0"),
         ("stages.prefer.domains=[math]", "names math, whose environment math scores each answer alone; train it in a"),
         ("stages.prefer.domains=[chat, math]", "stages.prefer.domains names math, whose environment math scores"),

@@ -69,6 +69,12 @@ def test_a_worker_killed_from_outside_is_reported_with_its_signal():
     assert verdicts[0].reason == "verifier crashed (signal SIGSEGV)"
 
 
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
+def test_signals_that_a_scheduler_sends_to_every_process_make_no_verdict(number):
+    verdicts, pool = run("signal:raise_signal", [(int(number),)], workers=1)
+    assert verdicts[0].outcome == "done" and pool.counts.crashes == 0
+
+
 def test_memory_is_limited():
     verdicts, _ = run("operator:mul", [("x", 10**10), ("x", 3)], workers=1, memory_bytes=1 << 30)
     assert [verdict.outcome for verdict in verdicts] == ["crash", "done"]

@@ -5,6 +5,7 @@ import random
 from pathlib import Path
 
 import pytest
+import yaml
 
 from millrace.config.errors import ConfigError
 from millrace.config.loading import dump_recipe, load_recipe
@@ -41,14 +42,32 @@ def run(recipe_file: Path) -> Path:
 
 def test_the_speeds_behind_a_run_are_found_and_tell_its_later_steps(run: Path) -> None:
     found = calibrate(run)
-    assert found.speeds.decode_fixed_s == pytest.approx(DECODE[0])
-    assert found.speeds.decode_sequence_s == pytest.approx(DECODE[1])
-    assert (found.speeds.micro_batch_s, found.speeds.token_s) == pytest.approx(TRAIN)
+    speeds = found.speeds["synchronous"]
+    assert speeds.decode_fixed_s == pytest.approx(DECODE[0])
+    assert speeds.decode_sequence_s == pytest.approx(DECODE[1])
+    assert (speeds.micro_batch_s, speeds.token_s) == pytest.approx(TRAIN)
     (one,) = found.comparisons
     assert (one.stage, one.steps) == ("climb", 10)
     assert found.worst < 0.05, "answers are drawn anew from the measured lengths"
-    assert "climb: synchronous step predicted" in render_text(found)
-    assert "one step off and bounded staleness are simulated only" in render_text(found)
+    assert "climb: synchronous, a step predicted" in render_text(found)
+
+
+def test_a_run_one_step_off_is_simulated_one_step_off(run: Path) -> None:
+    recipe = yaml.safe_load((run / "recipe.yaml").read_text())
+    stage = next(stage for stage in recipe["stages"] if stage["name"] == "climb")
+    stage |= {"one_step_off": True, "off_policy": {"kind": "tis"}}
+    (run / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    beside = [0.0, *(row["time/train"] for row in rows)]
+    for row, train in zip(rows, beside, strict=False):  # sampled while the step before was trained
+        sampling = row["time/rollout"]
+        row |= {"sampling/seconds": sampling, "time/rollout": max(0.0, sampling - train)}
+        row["time/step"] = row["time/rollout"] + row["time/train"] + row["time/sync"]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = calibrate(run)
+    assert found.speeds["one_step_off"].decode_fixed_s == pytest.approx(DECODE[0])
+    assert found.comparisons[0].mode == "one_step_off" and found.worst < 0.05
+    assert "climb: one step off, a step predicted" in render_text(found)
 
 
 def test_a_slower_machine_is_seen_as_an_error(run: Path) -> None:

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 
 TREE = """
@@ -83,3 +84,19 @@ def test_the_tree_ends_when_the_thread_that_started_it_ends(tmp_path: Path) -> N
 
 def test_a_parent_that_died_before_is_noticed() -> None:
     assert supervise(1, sys.executable, "-c", "import time; time.sleep(60)").wait(20) == 1
+
+
+def test_a_warning_of_the_scheduler_ends_no_engine(tree: tuple["subprocess.Popen[bytes]", int]) -> None:
+    supervisor, grandchild = tree
+    for pid in (supervisor.pid, grandchild):
+        os.kill(pid, signal.SIGUSR1)
+    time.sleep(0.2)
+    assert supervisor.poll() is None and psutil.Process(grandchild).status() != psutil.STATUS_ZOMBIE
+
+
+def test_sockets_that_a_killed_command_leaves_go_with_its_supervisor(tmp_path: Path) -> None:
+    note = tmp_path / "folder"
+    leave = f"import os, pathlib; pathlib.Path({str(note)!r}).write_text(os.environ['VLLM_RPC_BASE_PATH'])"
+    leave += "; pathlib.Path(os.environ['VLLM_RPC_BASE_PATH'], 'socket').touch(); os.kill(os.getpid(), 9)"
+    assert supervise(os.getpid(), sys.executable, "-c", leave).wait(20) == 128 + signal.SIGKILL
+    assert not Path(note.read_text()).exists()
