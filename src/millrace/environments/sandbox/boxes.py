@@ -43,6 +43,9 @@ ANSWER_GRACE_S = 45.0
 """How much longer than a run's own limit a zygote may take, for the program's start too, before it counts as stuck."""
 END_GRACE_S = 2.0
 
+LEAST_LANDLOCK = 3
+"""Before it a file could be truncated by who may not write to it."""
+
 OTHERS_SLACK = 512
 """Processes that a user may start elsewhere while a program runs, where the kernel counts them all together."""
 
@@ -188,8 +191,11 @@ class LandlockBox(_SingleBox):
     def __init__(self) -> None:
         if problem := filter_problem():
             raise Unavailable(problem)
-        if not kernel.landlock_version():
-            raise Unavailable("the kernel has no Landlock")
+        version = kernel.landlock_version()
+        if version < LEAST_LANDLOCK:
+            raise Unavailable(
+                f"it needs version {LEAST_LANDLOCK} of Landlock (Linux 6.2), and the kernel has {version}"
+            )
         super().__init__()
         self._others = _tasks_of(NOBODY if leaves_root() else os.geteuid()) + OTHERS_SLACK
 

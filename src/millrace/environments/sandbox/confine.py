@@ -17,7 +17,7 @@ NOBODY = 65534
 """Who a supervisor that is root becomes, and who everybody is in the box."""
 
 READ_FILE, READ_FOLDER, EXECUTE, WRITE_FILE = 1 << 2, 1 << 3, 1 << 0, 1 << 1
-ACCESS_OF_VERSION = {1: (1 << 13) - 1, 2: (1 << 14) - 1, 3: (1 << 15) - 1, 4: (1 << 15) - 1, 5: (1 << 16) - 1}
+ACCESS_OF_VERSION = {3: (1 << 15) - 1, 4: (1 << 15) - 1, 5: (1 << 16) - 1}
 """Every access to files that Landlock of a version can refuse."""
 NETWORK_SINCE, NETWORK_ACCESS = 4, 3
 SCOPES_SINCE, SCOPES = 6, 3

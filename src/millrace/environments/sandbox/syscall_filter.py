@@ -46,6 +46,10 @@ REFUSED = {
     "mount": 165, "umount2": 166, "pivot_root": 155, "chroot": 161, "swapon": 167, "swapoff": 168, "mknod": 133,
     "mknodat": 259, "quotactl": 179, "name_to_handle_at": 303, "open_by_handle_at": 304, "fanotify_init": 300,
     "fanotify_mark": 301, "uselib": 134, "ustat": 136, "sysfs": 139,
+    # what Landlock leaves open to the owner of a file
+    "chmod": 90, "fchmod": 91, "fchmodat": 268, "chown": 92, "fchown": 93, "lchown": 94, "fchownat": 260,
+    "setxattr": 188, "lsetxattr": 189, "fsetxattr": 190, "removexattr": 197, "lremovexattr": 198,
+    "fremovexattr": 199, "utime": 132, "utimes": 235, "futimesat": 261, "utimensat": 280, "truncate": 76,
     # memory beside the address space
     "memfd_create": 319, "shmget": 29, "shmat": 30, "shmctl": 31, "shmdt": 67, "semget": 64, "semop": 65,
     "semctl": 66, "semtimedop": 220, "msgget": 68, "msgsnd": 69, "msgrcv": 70, "msgctl": 71, "mq_open": 240,

@@ -131,5 +131,5 @@ def choose_tier(wanted: str) -> str:
             return name
     raise NoSandboxError(
         f"programs cannot be run safely on this machine ({'; '.join(reasons)}); allow user namespaces, install "
-        "bubblewrap, or take a kernel with Landlock (5.13 or later)"
+        "bubblewrap, or take a kernel with Landlock (6.2 or later)"
     )

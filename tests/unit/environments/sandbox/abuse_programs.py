@@ -1,7 +1,7 @@
 """Programs that try what a program in a box must not do, by name.
 
-Each says `ESCAPED` where it succeeds. It finds in `facts` what there is on the host: a secret file, a file that anyone
-may write to, the number of a process of the same user, a port and an abstract socket that listen.
+Each says `ESCAPED` where it succeeds. It finds in `facts` what there is on the host: a secret file and another one, both
+of the user whom programs run as; a process of that user; a port and an abstract socket that listen.
 """
 
 PRELUDE = """
@@ -74,6 +74,12 @@ for folder in folders:
     "remove_library": "attempt(os.remove, os.__file__)",
     "rename_library": "attempt(os.rename, os.__file__, os.__file__ + '.old')",
     "change_mode": "[attempt(os.chmod, f, 0o777) for f in ('/usr', sys.executable or '/usr/bin', facts['writable'])]",
+    "change_times": "attempt(os.utime, facts['writable'], (0, 0))",
+    "change_owner": "attempt(os.chown, facts['writable'], 0, 0)",
+    "extended_attribute": "attempt(os.setxattr, facts['writable'], 'user.escaped', b'x')",
+    "truncate": "attempt(os.truncate, facts['writable'], 0)",
+    "truncate_by_opening": "attempt(os.open, facts['writable'], os.O_RDONLY | os.O_TRUNC)",
+    "remove_own_file": "attempt(os.remove, facts['writable'])",
     "make_device": "attempt(os.mknod, '/tmp/disk', 0o60600, os.makedev(8, 0))",
     "make_fifo": "[attempt(os.mkfifo, f + '/fifo') for f in ('.', '/tmp', '/dev/shm')]",
     "open_by_handle": "call(304, -100, b'x' * 128, 0)",

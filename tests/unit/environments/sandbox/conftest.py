@@ -41,8 +41,12 @@ def host(tmp_path_factory):
             path.chmod(0o755)
     (folder / "secret").write_text("secret")
     (folder / "writable").write_text("as it was")
-    (folder / "writable").chmod(0o666)
-    user = {"user": NOBODY, "group": NOBODY, "extra_groups": []} if leaves_root() else {}
+    user = {}
+    if leaves_root():
+        user = {"user": NOBODY, "group": NOBODY, "extra_groups": []}
+        for path in (folder, folder / "secret", folder / "writable"):
+            os.chown(path, NOBODY, NOBODY)
+    mode = (folder / "writable").stat().st_mode, (folder / "writable").stat().st_mtime
     victim = subprocess.Popen(["/usr/bin/sleep", "600"], start_new_session=True, **user)
     with socket.create_server(("127.0.0.1", 0)) as server, socket.socket(socket.AF_UNIX) as abstract:
         name = f"millrace-test-{os.getpid()}"
@@ -61,6 +65,7 @@ def host(tmp_path_factory):
     victim.wait()
     assert not killed, "a program killed a process outside"
     assert (folder / "writable").read_text() == "as it was"
+    assert mode == ((folder / "writable").stat().st_mode, (folder / "writable").stat().st_mtime)
 
 
 @pytest.fixture(scope="session")

@@ -7,6 +7,7 @@ import sys
 import pytest
 from abuse_programs import ENDLESS, PRELUDE, QUICK
 
+from millrace.environments.sandbox.boxes import OpenBox
 from millrace.environments.sandbox.run import Limits, Program
 
 LIMITS = Limits(wall_s=20.0, cpu_s=5, memory_bytes=512 << 20)
@@ -20,6 +21,28 @@ def test_what_a_program_must_not_do_fails(box, host, name):
     assert run.ending in ("exited", "killed"), run
     if box.name == "zygote":  # the others start afresh each time
         assert alive(box)
+
+
+HARMLESS = (
+    "read_secret",
+    "read_passwd",
+    "read_own_environment_file",
+    "list_sys",
+    "fork",
+    "shell",
+    "connect",
+    "abstract_socket",
+    "listen",
+    "memory_file",
+    "trace_me",
+    "many_descriptors",
+)
+
+
+@pytest.mark.parametrize("name", HARMLESS)
+def test_the_same_programs_succeed_without_a_box(host, name):
+    run = OpenBox().run(Program(PRELUDE + QUICK[name]), json.dumps(host).encode(), LIMITS._replace(open_files=1024))
+    assert b"ESCAPED" in run.stdout, run
 
 
 @pytest.mark.parametrize("name", ENDLESS)
