@@ -1,7 +1,7 @@
 """Programs that try what a program in a box must not do, by name.
 
-Each says `ESCAPED` where it succeeds. It finds in `facts` what there is on the host: a secret file and another one, both
-of the user whom programs run as; a process of that user; a port and an abstract socket that listen.
+Each says `ESCAPED` where it succeeds. It finds in `facts` what there is on the host: a secret file and another one,
+both of the user whom programs run as; a process of that user; a port and an abstract socket that listen.
 """
 
 PRELUDE = """
