@@ -22,7 +22,7 @@ TIERS: Mapping[str, Callable[[], Box]] = {"zygote": ZygoteBox, "bubblewrap": Bub
 UNSAFE = "unsafe"
 
 CANARY_LIMITS = Limits(wall_s=20.0, cpu_s=10, memory_bytes=512 << 20)
-ENDLESS_LIMITS = CANARY_LIMITS._replace(wall_s=0.3)
+ENDLESS_LIMITS = CANARY_LIMITS._replace(wall_s=0.1)
 
 CANARY = """
 import ctypes, json, os, socket, struct, threading

@@ -19,7 +19,7 @@ from millrace.environments.sandbox.tiers import NoSandboxError, choose_tier, ope
 LIMITS = Limits(wall_s=20.0, cpu_s=5, memory_bytes=512 << 20)
 ADD = Program("print(sum(map(int, input().split())))")
 SUBTRACT = Program("a, b = map(int, input().split())\nprint(a - b)")
-SLOW_ADD = Program("import time\ntime.sleep(0.5)\n" + ADD.source)
+SLOW_ADD = Program("import time\ntime.sleep(0.3)\n" + ADD.source)
 CASES = [Case(f"{n} {n + 1}", str(2 * n + 1)) for n in range(5)]
 
 
