@@ -97,6 +97,10 @@ def check(
     overrides: Overrides = None,
     explain: Annotated[str | None, typer.Option(metavar="KEY", help="Explain one key, or a section's keys.")] = None,
     schema: Annotated[bool, typer.Option("--schema", help="List all keys with type, default and meaning.")] = False,
+    cluster: Annotated[
+        str | None,
+        typer.Option(metavar="NAME_OR_FILE", help="Also say what this cluster's nodes and GPUs cannot do."),
+    ] = None,
 ) -> None:
     """Say everything that is wrong with a recipe, in under a second and without a GPU.
 
@@ -104,6 +108,7 @@ def check(
 
     * `millrace check recipes/laptop/dense.yaml`
     * `millrace check recipes/laptop/dense.yaml parallel.tp=4 stages.sft.optimizer.lr=1e-5`
+    * `millrace check recipes/qwen3/cascade-8b.yaml precision.fp8=blockwise --cluster dgx-h100`
     * `millrace check --explain trainer.recompute`
     * `millrace check --schema`
     """
@@ -121,6 +126,11 @@ def check(
 
     loaded = load_recipe(recipe, overrides or ())
     require_runnable(loaded)
+    if cluster is not None:
+        from millrace.planning.cluster_plan import plan_on_cluster
+        from millrace.planning.clusters import cluster_named
+
+        plan_on_cluster(loaded, cluster_named(cluster))
     ranks, stages = loaded.parallel.world_size, ", ".join(stage.name for stage in loaded.stages)
     out.print(f"{recipe}: fine. {ranks} trainer rank{'s' if ranks > 1 else ''}, stages: {stages}")
 

@@ -17,6 +17,10 @@ from rich.table import Table
 State = Literal["usable", "absent", "broken"]
 
 MEGATRON_OLDEST, MEGATRON_FIRST_UNTRIED = (0, 16, 1), (0, 20)
+GPU_COST = (
+    "the trainer runs on CPU ranks, engines on vLLM's CPU build, FP8 as an emulation alone (precision.emulate); take a "
+    "machine with an NVIDIA GPU and torch's CUDA build"
+)
 SHM_NEEDED = 512 * 2**20
 """Shared memory that a weight sync of small models takes, with some to spare."""
 
@@ -82,7 +86,7 @@ def _torch_and_transformers() -> list[Finding]:
     if lines:
         cuda, count = lines[0].split("|")
         found = f"CUDA {cuda}, {count} GPUs" if cuda != "None" else "torch is a CPU build"
-        findings.append(Finding("CUDA", "usable" if int(count) else "absent", found, "the trainer runs on CPU ranks"))
+        findings.append(Finding("CUDA", "usable" if int(count) else "absent", found, GPU_COST))
     if answer.reason and "torchvision" in answer.reason:
         cost += "; pip uninstall torchvision torchaudio torchcodec"
     return [*findings, _of_import("transformers", versions["transformers"], len(lines) > 1, answer, cost)]
@@ -154,18 +158,62 @@ def _vllm() -> Finding:
 
 
 def _transformer_engine() -> Finding:
-    version = _version("transformer-engine")
-    cost = "no training on CUDA (Millrace builds its GPU layers from it), no FP8"
-    return Finding("Transformer Engine", "usable" if version else "absent", version or "", cost)
+    cost = (
+        "models train on CUDA from plain torch layers, slower and without FP8; pip install "
+        "'transformer-engine[pytorch]', or take NVIDIA's PyTorch container"
+    )
+    return _imported("Transformer Engine", "transformer-engine", "transformer_engine.pytorch", cost)
+
+
+def _imported(name: str, package: str, module: str, cost: str) -> Finding:
+    """A package of CUDA kernels, which may be there and yet not load: built for another torch, or without a driver."""
+    version = _version(package)
+    if version is None:
+        return Finding(name, "absent", "", cost)
+    answer = _ask(f"import {module}")
+    if answer.reason:
+        return Finding(name, "broken", f"{version}: {answer.reason}", cost)
+    return Finding(name, "usable", version, cost)
+
+
+def _mamba() -> Finding:
+    """The scan and the convolution of Mamba-2 layers, two packages that are of use together alone."""
+    cost = (
+        "hybrid models train on CPU ranks, not on CUDA; others train everywhere; "
+        "pip install mamba-ssm causal-conv1d --no-build-isolation"
+    )
+    scan = _imported("mamba-ssm", "mamba-ssm", "mamba_ssm", cost)
+    if scan.state != "usable" or _version("causal-conv1d"):
+        return scan
+    return Finding("mamba-ssm", "broken", f"{scan.found} without causal-conv1d", cost)
+
+
+def _flash_attention() -> Finding:
+    cost = (
+        "Transformer Engine's layers take cuDNN's attention, plain ones torch's; "
+        "pip install flash-attn --no-build-isolation"
+    )
+    return _imported("flash-attn", "flash-attn", "flash_attn", cost)
+
+
+def _deep_ep() -> Finding:
+    cost = (
+        "experts' tokens travel by all-to-all, which every model trains with; DeepEP is built from "
+        "github.com/deepseek-ai/DeepEP"
+    )
+    return _imported("DeepEP", "deep_ep", "deep_ep", cost)
 
 
 def _apex() -> Finding:
-    cost = "unfused optimizer and norms; containers with NVIDIA's Apex are faster"
+    cost = (
+        "the fused Adam is Transformer Engine's, and without that torch's, slower one; NVIDIA's Apex comes with its "
+        "PyTorch container, or is built from github.com/NVIDIA/apex"
+    )
     if util.find_spec("apex") is None:
         return Finding("Apex", "absent", "", cost)
     if util.find_spec("apex.optimizers") is None:
         found = "this is the unrelated package of the same name from the package index"
-        return Finding("Apex", "broken", found, "pip uninstall apex; NVIDIA's is built from its own repository")
+        return Finding("Apex", "broken", found, f"pip uninstall apex: it is of no use here; {cost}")
     return Finding("Apex", "usable", _version("apex") or "without a version", cost)
 
 
@@ -217,6 +265,9 @@ _LOOKS: tuple[Callable[[], Finding], ...] = (
     _vllm,
     _transformer_engine,
     _apex,
+    _mamba,
+    _flash_attention,
+    _deep_ep,
     _nemo_run,
     _slurm,
     _bubblewrap,

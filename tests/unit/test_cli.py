@@ -115,6 +115,16 @@ def test_the_version_is_that_of_the_package(tmp_path: Path) -> None:
     assert millrace("--version", cwd=tmp_path).stdout == f"millrace {metadata.version('millrace')}\n"
 
 
+def test_check_for_a_cluster_says_what_its_gpus_cannot_do(recipe_file: Path) -> None:
+    asked = ("check", "recipe.yaml", "trainer.device=cuda", "parallel.dp=8", "fleet.transport=nccl")
+    for fp8, code in (("blockwise", 0), ("mxfp8", 2)):
+        done = millrace(*asked, f"precision.fp8={fp8}", "--cluster", "dgx-h100", cwd=recipe_file.parent)
+        assert done.returncode == code, done.stdout + done.stderr
+    assert "the GPU is dgx-h100's h100 (Hopper, compute capability 9.0); use blockwise" in done.stderr.replace(
+        "\n", " "
+    )
+
+
 @pytest.mark.parametrize("command", ["check", "plan", "run", "convert", "verify", "data", "doctor"])
 def test_the_help_of_every_command_holds_an_example(tmp_path: Path, command: str) -> None:
     nested = {"convert": ["hf-to-megatron"], "verify": ["logits"], "data": ["passrate"]}.get(command, [])

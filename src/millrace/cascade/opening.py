@@ -45,7 +45,14 @@ def open_run(
     conversations = _conversations(recipe, tokenizer) if control.is_main else {}
     control.barrier()
     policy = Policy(
-        recipe.model, shape, recipe.parallel, recipe.trainer, topology, optimizer=OptimizerConfig(), seed=recipe.seed
+        recipe.model,
+        shape,
+        recipe.parallel,
+        recipe.trainer,
+        topology,
+        optimizer=OptimizerConfig(),
+        seed=recipe.seed,
+        precision=recipe.precision,
     )
     checkpointer = Checkpointer(run_dir / "checkpoints", keep=recipe.checkpoint.keep)
     progress = load_progress(policy, recipe, checkpointer)

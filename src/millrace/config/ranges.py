@@ -23,6 +23,7 @@ from millrace.config.schema import (
     OptimizerConfig,
     ParallelConfig,
     PolicyLossConfig,
+    PrecisionConfig,
     Recipe,
     RlhfStage,
     RlStage,
@@ -56,6 +57,10 @@ _SHARE = Range(0, 1, above=True)
 
 RANGES: dict[type, dict[str, Range]] = {
     LoraConfig: {"rank": _COUNT, "alpha": _POSITIVE, "dropout": Range(0, 1, below=True)},
+    PrecisionConfig: {
+        "amax_history": _COUNT,
+        **dict.fromkeys(("margin", "first_layers_bf16", "last_layers_bf16"), _FROM_ZERO),
+    },
     ParallelConfig: dict.fromkeys(("tp", "pp", "cp", "dp", "ep", "etp"), _COUNT),
     OptimizerConfig: {
         **dict.fromkeys(("min_lr", "warmup_steps", "warmup_from", "weight_decay", "clip_grad"), _FROM_ZERO),

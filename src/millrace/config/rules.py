@@ -20,6 +20,7 @@ from millrace.config.errors import ConfigError
 from millrace.config.graph import graph_problems
 from millrace.config.linears import ALL_LINEAR, linear_names
 from millrace.config.model_shape import ModelShape
+from millrace.config.precision_rules import precision_problems
 from millrace.config.ranges import range_problems
 from millrace.config.schema import (
     BUILT_IN_TEMPLATES,
@@ -51,6 +52,8 @@ def check_recipe(recipe: Recipe, *, world_size: int | None = None) -> list[str]:
     if shape is not None:
         problems += _layout_of_model(recipe, shape)
     problems += _lora(recipe, shape)
+    problems += precision_problems(recipe, shape)
+    problems += _switches(recipe, shape)
     problems += _lengths(recipe, shape)
     problems += _fleet(recipe)
     problems += _servers(recipe)
@@ -87,7 +90,14 @@ def _shape(recipe: Recipe, problems: list[str]) -> ModelShape | None:
 
 def layout_of_recipe(recipe: Recipe, shape: ModelShape) -> list[str]:
     """What is wrong with a recipe's parallel layout and its engines' for a model: all that a plan needs to be right."""
-    return [*range_problems(recipe), *_layout(recipe, None), *_layout_of_model(recipe, shape), *_lora(recipe, shape)]
+    return [
+        *range_problems(recipe),
+        *_layout(recipe, None),
+        *_layout_of_model(recipe, shape),
+        *_lora(recipe, shape),
+        *precision_problems(recipe, shape),
+        *_switches(recipe, shape),
+    ]
 
 
 def _layout(recipe: Recipe, world_size: int | None) -> Problems:
@@ -160,6 +170,29 @@ def _lora(recipe: Recipe, shape: ModelShape | None) -> Problems:
         for file in (Path(lora.adapter, name) for name in ("adapter_config.json", "adapter_model.safetensors")):
             if not file.is_file():
                 yield f"model.lora.adapter: {file} does not exist; name the folder of a PEFT adapter"
+
+
+def _switches(recipe: Recipe, shape: ModelShape | None) -> Problems:
+    """Switches that nothing would read, or that the model and the devices have no kernels for."""
+    trainer, p = recipe.trainer, recipe.parallel
+    of_experts = {"token_dispatcher": trainer.token_dispatcher != "alltoall", "permute_fusion": trainer.permute_fusion}
+    of_gpus = {**of_experts, "expandable_segments": trainer.expandable_segments}
+    for key in (key for key, asked in of_experts.items() if asked):
+        if shape is not None and not shape.num_experts:
+            yield f"trainer.{key} is about experts, but the model has none; leave it out"
+    for key in (key for key, asked in of_gpus.items() if asked):
+        if trainer.device == "cpu":
+            yield f"trainer.{key} needs CUDA, but trainer.device is cpu; leave it out"
+    if of_experts["token_dispatcher"] and p.ep * p.etp == 1:
+        yield (
+            "trainer.token_dispatcher is deepep, but with ep and etp of 1 no token leaves its rank; set "
+            "trainer.token_dispatcher=alltoall or raise parallel.ep"
+        )
+    if trainer.expandable_segments and recipe.fleet.transport == "ipc":
+        yield (
+            "trainer.expandable_segments and fleet.transport=ipc exclude each other, for such memory has no handle "
+            "that another process could open; leave it out, or use nccl"
+        )
 
 
 def _must_divide(key: str, ranks: int, count: int, what: str) -> Problems:

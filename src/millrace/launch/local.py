@@ -21,7 +21,7 @@ from pathlib import Path
 from types import FrameType
 from typing import IO
 
-from millrace.config.schema import Recipe, TrainerConfig
+from millrace.config.schema import PrecisionConfig, Recipe, TrainerConfig
 from millrace.errors import MillraceError
 
 FINISHED, GATED, STOPPED = 0, 3, 130
@@ -80,7 +80,7 @@ def launch(recipe: Recipe, run_dir: Path, until: str | None = None) -> int:
     Raises RankFailed, naming the rank and its log in RUN_DIR/logs.
     """
     ranks = recipe.parallel.world_size
-    environment = trainer_environment(recipe.trainer, ranks)
+    environment = trainer_environment(recipe.trainer, ranks, recipe.precision)
     arguments = [str(run_dir), *([until] if until else [])]
     return run_ranks("millrace.cascade.worker", arguments, ranks, environment, run_dir / "logs")
 
@@ -123,7 +123,7 @@ def run_group(
         return watch.until_the_end()
 
 
-def trainer_environment(trainer: TrainerConfig, ranks: int) -> dict[str, str]:
+def trainer_environment(trainer: TrainerConfig, ranks: int, precision: PrecisionConfig | None = None) -> dict[str, str]:
     """What every rank's environment needs beside its place among the ranks."""
     threads = trainer.threads_per_rank or max(1, len(os.sched_getaffinity(0)) // ranks)
     environment = {
@@ -141,6 +141,16 @@ def trainer_environment(trainer: TrainerConfig, ranks: int) -> dict[str, str]:
         # Megatron's fused mixture-of-experts functions would be compiled for many seconds at the first step.
         environment["TORCH_COMPILE_DISABLE"] = "1"
         environment["PYTHONWARNINGS"] = ",".join(EXPECTED_WARNINGS)
+    if trainer.expandable_segments:
+        environment["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"
+    if trainer.deterministic:
+        # Transformer Engine, cuBLAS and NCCL each choose among algorithms by themselves.
+        environment["NVTE_ALLOW_NONDETERMINISTIC_ALGO"] = "0"
+        environment["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
+        environment["NCCL_ALGO"] = "Ring"
+    if precision is not None and precision.computes_fp8 and not precision.power_of_two_scales:
+        # Read when Transformer Engine is imported; Megatron-Core has no argument for it.
+        environment["NVTE_FP8_BLOCK_SCALING_FP32_SCALES"] = "1"
     return environment
 
 

@@ -171,7 +171,8 @@ class Node:
         head = self.meeting.node(0)
         assert head is not None, "the nodes were waited for"
         group = RankGroup(ranks.first_rank, ranks.ranks, recipe.parallel.world_size, head.address, head.port)
-        environment = local_environment(recipe.trainer, ranks.ranks) | {RENDEZVOUS_VARIABLE: str(self.meeting.folder)}
+        environment = local_environment(recipe.trainer, ranks.ranks, recipe.precision)
+        environment[RENDEZVOUS_VARIABLE] = str(self.meeting.folder)
         interface = self.site.interface or interface_of(self.state.address)
         for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
             environment[name] = os.environ.get(name, interface)  # what env.sh says of the network goes before

@@ -60,11 +60,14 @@ from millrace.megatron.sharded_state import (
 )
 
 if TYPE_CHECKING:
+    from millrace.megatron.fp8_emulation import AmaxHistory
     from millrace.megatron.policy import Policy
 
 log = logging.getLogger("millrace")
 
 _RESERVE = "reserve"
+AMAX_HISTORY = "fp8-emulation.pt"
+"""The history of delayed scales, where FP8 is emulated with them."""
 _RESERVE_BYTES = 1 << 20
 """Held while the shards are written, so that the small files written after them always find room."""
 
@@ -106,6 +109,7 @@ class Checkpointer:
         aside = _on_rank_zero(lambda: self._prepare(policy, name, facts, needed))
         try:
             write_sharded(sharded, aside / SHARDS, reserve=aside / _RESERVE)
+            _on_rank_zero(lambda: _write_amax_history(policy, aside))
             records = _together(lambda: _finish_rank_files(aside))
             final, retired = _on_rank_zero(lambda: self._publish(aside, name, records))
         except CheckpointError:
@@ -138,6 +142,7 @@ class Checkpointer:
         _together(lambda: _take_weights(policy, folder / SHARDS, facts["optimizer_step"]))
         if policy.optimizer is not None:
             policy.step = facts["policy_step"]
+            _together(lambda: _take_amax_history(policy, folder))
             self._restore_randomness(policy, folder, facts)
         log.info("loaded %s (step %d)", folder, facts["step"])
         return facts["state"]
@@ -316,6 +321,30 @@ def _put(policy: Policy, values: dict[str, Any]) -> None:
     """Give the policy loaded weights; adapters stand on the model they were trained on."""
     policy.require_base()
     load_module(policy.module, values, part=policy.config.lora is not None)
+
+
+def _amax_history(policy: Policy) -> AmaxHistory | None:
+    return None if policy.emulation is None else policy.emulation.history
+
+
+def _write_amax_history(policy: Policy, folder: Path) -> None:
+    """Every rank has that of the whole model, so one writes it."""
+    if (history := _amax_history(policy)) is not None:
+        torch.save(history.state(), folder / AMAX_HISTORY)
+
+
+def _take_amax_history(policy: Policy, folder: Path) -> None:
+    history, file = _amax_history(policy), folder / AMAX_HISTORY
+    if history is None:
+        return
+    if not file.exists():
+        history.reset()
+        log.info("%s holds no history of FP8's delayed scales, which begin afresh", folder)
+        return
+    try:
+        history.restore(torch.load(file, weights_only=True))
+    except ValueError as error:
+        raise CheckpointError(f"{file}: {error}; set precision as it was, or another run_dir") from None
 
 
 def _layout(policy: Policy) -> dict[str, Any]:

@@ -360,7 +360,7 @@ def _mamba_ssm() -> list[ModuleType]:
     return modules
 
 
-class _DuplicatedLinear(torch.nn.Module):
+class DuplicatedLinear(torch.nn.Module):
     """A linear without bias that every tensor-parallel rank holds whole: x [..., I] -> [..., O] and no bias.
 
     Under sequence parallelism each rank sees part of the tokens, and the ranks' gradients are added up.
@@ -383,7 +383,7 @@ def project_latents_in_torch() -> None:
     Transformer Engine by name."""
     from megatron.core.transformer.moe import moe_layer
 
-    moe_layer.TELinear = _DuplicatedLinear
+    moe_layer.TELinear = DuplicatedLinear
     _replace(moe_layer, "HAVE_TE", True)
 
 

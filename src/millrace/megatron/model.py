@@ -5,6 +5,8 @@ Legend: T tokens of a packed micro-batch that this rank computes (a multiple of 
 
 from __future__ import annotations
 
+import logging
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -14,12 +16,15 @@ from torch import Tensor
 
 from millrace.config.model_shape import ModelShape
 from millrace.config.rules import layout_problems
-from millrace.config.schema import ParallelConfig, TrainerConfig
+from millrace.config.schema import ParallelConfig, PrecisionConfig, TrainerConfig
 from millrace.megatron.expert_groups import choose_groups_by_their_best_two
 from millrace.megatron.local_layers import make_local, needs_local_layers
 from millrace.megatron.model_config import rope_inverse_frequencies, transformer_config
+from millrace.megatron.precision import PLAIN, engine_recipe
 from millrace.megatron.specs import block_spec, transformer_engine_is_there
 from millrace.megatron.topology import LayoutError
+
+log = logging.getLogger(__name__)
 
 
 class HiddenStateModel(GPTModel):
@@ -48,12 +53,18 @@ def build_model(
     device: torch.device,
     *,
     grouped_experts: bool = True,
+    precision: PrecisionConfig = PLAIN,
 ) -> HiddenStateModel:
-    """This rank's pipeline stage, on `device`, with random weights; `grouped_experts` as for `transformer_config`.
-    Raises LayoutError for a layout that cannot hold it."""
+    """This rank's pipeline stage, on `device`, with random weights; `grouped_experts` and `precision` as for
+    `transformer_config`. Raises LayoutError for a layout that cannot hold it."""
     check_layout(shape, parallel)
     check_context_parallelism(shape, parallel, device)
-    config = transformer_config(shape, parallel, trainer, dtype, device, grouped_experts=grouped_experts)
+    check_dispatcher(trainer)
+    config = transformer_config(
+        shape, parallel, trainer, dtype, device, grouped_experts=grouped_experts, precision=precision
+    )
+    if (recipe := engine_recipe(precision)) is not None:
+        log.info("linear layers are computed in FP8, by Transformer Engine's %s", recipe)
     if shape.expert_groups > 1:
         choose_groups_by_their_best_two()
     stage = shape.stage_layers(parallel.pp, parallel_state.get_pipeline_model_parallel_rank())
@@ -103,6 +114,15 @@ def check_context_parallelism(shape: ModelShape, parallel: ParallelConfig, devic
         raise LayoutError(
             f"parallel.cp is {parallel.cp}, but Megatron-Core shares the sequences of Mamba layers through Transformer "
             "Engine only, which is not there; use parallel.cp=1"
+        )
+
+
+def check_dispatcher(trainer: TrainerConfig) -> None:
+    """Raises LayoutError where the kernels of the token dispatcher are not installed."""
+    if trainer.token_dispatcher == "deepep" and find_spec("deep_ep") is None:
+        raise LayoutError(
+            "trainer.token_dispatcher is deepep, but the package deep_ep is not installed; build it from "
+            "github.com/deepseek-ai/DeepEP, or set trainer.token_dispatcher=alltoall"
         )
 
 

@@ -14,7 +14,8 @@ from megatron.core.transformer.transformer_config import MLATransformerConfig, T
 from torch import Tensor
 
 from millrace.config.model_shape import Activation, ModelShape
-from millrace.config.schema import ParallelConfig, TrainerConfig
+from millrace.config.schema import ParallelConfig, PrecisionConfig, TrainerConfig
+from millrace.megatron.precision import PLAIN, require_computable, transformer_options
 from millrace.megatron.specs import uses_transformer_engine
 
 ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
@@ -32,9 +33,12 @@ def transformer_config(
     device: torch.device,
     *,
     grouped_experts: bool = True,
+    precision: PrecisionConfig = PLAIN,
 ) -> TransformerConfig:
     """Megatron-Core's description of the model. Kernels that exist on CUDA with Transformer Engine only are off
-    without. `grouped_experts`: compute all experts of a rank in one grouped product, where that is possible."""
+    without. `grouped_experts`: compute all experts of a rank in one grouped product, where that is possible. Raises
+    PrecisionError for an FP8 that this machine cannot compute."""
+    require_computable(precision, shape, device)
     fused = uses_transformer_engine(shape, device)
     describe = TransformerConfig if shape.latent_attention is None else MLATransformerConfig
     return describe(
@@ -65,7 +69,8 @@ def transformer_config(
         pipeline_dtype=dtype,
         bf16=dtype == torch.bfloat16,
         variable_seq_lengths=True,  # packed micro-batches differ in length
-        moe_token_dispatcher_type="alltoall",  # the one that takes unequal lengths
+        deterministic_mode=trainer.deterministic,
+        **_dispatcher_options(trainer),
         calculate_per_token_loss=True,  # gradients are sums; the weights of the tokens hold every division
         transformer_impl="transformer_engine" if fused else "local",
         use_cpu_initialization=device.type == "cpu",
@@ -77,9 +82,10 @@ def transformer_config(
         gradient_accumulation_fusion=False,
         **_stage_options(shape, parallel.pp),
         **_recompute_options(trainer, shape, parallel),
-        **_expert_options(shape, fused and grouped_experts),
+        **_expert_options(shape, fused and grouped_experts, fused and trainer.permute_fusion),
         **_latent_attention_options(shape),
         **_mamba_options(shape),
+        **transformer_options(precision, shape),
     )
 
 
@@ -101,7 +107,14 @@ def _recompute_options(trainer: TrainerConfig, shape: ModelShape, parallel: Para
     return {}
 
 
-def _expert_options(shape: ModelShape, grouped: bool) -> dict[str, Any]:
+def _dispatcher_options(trainer: TrainerConfig) -> dict[str, Any]:
+    """Both dispatchers take micro-batches of unequal length."""
+    if trainer.token_dispatcher == "deepep":
+        return {"moe_token_dispatcher_type": "flex", "moe_flex_dispatcher_backend": "deepep"}
+    return {"moe_token_dispatcher_type": "alltoall"}
+
+
+def _expert_options(shape: ModelShape, grouped: bool, fused_permutation: bool) -> dict[str, Any]:
     if not shape.num_experts:
         return {}
     return {
@@ -114,7 +127,7 @@ def _expert_options(shape: ModelShape, grouped: bool) -> dict[str, Any]:
         "moe_router_load_balancing_type": "none",
         "moe_aux_loss_coeff": 0.0,
         "moe_grouped_gemm": grouped,
-        "moe_permute_fusion": False,
+        "moe_permute_fusion": fused_permutation,
         **_router_options(shape),
     }
 

@@ -13,7 +13,8 @@ from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 
-from millrace.config.schema import OptimizerConfig, TrainerConfig
+from millrace.config.schema import OptimizerConfig, PrecisionConfig, TrainerConfig
+from millrace.megatron.precision import PLAIN, optimizer_options
 
 
 def learning_rate(step: int, config: OptimizerConfig, total_steps: int) -> float:
@@ -36,10 +37,21 @@ def learning_rate(step: int, config: OptimizerConfig, total_steps: int) -> float
 
 
 def build_optimizer(
-    config: OptimizerConfig, trainer: TrainerConfig, dtype: torch.dtype, model: DistributedDataParallel
+    config: OptimizerConfig,
+    trainer: TrainerConfig,
+    dtype: torch.dtype,
+    model: DistributedDataParallel,
+    precision: PrecisionConfig = PLAIN,
 ) -> MegatronOptimizer:
     """A fresh optimizer over the model's parameters. Collective."""
-    settings = MegatronOptimizerConfig(
+    return get_megatron_optimizer(optimizer_settings(config, trainer, dtype, precision), [model])
+
+
+def optimizer_settings(
+    config: OptimizerConfig, trainer: TrainerConfig, dtype: torch.dtype, precision: PrecisionConfig = PLAIN
+) -> MegatronOptimizerConfig:
+    """Megatron-Core's description of the optimizer."""
+    return MegatronOptimizerConfig(
         optimizer="adam",
         lr=config.lr,
         min_lr=config.min_lr,
@@ -51,8 +63,8 @@ def build_optimizer(
         params_dtype=dtype,
         bf16=dtype == torch.bfloat16,
         use_distributed_optimizer=trainer.distributed_optimizer,
+        **optimizer_options(precision),
     )
-    return get_megatron_optimizer(settings, [model])
 
 
 def set_hyper_parameters(optimizer: MegatronOptimizer, config: OptimizerConfig, lr: float) -> None:

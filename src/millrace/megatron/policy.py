@@ -23,16 +23,25 @@ from torch import Tensor
 
 from millrace.algorithms.losses import LossFn
 from millrace.config.model_shape import ModelShape
-from millrace.config.schema import LoraConfig, ModelConfig, OptimizerConfig, ParallelConfig, TrainerConfig
+from millrace.config.schema import (
+    LoraConfig,
+    ModelConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    PrecisionConfig,
+    TrainerConfig,
+)
 from millrace.data.batch import TokenBatch
 from millrace.errors import MillraceError
 from millrace.megatron import lora, weights
 from millrace.megatron.context import ContextShare
 from millrace.megatron.divergence import Divergence, TeacherStates, taught_logprobs
+from millrace.megatron.fp8_emulation import Fp8Emulation
 from millrace.megatron.logprobs import token_logprobs, vocabulary_logits, whole_hidden
 from millrace.megatron.microbatch import MicroBatch, cut_batch
 from millrace.megatron.model import HiddenStateModel, build_model
 from millrace.megatron.optimizer import build_optimizer, learning_rate, set_hyper_parameters
+from millrace.megatron.precision import PLAIN, data_parallel_options, token_multiple
 from millrace.megatron.topology import Topology
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -62,6 +71,7 @@ class Policy:
         *,
         optimizer: OptimizerConfig | None,
         seed: int,
+        precision: PrecisionConfig = PLAIN,
     ) -> None:
         self.config = model
         self.shape = shape
@@ -69,11 +79,18 @@ class Policy:
         self.trainer = trainer
         self.topology = topology
         self.seed = seed
+        self.precision = precision
         self.step = 0
         """Updates made since the policy was built; checkpoints carry it on."""
         self.dtype = DTYPES[model.dtype]
         grouped = not lora.adapts_experts(shape, model.lora)
-        self.module = build_model(shape, parallel, trainer, self.dtype, topology.device, grouped_experts=grouped)
+        self.module = build_model(
+            shape, parallel, trainer, self.dtype, topology.device, grouped_experts=grouped, precision=precision
+        )
+        self.emulation: Fp8Emulation | None = None
+        """Of FP8, with `precision.emulate`."""
+        if precision.fp8 != "none" and precision.emulate:
+            self.emulation = Fp8Emulation(self.module, precision, shape, topology)
         self.adapters = [] if model.lora is None else lora.attach(self.module, shape, model.lora, topology)
         """Of this rank's linears, with `model.lora`; then they alone are trained."""
         self._base: str | None = None
@@ -83,13 +100,20 @@ class Policy:
         if optimizer is None:
             self.module.requires_grad_(False)
         else:
-            self._trained = _with_gradient_buffers(self.module, trainer)
+            self._trained = _with_gradient_buffers(self.module, trainer, precision)
             self.reset_optimizer(optimizer, total_steps=0)
 
     def frozen_twin(self) -> Policy:
         """A forward-only policy of the same model and layout, with random weights."""
         return Policy(
-            self.config, self.shape, self.parallel, self.trainer, self.topology, optimizer=None, seed=self.seed
+            self.config,
+            self.shape,
+            self.parallel,
+            self.trainer,
+            self.topology,
+            optimizer=None,
+            seed=self.seed,
+            precision=self.precision,
         )
 
     def load_hf(self, path: str, *, master_weights: bool = True) -> None:
@@ -135,10 +159,13 @@ class Policy:
         return weights.hf_tensors(weights.bind(self.module, self.shape, self.topology))
 
     def reset_optimizer(self, config: OptimizerConfig, total_steps: int) -> None:
-        """Start a stage of `total_steps` updates: fresh moments, and its schedule from the beginning."""
+        """Start a stage of `total_steps` updates: fresh moments (and a fresh history of FP8's delayed scales), and its
+        schedule from the beginning."""
         assert self._trained is not None, "a forward-only policy has no optimizer"
+        if self.emulation is not None:
+            self.emulation.reset()
         self.optimizer = None  # free the old state first
-        self.optimizer = build_optimizer(config, self.trainer, self.dtype, self._trained)
+        self.optimizer = build_optimizer(config, self.trainer, self.dtype, self._trained, self.precision)
         self.set_schedule(config, total_steps)
 
     def set_schedule(self, config: OptimizerConfig, total_steps: int, done: int = 0) -> None:
@@ -208,6 +235,8 @@ class Policy:
             before_update(metrics)
         self.optimizer.step()
         self.step += 1
+        if self.emulation is not None:
+            self.emulation.advance()
         return metrics
 
     def backward(
@@ -303,7 +332,7 @@ class Policy:
 
     @property
     def _multiple(self) -> int:
-        return self.topology.tp if self._sequence_parallel else 1
+        return token_multiple(self.precision) * (self.topology.tp if self._sequence_parallel else 1)
 
     @property
     def _context(self) -> ContextShare:
@@ -402,18 +431,25 @@ class Policy:
                 )
 
 
-def _with_gradient_buffers(module: HiddenStateModel, trainer: TrainerConfig) -> DistributedDataParallel:
+def _with_gradient_buffers(
+    module: HiddenStateModel, trainer: TrainerConfig, precision: PrecisionConfig
+) -> DistributedDataParallel:
     """Megatron-Core's data parallelism: gradients add up in float32 buffers, reduced once a step by plain sums."""
     config = module.config
     config.finalize_model_grads_func = _finalize_sums
-    return DistributedDataParallel(
-        config,
-        DistributedDataParallelConfig(
-            grad_reduce_in_fp32=True,
-            overlap_grad_reduce=False,
-            use_distributed_optimizer=trainer.distributed_optimizer,
-        ),
-        module,
+    wrapped = DistributedDataParallel(config, data_parallel_settings(trainer, precision), module)
+    if trainer.overlap_gradient_reduction:
+        config.no_sync_func = wrapped.no_sync  # gradients of all but the last micro-batch only add up
+    return wrapped
+
+
+def data_parallel_settings(trainer: TrainerConfig, precision: PrecisionConfig = PLAIN) -> DistributedDataParallelConfig:
+    """Megatron-Core's description of data parallelism."""
+    return DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True,
+        overlap_grad_reduce=trainer.overlap_gradient_reduction,
+        use_distributed_optimizer=trainer.distributed_optimizer,
+        **data_parallel_options(precision),
     )
 
 

@@ -100,6 +100,7 @@ def init_distributed(parallel: ParallelConfig, trainer: TrainerConfig, seed: int
         torch.cuda.set_device(device)
     else:
         torch.set_num_threads(trainer.threads_per_rank or max(1, (os.cpu_count() or 1) // world))
+    torch.use_deterministic_algorithms(trainer.deterministic)
     timeout = timedelta(seconds=trainer.collective_timeout_s)
     dist.init_process_group(
         "nccl" if device.type == "cuda" else "gloo",

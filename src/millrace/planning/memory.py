@@ -126,6 +126,7 @@ class MemoryModel:
         of_rank = rank_plan(pp_rank * p.tp * p.cp * p.dp, recipe, self.shape)
         device: Items = {
             "weights": of_rank.weight_bytes,
+            **self._fp8_weights(pp_rank),
             "gradients": of_rank.gradient_bytes,
             "optimizer": of_rank.optimizer_bytes,
             **self._activations(pp_rank),
@@ -142,6 +143,18 @@ class MemoryModel:
             device["fragmentation"] = int(device["activations"] * MEMORY["fragmentation"].value)
         stage = f", pipeline stage {pp_rank}" if p.pp > 1 else ""
         return Role(name=f"trainer{stage}", ranks=p.tp * p.cp * p.dp, device=device, host=host)
+
+    def _fp8_weights(self, pp_rank: int) -> Items:
+        """The linears' weights in FP8, by rows and by columns: beside those in bfloat16, whose place they take with
+        `precision.parameters`. What activations in FP8 save is not counted."""
+        precision, p, shape = self.recipe.precision, self.recipe.parallel, self.shape
+        if self.on_cpu or not precision.computes_fp8 or precision.parameters:
+            return {}
+        last = shape.num_layers - precision.last_layers_bf16
+        layers = [n for n in shape.stage_layers(p.pp, pp_rank) if precision.first_layers_bf16 <= n < last]
+        sizes = [shape.layer_parameters(layer) for layer in layers]
+        own = sum(size.cut // p.tp + (shape.num_experts // p.ep) * size.expert // p.etp for size in sizes)
+        return {"fp8_weights": 2 * own}
 
     def _activations(self, pp_rank: int) -> Items:
         recipe, p, shape = self.recipe, self.recipe.parallel, self.shape

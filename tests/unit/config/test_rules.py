@@ -51,6 +51,10 @@ def test_layouts_of_experts_that_megatron_trains_are_accepted(recipe_file: Path,
         ("fleet.interface=0.0.0.0", "listens on every network"),
         ("fleet.extra_args=['--host=0.0.0.0']", "--host is set by Millrace and guards the engines"),
         ("fleet.transport=nccl", "needs CUDA"),
+        ("trainer.permute_fusion=true", "trainer.permute_fusion is about experts, but the model has none"),
+        ("trainer.permute_fusion=true", "trainer.permute_fusion needs CUDA, but trainer.device is cpu"),
+        ("trainer.token_dispatcher=deepep", "with ep and etp of 1 no token leaves its rank"),
+        ("trainer.expandable_segments=true", "trainer.expandable_segments needs CUDA"),
         ("stages.warm.epochs=1", "exactly one of steps and epochs, but both are given"),
         ("stages.warm.steps=null", "exactly one of steps and epochs, but neither is given"),
         ("stages.climb.name=warm", "2 stages are named warm"),
@@ -200,3 +204,11 @@ def test_no_password_stands_in_the_uri_of_a_tracker(recipe_file: Path, uri: str)
 def test_a_uri_without_a_password_is_accepted(recipe_file: Path, uri: str) -> None:
     found = check(recipe_file, f"observe.mlflow={{tracking_uri: '{uri}', experiment: e}}")
     assert not any("credentials" in problem for problem in found)
+
+
+def test_switches_of_gpus_are_accepted_where_they_are_read(recipe_file: Path) -> None:
+    on_gpus = ("model.path=moe", "trainer.device=cuda", "parallel={dp: 2, ep: 2}")
+    switches = ("trainer.permute_fusion=true", "trainer.token_dispatcher=deepep", "trainer.expandable_segments=true")
+    assert check(recipe_file, *on_gpus, *switches) == []
+    (problem,) = check(recipe_file, *on_gpus, *switches, "fleet.transport=ipc")
+    assert "trainer.expandable_segments and fleet.transport=ipc exclude each other" in problem

@@ -124,3 +124,23 @@ def test_overrides_reach_sections_and_stages(cascade_file: Path) -> None:
     assert (other.parallel.tp, other.fleet.max_num_seqs) == (2, 7)
     pasted = load_recipe(cascade_file, written(values).split())
     assert other == pasted
+
+
+def test_fp8_keeps_weights_of_linears_beside_those_in_bfloat16_unless_it_takes_their_place(recipe_file: Path) -> None:
+    gpus = ClusterConfig(name="gpus", nodes=1, node=NodeConfig(gpus=8, gpu="h100", cores=64, memory_gib=1000))
+    base = ("trainer.device=cuda", "trainer.distributed_optimizer=true", "fleet.transport=nccl", "parallel.pp=2")
+
+    def stages(*overrides: str) -> list[dict[str, int]]:
+        memory = memory_of(recipe_of(recipe_file, *base, *overrides), gpus)
+        return [one.device for one in memory.roles if one.name.startswith("trainer")]
+
+    plain, beside = stages(), stages("precision.fp8=blockwise")
+    edges = stages("precision={fp8: blockwise, first_layers_bf16: 2}")
+    alone = stages("precision={fp8: blockwise, parameters: true}")
+    # A layer of the model: 64 x (128 + 64 + 64) of q, k and v, 128 x 64 behind attention, 3 x 64 x 96 feed-forward.
+    layer = 64 * 256 + 128 * 64 + 3 * 64 * 96
+    assert [device["fp8_weights"] for device in beside] == [2 * 2 * layer] * 2
+    assert [device["fp8_weights"] for device in edges] == [0, 2 * 2 * layer]
+    for devices in (plain, alone):
+        assert all("fp8_weights" not in device for device in devices)
+    assert [device["weights"] for device in alone] == [device["weights"] for device in plain]

@@ -1,0 +1,75 @@
+"""One of two ranks of the test of overlapped gradient reduction: `overlap_worker.py FOLDER`; writes FOLDER/found.pt.
+
+FOLDER holds the checkpoints qwen3/ and qwen3_moe/.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import torch
+from layout_data import LENGTHS, example_batch, negative_log_likelihood
+from torch import Tensor
+
+from millrace.config.model_shape import ModelShape
+from millrace.config.schema import LoraConfig, ModelConfig, OptimizerConfig, ParallelConfig, TrainerConfig
+from millrace.data.batch import TokenBatch
+from millrace.megatron.policy import Policy
+from millrace.megatron.topology import init_distributed
+
+CASES = {
+    "dense": ("qwen3", ParallelConfig(dp=2), False, None),
+    "distributed optimizer": ("qwen3", ParallelConfig(dp=2), True, None),
+    "experts": ("qwen3_moe", ParallelConfig(dp=2, ep=2), False, None),
+    "pipeline": ("qwen3", ParallelConfig(pp=2), True, None),
+    "adapters": ("qwen3", ParallelConfig(dp=2), False, LoraConfig(rank=4)),
+}
+
+
+def partly_trained() -> TokenBatch:
+    """Several micro-batches on each rank, and one sequence in two that carries no weight."""
+    batch = example_batch()
+    trained = torch.tensor([index % 2 for index in range(len(LENGTHS))])[batch.segment_ids]
+    return batch.with_streams(weight=batch.streams["weight"] * trained)
+
+
+Outcome = tuple[list[float], float, dict[str, Tensor]]
+
+
+def trained(folder: Path, case: str, overlap: bool, deterministic: bool) -> Outcome:
+    """Losses, micro-batches of a step, and the weights after it."""
+    family, parallel, distributed, lora = CASES[case]
+    os.environ["MASTER_PORT"] = str(int(os.environ["MASTER_PORT"]) + 1)
+    trainer = TrainerConfig(
+        device="cpu",
+        threads_per_rank=1,
+        max_tokens_per_micro_batch=32,
+        collective_timeout_s=60,
+        distributed_optimizer=distributed,
+        overlap_gradient_reduction=overlap,
+        deterministic=deterministic,
+    )
+    topology = init_distributed(parallel, trainer, seed=1)
+    path = folder / family
+    model = ModelConfig(path=str(path), dtype="float32", lora=lora)
+    policy = Policy(
+        model, ModelShape.from_hf(path), parallel, trainer, topology, optimizer=OptimizerConfig(lr=1e-3), seed=1
+    )
+    policy.load_hf(str(path))
+    steps = [policy.train_step(batch, negative_log_likelihood) for batch in (example_batch(), partly_trained()) * 2]
+    weights = {name: tensor.detach().clone() for name, tensor in policy.hf_tensors()}
+    topology.close()
+    return [step["loss"] for step in steps], steps[0]["micro_batches"], weights
+
+
+def main(folder: Path) -> None:
+    found = {case: [trained(folder, case, overlap, False) for overlap in (False, True)] for case in CASES}
+    found["deterministic"] = [trained(folder, "experts", True, deterministic) for deterministic in (True, False)]
+    if os.environ["RANK"] == "0":
+        torch.save(found, folder / "found.pt")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
