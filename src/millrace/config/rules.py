@@ -37,6 +37,7 @@ from millrace.config.urls import holds_credentials
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 
 PROMPT_FIELDS = ("prompt", "responses_create_params")
+CODE_PROMPT_FIELDS = (*PROMPT_FIELDS, "question", "question_content")
 """Where a row holds its prompt: Millrace's own field, or NeMo-Gym's."""
 
 Problems = Iterator[str]
@@ -344,8 +345,9 @@ def _files(recipe: Recipe) -> Problems:
             for file in stage.data:
                 yield from _data_file(f"stages.{stage.name}.data", Path(file), "messages")
     for name, domain in recipe.domains.items():
-        yield from _data_file(f"domains.{name}.train", Path(domain.train), *PROMPT_FIELDS)
-        yield from _data_file(f"domains.{name}.held_out", Path(domain.held_out), *PROMPT_FIELDS)
+        fields = CODE_PROMPT_FIELDS if domain.environment == "code" else PROMPT_FIELDS
+        yield from _data_file(f"domains.{name}.train", Path(domain.train), *fields)
+        yield from _data_file(f"domains.{name}.held_out", Path(domain.held_out), *fields)
         if domain.environment == "genrm" and Path(domain.held_out).is_file():
             yield from _data_file(f"domains.{name}.held_out", Path(domain.held_out), "reference")
         if domain.pass_rates is not None:

@@ -262,6 +262,23 @@ class JudgeConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SandboxConfig:
+    tier: Literal["auto", "zygote", "bubblewrap", "landlock", "unsafe"] = "auto"
+    """How programs are kept apart: the first that this machine can make of a zygote in namespaces, one bubblewrap for
+    each run, and Landlock; or that one. `unsafe` runs them as the user, with a warning at every start."""
+    workers: int | None = None
+    """Programs that are tested at one time; as many as there are processors when absent."""
+    cpu_s: float = 4.0
+    """Processor time of a test; a row's `time_limit_s` goes before."""
+    wall_over_cpu: float = 2.5
+    """Wall time of a test as a multiple of its processor time, so that a busy machine decides no verdict."""
+    memory_mb: int = 1024
+    """Address space of a test in MiB; a row's `memory_limit_mb` goes before."""
+    output_kb: int = 1024
+    """Output of a test in KiB, of each stream; more ends it."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class DomainConfig:
     environment: Literal[
         "math",
@@ -281,7 +298,7 @@ class DomainConfig:
     held_out: str
     """JSONL file of held-out prompts; measured, never trained on."""
     grading: Literal["binary", "fraction"] = "binary"
-    """instruction_following: 1 only when every constraint holds, or the share that holds."""
+    """instruction_following: 1 only when every constraint holds, or the share that holds. code: the same of tests."""
     system_prompt: str | None = None
     """System message put before each prompt."""
     thinking: bool | None = None
@@ -289,13 +306,15 @@ class DomainConfig:
     absent. A row's own `thinking` goes before. Held-out prompts are asked in the same form."""
     judge: str | None = None
     """genrm: the entry of `judges` that compares answers."""
+    sandbox: SandboxConfig = field(default_factory=SandboxConfig)
+    """code: where programs are run, and under which limits."""
     pass_rates: str | None = None
     """JSONL file of the training prompts' pass rates, as `millrace data passrate` writes it; a stage's `curriculum`
     reads it."""
     verify_timeout_s: float = 10.0
     """Longest time one verification may take (math, mcqa, structured_outputs); then its process is killed and it scores
     0. Not read by instruction_following, which checks each constraint in time linear in the text, in no process of its
-    own."""
+    own, nor by code, whose limits are those of `sandbox`."""
 
 
 @dataclass(frozen=True, kw_only=True)

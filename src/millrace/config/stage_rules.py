@@ -9,6 +9,7 @@ from pathlib import Path
 from millrace.config.checkpoint_files import checkpoint_problems
 from millrace.config.graph import nearest
 from millrace.config.schema import (
+    DomainConfig,
     EvaluateStage,
     GateConfig,
     JudgeConfig,
@@ -18,6 +19,7 @@ from millrace.config.schema import (
     RlhfStage,
     RlStage,
     SamplingStage,
+    SandboxConfig,
     SftStage,
     StageConfig,
 )
@@ -241,13 +243,16 @@ def _optimizer(optimizer: OptimizerConfig, key: str, steps: int | None) -> Probl
 
 
 UNBUILT = {
-    "code": "it runs model-written programs in a sandbox",
     "workplace_assistant": "its episodes have many turns with tools",
     "long_context": "a judge compares the answer with a reference",
     "swe_agentless": "a judge compares the patch with a reference",
     "swe_agentic": "its episodes have many turns in containers",
 }
 """Environments of the paper that are not built yet, and what each one is."""
+
+
+LEAST_PROGRAM_MB, MOST_PROGRAM_MB = 64, 4096
+"""Bounds of a program's memory in MiB."""
 
 
 def domain_problems(recipe: Recipe) -> Problems:
@@ -261,12 +266,13 @@ def domain_problems(recipe: Recipe) -> Problems:
                 f"{key}.environment is {domain.environment}, which is not built yet ({UNBUILT[domain.environment]}); "
                 f"take it out with {key}=null{where}"
             )
-        if domain.grading == "fraction" and domain.environment != "instruction_following":
+        if domain.grading == "fraction" and domain.environment not in ("instruction_following", "code"):
             yield f"{key}.grading is fraction, but an answer in {domain.environment} is right or wrong; use binary"
         if domain.environment == "genrm" and domain.judge is None:
             yield f"{key}.judge is required: the entry of `judges` that compares the answers"
         if domain.environment != "genrm" and domain.judge is not None:
             yield f"{key}.judge is {domain.judge}, but only the environment genrm asks a judge; leave it out"
+        yield from _sandbox(domain, f"{key}.sandbox")
         if domain.judge is not None and domain.judge not in recipe.judges:
             yield f"{key}.judge is {domain.judge}, which is not among the judges{nearest(domain.judge, recipe.judges)}"
     for name, judge in recipe.judges.items():
@@ -274,6 +280,24 @@ def domain_problems(recipe: Recipe) -> Problems:
         yield from _room_for_answers(name, judge, recipe)
     if recipe.evaluation.keep and not recipe.evaluation.every:
         yield "evaluation.keep keeps what evaluation.every measures, which is 0; set evaluation.every or leave keep out"
+
+
+def _sandbox(domain: DomainConfig, key: str) -> Problems:
+    sandbox = domain.sandbox
+    if domain.environment != "code":
+        if sandbox != SandboxConfig():
+            yield f"{key} is set, but {domain.environment} runs no programs; leave it out"
+        return
+    for name in ("workers", "cpu_s", "memory_mb", "output_kb"):
+        if (value := getattr(sandbox, name)) is not None and value <= 0:
+            yield f"{key}.{name} is {value}; it must be above 0"
+    if sandbox.wall_over_cpu < 1:
+        yield f"{key}.wall_over_cpu is {sandbox.wall_over_cpu}, so that wall time ends before cpu_s; set 1 or more"
+    if 0 < sandbox.memory_mb < LEAST_PROGRAM_MB or sandbox.memory_mb > MOST_PROGRAM_MB:
+        yield (
+            f"{key}.memory_mb is {sandbox.memory_mb}; an interpreter needs {LEAST_PROGRAM_MB}, and the most is "
+            f"{MOST_PROGRAM_MB}"
+        )
 
 
 def _judge(judge: JudgeConfig, key: str) -> Problems:

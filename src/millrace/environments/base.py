@@ -56,6 +56,15 @@ class Environment(Protocol):
         ...
 
 
+@runtime_checkable
+class ReportingEnvironment(Environment, Protocol):
+    """A domain that says with each batch of rewards how they came about."""
+
+    def summary(self) -> str:
+        """What was done to score answers so far, in a sentence for the log."""
+        ...
+
+
 @dataclass(frozen=True)
 class Comparison:
     """How the answers of a group are compared with one another, and what their lengths count (see `RlhfStage`)."""

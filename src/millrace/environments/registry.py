@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from millrace.config.errors import ConfigError
 from millrace.config.schema import DomainConfig
 from millrace.environments.base import Environment
+from millrace.environments.code import CodeEnvironment
 from millrace.environments.genrm import GenrmEnvironment
 from millrace.environments.instruction_following import InstructionFollowingEnvironment
 from millrace.environments.judge import Judge
@@ -32,6 +33,8 @@ def make_environment(config: DomainConfig, judges: Mapping[str, Judge] | None = 
             return StructuredOutputsEnvironment(verify_timeout_s=config.verify_timeout_s, workers=workers)
         case "instruction_following":
             return InstructionFollowingEnvironment(grading=config.grading)
+        case "code":
+            return CodeEnvironment(config.sandbox, grading=config.grading)
         case "genrm":
             if config.judge is None or config.judge not in (judges or {}):
                 raise ConfigError(f"the environment genrm needs the judge {config.judge}, which was not started")

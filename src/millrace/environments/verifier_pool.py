@@ -75,13 +75,14 @@ class VerifierPool:
         self._idle = list(self._workers)
         self._threads = ThreadPoolExecutor(workers, thread_name_prefix="verifier")
 
-    async def verify(self, *arguments: Any) -> Verdict:
-        """Run the verifier on one item; waits for a free worker, and from then at most `limit_s`.
+    async def verify(self, *arguments: Any, limit_s: float | None = None) -> Verdict:
+        """Run the verifier on one item; waits for a free worker, and from then at most `limit_s` (the pool's own when
+        absent).
 
         Raises:
             VerifierStartError: no worker can be started.
         """
-        return await asyncio.wrap_future(self._threads.submit(self._verify, arguments))
+        return await asyncio.wrap_future(self._threads.submit(self._verify, arguments, limit_s or self.limit_s))
 
     async def verify_all(self, items: Sequence[Sequence[Any]]) -> list[Verdict]:
         """Verdicts in the order of the items."""
@@ -101,10 +102,10 @@ class VerifierPool:
         for worker in self._workers:
             worker.end(grace_s=0.0)
 
-    def _verify(self, arguments: Sequence[Any]) -> Verdict:
+    def _verify(self, arguments: Sequence[Any], limit_s: float) -> Verdict:
         worker = self._idle.pop()  # as many threads as workers: one is always free
         try:
-            return worker.verify(arguments, self.limit_s)
+            return worker.verify(arguments, limit_s)
         finally:
             self._idle.append(worker)
 

@@ -20,7 +20,15 @@ from millrace.data.datasets import PromptDataset
 from millrace.data.errors import DataError
 from millrace.data.messages import form_problem
 from millrace.data.tokenizer import ChatTokenizer
-from millrace.environments.base import Comparison, Environment, GroupEnvironment, Message, Observation, Reward
+from millrace.environments.base import (
+    Comparison,
+    Environment,
+    GroupEnvironment,
+    Message,
+    Observation,
+    ReportingEnvironment,
+    Reward,
+)
 from millrace.environments.gym_rows import plain_row
 from millrace.environments.judge import WAY_OUT_OF_UNPARSABLE, JudgeError
 from millrace.observe.console import Bar, RunConsole
@@ -230,6 +238,10 @@ class EpisodePlayer:
                 raise
         if sentence := undecided(groups):
             self._console.say(f"{what}: {sentence}")
+        for name in dict.fromkeys(group.episode.domain for group in groups):
+            environment = self.domains[name].environment
+            if isinstance(environment, ReportingEnvironment):
+                self._console.say(f"{what}: {name}: {environment.summary()}")
         for name in self.domains:
             _require_a_verdict(name, [group for group in groups if group.episode.domain == name], what)
         return groups

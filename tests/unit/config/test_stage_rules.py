@@ -215,7 +215,7 @@ def test_an_environment_that_is_not_built_is_named_with_the_stages_that_want_it(
     )
 
 
-@pytest.mark.parametrize("environment", ["mcqa", "structured_outputs"])
+@pytest.mark.parametrize("environment", ["mcqa", "structured_outputs", "code"])
 def test_the_other_environments_of_the_paper_are_accepted(cascade_file: Path, environment: str) -> None:
     assert check(cascade_file, f"domains.format.environment={environment}") == []
 
@@ -224,6 +224,20 @@ def test_the_other_environments_of_the_paper_are_accepted(cascade_file: Path, en
     ("override", "message"),
     [
         ("domains.math.grading=fraction", "domains.math.grading is fraction, but an answer in math is right or wrong"),
+        ("domains.math.sandbox.cpu_s=2", "domains.math.sandbox is set, but math runs no programs; leave it out"),
+        (
+            "domains.format={environment: code, train: math.jsonl, held_out: held-out.jsonl, sandbox: {cpu_s: 0}}",
+            "domains.format.sandbox.cpu_s is 0.0; it must be above 0",
+        ),
+        (
+            "domains.format={environment: code, train: math.jsonl, held_out: held-out.jsonl, sandbox: {memory_mb: 8}}",
+            "domains.format.sandbox.memory_mb is 8; an interpreter needs 64, and the most is 4096",
+        ),
+        (
+            "domains.format={environment: code, train: math.jsonl, held_out: held-out.jsonl, "
+            "sandbox: {wall_over_cpu: 0.5}}",
+            "domains.format.sandbox.wall_over_cpu is 0.5, so that wall time ends before cpu_s; set 1 or more",
+        ),
         ("domains.chat.judge=null", "domains.chat.judge is required: the entry of `judges` that compares the answers"),
         ("domains.math.judge=genrm", "domains.math.judge is genrm, but only the environment genrm asks a judge"),
         ("domains.chat.judge=genrn", "judge is genrn, which is not among the judges (did you mean genrm?)"),

@@ -1,0 +1,125 @@
+"""Programs in Python, judged by hidden tests in a sandbox.
+
+The program is the last fenced block of the final text. It is run on each test by itself, with its input on standard
+input, or a function of it is called; what it gives is compared outside the sandbox. Reward 1 when all tests pass, else
+0, or with `grading: fraction` the share that passes. `code_rows` says what rows look like.
+
+A row's own `time_limit_s` (of processor time), `memory_limit_mb` and `tolerance` (of numbers in the output) go before
+the recipe's.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+from millrace.config.schema import SandboxConfig
+from millrace.environments.answer import final_text
+from millrace.environments.base import Message, Reward
+from millrace.environments.code_rows import CodeRowError, Problem, opening, opening_problem, read_problem
+from millrace.environments.sandbox.run import Limits, Program
+from millrace.environments.sandbox.service import CodeVerifier, Outcome
+
+FENCED = re.compile(r"^[ \t]*```[ \t]*([\w+-]*)[^\n]*\n(.*?)^[ \t]*```[ \t]*$", re.DOTALL | re.MULTILINE)
+PYTHON = ("", "python", "python3", "py")
+
+LONGEST_PROGRAM = 200_000
+"""Characters of a program that is still run."""
+MOST_MEMORY_MB = 4096
+RECENT_ROWS = 16
+"""Rows whose tests are kept unpacked."""
+
+
+class CodeEnvironment:
+    required_fields: Sequence[str] = ()
+
+    def __init__(self, config: SandboxConfig, *, grading: Literal["binary", "fraction"]) -> None:
+        self.verifier = CodeVerifier(tier=config.tier, workers=config.workers)
+        self._config, self._fraction = config, grading == "fraction"
+        self._recent: dict[int, tuple[Mapping[str, Any], Problem]] = {}
+
+    def validate(self, row: Mapping[str, Any]) -> str | None:
+        try:
+            read_problem(row)
+        except CodeRowError as error:
+            return f"the row has {error}"
+        return _own_limits_problem(row) or opening_problem(row)
+
+    def reset(self, row: Mapping[str, Any]) -> list[Message]:
+        return opening(row, self._problem(row).function)
+
+    async def step(self, row: Mapping[str, Any], transcript: Sequence[Message], answer: str) -> Reward:
+        source = last_program(final_text(answer))
+        if source is None:
+            return _not_run("no program in a fenced block", self.verifier.tier)
+        if len(source) > LONGEST_PROGRAM:
+            return _not_run("program too long", self.verifier.tier)
+        problem = self._problem(row)
+        outcome = await self.verifier.verify(
+            Program(source, problem.function),
+            problem.cases,
+            self._limits(row),
+            every=self._fraction,
+            tolerance=row.get("tolerance"),
+        )
+        value = outcome.passed / outcome.tests if self._fraction else float(outcome.passed == outcome.tests)
+        return Reward(value, outcome.failure or "all tests passed", _details(outcome))
+
+    def summary(self) -> str:
+        return self.verifier.summary()
+
+    async def close(self) -> None:
+        await self.verifier.close()
+
+    def _problem(self, row: Mapping[str, Any]) -> Problem:
+        """The row's tests, unpacked once for the answers of a group: they may be many megabytes."""
+        known = self._recent.get(id(row))
+        if known is not None and known[0] is row:
+            return known[1]
+        problem = read_problem(row)
+        self._recent[id(row)] = (row, problem)
+        while len(self._recent) > RECENT_ROWS:
+            del self._recent[next(iter(self._recent))]
+        return problem
+
+    def _limits(self, row: Mapping[str, Any]) -> Limits:
+        cpu_s = row.get("time_limit_s") or self._config.cpu_s
+        memory_mb = row.get("memory_limit_mb") or self._config.memory_mb
+        return Limits(
+            wall_s=cpu_s * self._config.wall_over_cpu,
+            cpu_s=math.ceil(cpu_s),
+            memory_bytes=int(memory_mb) << 20,
+            output_bytes=self._config.output_kb << 10,
+        )
+
+
+def last_program(text: str) -> str | None:
+    """The last fenced block that says it is Python, or says nothing; None without one."""
+    blocks = [code for language, code in FENCED.findall(text) if language.lower() in PYTHON]
+    return blocks[-1] if blocks and blocks[-1].strip() else None
+
+
+def _details(outcome: Outcome) -> dict[str, float]:
+    return {
+        "tests_passed": float(outcome.passed),
+        "tests_run": float(outcome.ran),
+        "tests": float(outcome.tests),
+        "sandbox_retries": float(outcome.retries),
+        f"sandbox_{outcome.tier}": 1.0,
+    }
+
+
+def _not_run(reason: str, tier: str) -> Reward:
+    return Reward(0.0, reason, {"tests_passed": 0.0, "tests_run": 0.0, f"sandbox_{tier}": 1.0})
+
+
+def _own_limits_problem(row: Mapping[str, Any]) -> str | None:
+    for name, most in (("time_limit_s", 3600.0), ("memory_limit_mb", MOST_MEMORY_MB), ("tolerance", 1.0)):
+        value = row.get(name)
+        if value is None:
+            continue
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= most:
+            return f"{name} must be a number above 0 and at most {most:g}, not {value!r}"
+    return None

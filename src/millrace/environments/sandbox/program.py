@@ -1,0 +1,113 @@
+"""The program's side of the box: runs the source in this process and ends it.
+
+By now the process has given up everything it could; what the program finds in its memory is this module and what the
+caller handed over: source and input. Expected values were never here.
+"""
+
+from __future__ import annotations
+
+import atexit
+import builtins
+import io
+import json
+import os
+import sys
+import types
+from typing import Any, NoReturn
+
+from millrace.environments.sandbox.run import Program
+
+WARM_MODULES = (
+    "abc", "array", "bisect", "cmath", "collections", "copy", "dataclasses", "datetime", "decimal", "enum",
+    "fractions", "functools", "heapq", "io", "itertools", "json", "math", "operator", "queue", "random", "re",
+    "statistics", "string", "struct", "textwrap", "threading", "time", "typing",
+)  # fmt: skip
+"""What contest programs import; a zygote has them loaded."""
+
+
+def run_program(program: Program) -> NoReturn:
+    """Run it with descriptors 0, 1 and 2 as its streams. Never returns: the process ends with the exit status that
+    the interpreter would have had."""
+    _fresh_streams()
+    try:
+        status = _run(program)
+    except SystemExit as leave:
+        status = _exit_status(leave.code)
+    except BaseException as error:  # noqa: BLE001, as the interpreter itself: print it, and end with status 1
+        sys.excepthook(type(error), error, _of_the_program(error.__traceback__))
+        status = 1
+    os._exit(_finish(status))
+
+
+def _run(program: Program) -> int:
+    if program.function is None:
+        _execute(program.source)
+        return 0
+    answers = os.dup(1)
+    os.dup2(2, 1)  # what the solution prints is no answer
+    arguments = json.loads(sys.stdin.read())
+    call = _callable(_execute(program.source), program.function)
+    value = json.dumps(call(*arguments), allow_nan=False).encode()
+    while value:
+        value = value[os.write(answers, value) :]
+    return 0
+
+
+def _execute(source: str) -> dict[str, Any]:
+    """The names that the source leaves behind, run as `__main__`."""
+    main = types.ModuleType("__main__")
+    main.__dict__["__builtins__"] = builtins
+    sys.modules["__main__"] = main
+    exec(compile(source, "main.py", "exec", dont_inherit=True), main.__dict__)
+    return main.__dict__
+
+
+def _callable(names: dict[str, Any], function: str) -> Any:
+    solution = names.get("Solution")
+    if isinstance(solution, type) and hasattr(solution, function):
+        return getattr(solution(), function)
+    if function not in names:
+        raise NameError(f"the program defines neither {function} nor a class Solution with it")
+    return names[function]
+
+
+def _fresh_streams() -> None:
+    """Streams as an interpreter has them that was started on these descriptors; and `exit`, which comes with the site
+    module."""
+    sys.stdin = io.TextIOWrapper(io.BufferedReader(io.FileIO(0, "r", closefd=False)), "utf-8")
+    sys.stdout = io.TextIOWrapper(io.BufferedWriter(io.FileIO(1, "w", closefd=False)), "utf-8")
+    sys.stderr = io.TextIOWrapper(
+        io.BufferedWriter(io.FileIO(2, "w", closefd=False)), "utf-8", errors="backslashreplace", line_buffering=True
+    )
+    sys.__stdin__, sys.__stdout__, sys.__stderr__ = sys.stdin, sys.stdout, sys.stderr  # type: ignore[misc]
+    sys.argv = ["main.py"]
+    for name in ("exit", "quit"):
+        setattr(builtins, name, sys.exit)
+
+
+def _of_the_program(trace: types.TracebackType | None) -> types.TracebackType | None:
+    while trace is not None and trace.tb_frame.f_code.co_filename == _run.__code__.co_filename:
+        trace = trace.tb_next
+    return trace
+
+
+def _exit_status(code: object) -> int:
+    if code is None:
+        return 0
+    if isinstance(code, int):
+        return code & 0xFF
+    sys.stderr.write(f"{code}\n")
+    return 1
+
+
+def _finish(status: int) -> int:
+    """What the interpreter does at its end: wait for threads, call exit handlers, flush."""
+    try:
+        if threading := sys.modules.get("threading"):
+            threading._shutdown()
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+        sys.stderr.flush()
+    except BaseException:  # noqa: BLE001, the program replaced what is called here
+        return status or 120
+    return status

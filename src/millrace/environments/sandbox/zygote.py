@@ -1,0 +1,129 @@
+"""A process in a box that forks once for each program: `python -P -s -S -B -c ... SOCKET`.
+
+It reads jobs from its socket, one after the other, and answers each. For each it forks a keeper, which makes a process
+namespace and forks the program into it as its first process: whatever the program starts ends with it. The keeper
+stays outside, takes the output, and kills at the limits. When a keeper dies, the zygote says so in its place.
+
+The interpreter was started with no environment and imports nothing of Millrace but this folder, so there is nothing in
+its memory that a program may not read.
+"""
+
+from __future__ import annotations
+
+import gc
+import importlib
+import os
+import signal
+import socket
+import sys
+from contextlib import suppress
+from typing import Any, NoReturn
+
+from millrace.environments.sandbox import kernel
+from millrace.environments.sandbox.collect import STARTED, collect
+from millrace.environments.sandbox.confine import close_from, memory_file, refuse_calls, set_limits
+from millrace.environments.sandbox.namespaces import enter_box, mount_scratch
+from millrace.environments.sandbox.program import WARM_MODULES, run_program
+from millrace.environments.sandbox.run import Limits, Program, SandboxFault
+from millrace.environments.sandbox.wire import receive, run_to_wire, send
+
+OWN_PROCESSES = 4
+"""Processes that the kernel counts with the program's threads: launcher, zygote, keeper, and the first thread."""
+
+
+def main() -> None:
+    """Build the box, become its first process, serve until the socket closes."""
+    channel = socket.socket(fileno=int(sys.argv[1]))
+    sys.path.pop(0)  # the way to Millrace itself
+    for name in WARM_MODULES:
+        importlib.import_module(name)
+    try:
+        enter_box()
+        kernel.die_with_parent(signal.SIGKILL)  # after the change of user, which would undo it
+        kernel.unshare(kernel.CLONE_NEWPID)
+    except OSError as error:
+        send(channel, {"ready": False, "why": str(error)})
+        return
+    inner = os.fork()
+    if inner:
+        channel.close()
+        _, status = os.waitpid(inner, 0)
+        sys.exit(os.waitstatus_to_exitcode(status) & 0xFF)
+    kernel.die_with_parent(signal.SIGKILL)
+    _serve(channel)
+
+
+def _serve(channel: socket.socket) -> None:
+    _drop_unneeded_descriptors(channel.fileno())
+    gc.collect()
+    gc.freeze()  # so that a child that collects does not copy what it shares with this process
+    send(channel, {"ready": True})
+    while (request := receive(channel)) is not None:
+        header, stdin = request
+        keeper = os.fork()
+        if not keeper:
+            _keep(channel, header, stdin)
+        _, status = os.waitpid(keeper, 0)
+        if status:
+            send(channel, {"fault": f"the keeper of the run ended with status {os.waitstatus_to_exitcode(status)}"})
+
+
+def _keep(channel: socket.socket, header: dict[str, Any], stdin: bytes) -> NoReturn:
+    """Run one job and answer it; ends the process with status 0 when the answer is out."""
+    status = 1
+    try:
+        kernel.die_with_parent(signal.SIGKILL)
+        limits, program = Limits(**header["limits"]), Program(**header["program"])
+        try:
+            answer, payload = run_to_wire(_start(program, stdin, limits))
+        except (SandboxFault, OSError) as error:
+            answer, payload = {"fault": str(error)}, b""
+        send(channel, answer, payload)
+        status = 0
+    finally:
+        os._exit(status)
+
+
+def _start(program: Program, stdin: bytes, limits: Limits) -> Any:
+    out, err, started = os.pipe(), os.pipe(), os.pipe()
+    given = memory_file(stdin)
+    kernel.unshare(kernel.CLONE_NEWPID | (kernel.CLONE_NEWNS if limits.scratch_bytes else 0))
+    pid = os.fork()
+    if not pid:
+        _become_program(program, limits, given, out[1], err[1], started[1])
+    for descriptor in (given, out[1], err[1], started[1]):
+        os.close(descriptor)
+    return collect(pid, out[0], err[0], started[0], limits)
+
+
+def _become_program(program: Program, limits: Limits, given: int, out: int, err: int, started: int) -> NoReturn:
+    """In the child: give up everything, say that the program begins, and run it."""
+    try:
+        kernel.die_with_parent(signal.SIGKILL)
+        os.setsid()
+        for target, descriptor in enumerate((given, out, err)):
+            os.dup2(descriptor, target)
+        os.dup2(started, 3)
+        close_from(4)
+        if limits.scratch_bytes:
+            mount_scratch(limits.scratch_bytes, limits.scratch_inodes)
+        kernel.drop_capabilities()
+        set_limits(limits, limits.processes + OWN_PROCESSES)
+        gc.enable()
+        refuse_calls(os.getpid())
+        os.write(3, STARTED)
+        os.close(3)
+    except BaseException as error:  # noqa: BLE001, reported by what is not written to `started`
+        with suppress(OSError):
+            os.write(2, f"{type(error).__name__}: {error}".encode())
+        os._exit(1)
+    run_program(program)
+
+
+def _drop_unneeded_descriptors(channel: int) -> None:
+    """Keep the socket alone; 0, 1 and 2 become /dev/null."""
+    null = os.open("/dev/null", os.O_RDWR)
+    for target in (0, 1, 2):
+        os.dup2(null, target)
+    os.closerange(3, channel)
+    close_from(channel + 1)
