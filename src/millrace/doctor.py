@@ -14,6 +14,9 @@ from typing import Literal
 
 from rich.table import Table
 
+from millrace.environments.sandbox.boxes import Unavailable
+from millrace.environments.sandbox.tiers import TIERS, open_tier
+
 State = Literal["usable", "absent", "broken"]
 
 MEGATRON_OLDEST, MEGATRON_FIRST_UNTRIED = (0, 16, 1), (0, 20)
@@ -231,16 +234,19 @@ def _slurm() -> Finding:
     return Finding("Slurm", "broken" if done.returncode else "usable", done.stdout.strip() or "no answer", cost)
 
 
-def _bubblewrap() -> Finding:
-    cost = "no sandbox for code that a model wrote"
-    path = shutil.which("bwrap")
-    if path is None:
-        return Finding("bubblewrap", "absent", "", cost)
-    trial = [path, "--ro-bind", "/", "/", "--unshare-all", "true"]
-    done = subprocess.run(trial, capture_output=True, text=True, timeout=20, check=False)
-    if done.returncode:
-        return Finding("bubblewrap", "broken", (done.stderr.strip().splitlines() or ["no answer"])[-1], cost)
-    return Finding("bubblewrap", "usable", path, cost)
+def _sandbox() -> Finding:
+    """The tiers that a canary comes home from; a run takes the first."""
+    usable, reasons = [], []
+    for name in TIERS:
+        try:
+            open_tier(name).close()
+            usable.append(name)
+        except Unavailable as error:
+            reasons.append(f"{name}: {error}")
+    cost = (
+        "environment: code is refused; allow user namespaces, install bubblewrap, or take a kernel with Landlock (6.2)"
+    )
+    return Finding("sandbox", "usable" if usable else "absent", ", ".join(usable) or "; ".join(reasons), cost)
 
 
 def _compiler() -> Finding:
@@ -270,7 +276,7 @@ _LOOKS: tuple[Callable[[], Finding], ...] = (
     _deep_ep,
     _nemo_run,
     _slurm,
-    _bubblewrap,
+    _sandbox,
     _compiler,
     _shared_memory,
 )

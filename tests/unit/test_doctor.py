@@ -11,7 +11,7 @@ def test_this_machine_can_run_the_laptop_path_and_every_line_says_what_its_absen
     findings = doctor.examine()
     assert doctor.usable(findings), [f for f in findings if f.needed and f.state != "usable"]
     assert all(f.cost for f in findings)
-    assert {"Python", "torch", "Megatron-Core", "vLLM", "Slurm", "bubblewrap", "DeepEP"} <= {f.name for f in findings}
+    assert {"Python", "torch", "Megatron-Core", "vLLM", "Slurm", "sandbox", "DeepEP"} <= {f.name for f in findings}
     assert doctor.table(findings).row_count == len(findings)
 
 

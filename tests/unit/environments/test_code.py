@@ -13,11 +13,20 @@ from millrace.environments.code_rows import CodeRowError, opening, read_problem
 from millrace.environments.gym_rows import plain_row
 from millrace.environments.sandbox.compare import NotOneValueError, read_value, same_text, same_value
 from millrace.environments.sandbox.service import Case
+from millrace.environments.sandbox.tiers import NoSandboxError, choose_tier
 
 STREAMS = {"prompt": "Add two numbers.", "tests": [{"input": f"{n} 1\n", "output": f"{n + 1}\n"} for n in range(4)]}
 CALLS = {"prompt": "Add.", "function": "add", "tests": [{"input": [n, 1], "output": n + 1} for n in range(4)]}
 ADD = "print(sum(map(int, input().split())))"
 HALF = "a, b = map(int, input().split())\nprint(a + b if a < 2 else 0)"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def some_tier():
+    try:
+        choose_tier("auto")
+    except NoSandboxError as error:
+        pytest.skip(str(error))
 
 
 def block(code, language="python"):

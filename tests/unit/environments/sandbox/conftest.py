@@ -9,7 +9,7 @@ from processes import no_process_left
 
 from millrace.environments.sandbox.boxes import Unavailable
 from millrace.environments.sandbox.confine import NOBODY, leaves_root
-from millrace.environments.sandbox.tiers import TIERS, open_tier
+from millrace.environments.sandbox.tiers import TIERS, NoSandboxError, choose_tier, open_tier
 
 
 @pytest.fixture(scope="session")
@@ -20,6 +20,15 @@ def bubblewrap():
     environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
     for command in (["update"], ["install", "-y", "--no-install-recommends", "bubblewrap"]):
         subprocess.run(["apt-get", "-qq", *command], env=environment, capture_output=True, timeout=120)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def some_tier(bubblewrap):
+    """All that is tested here runs in a sandbox."""
+    try:
+        choose_tier("auto")
+    except NoSandboxError as error:
+        pytest.skip(str(error))
 
 
 @pytest.fixture(scope="session", params=TIERS)
