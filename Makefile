@@ -14,7 +14,7 @@ test: venv
 lint: venv
 	@$(VENV)/bin/ruff check .
 	@$(VENV)/bin/ruff format --check .
-	@$(VENV)/bin/mypy src/millrace converters
+	@$(VENV)/bin/mypy src/millrace converters benchmarks
 
 # Leaves at once when the environment is the one that pyproject.toml and constraints/ describe.
 venv:

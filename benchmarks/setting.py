@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from statistics import median
 
 import torch
@@ -19,29 +22,26 @@ OPTIMIZER = OptimizerConfig(lr=1e-4, betas=(0.9, 0.95), clip_grad=1.0)
 
 def qwen3_shape(layers: int, hidden: int, vocab: int) -> ModelShape:
     """A Qwen3-style dense model with heads of 64 channels, two query heads a key/value head, 3 x hidden wide."""
-    return ModelShape(
-        family="qwen3",
-        num_layers=layers,
-        hidden_size=hidden,
-        num_heads=hidden // 64,
-        num_kv_heads=hidden // 128,
-        head_dim=64,
-        ffn_hidden_size=3 * hidden,
-        vocab_size=vocab,
-        tied_embeddings=False,
-        rope_theta=1e6,
-        rope_scaling=None,
-        norm_eps=1e-6,
-        max_position_embeddings=32768,
-        qk_norm=True,
-        attention_bias=False,
-        num_experts=0,
-        experts_per_token=0,
-        moe_ffn_hidden_size=0,
-        norm_topk_prob=False,
-        moe_layer_mask=(False,) * layers,
-        torch_dtype="float32",
-    )
+    config = {
+        "model_type": "qwen3",
+        "num_hidden_layers": layers,
+        "hidden_size": hidden,
+        "num_attention_heads": hidden // 64,
+        "num_key_value_heads": hidden // 128,
+        "head_dim": 64,
+        "intermediate_size": 3 * hidden,
+        "vocab_size": vocab,
+        "tie_word_embeddings": False,
+        "rope_theta": 1e6,
+        "rms_norm_eps": 1e-6,
+        "max_position_embeddings": 32768,
+        "attention_bias": False,
+        "hidden_act": "silu",
+        "torch_dtype": "float32",
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder, "config.json").write_text(json.dumps(config), encoding="utf-8")
+        return ModelShape.from_hf(folder)
 
 
 def model_config() -> ModelConfig:

@@ -78,7 +78,7 @@ class BareLoop:
         config = transformer_config(shape, parallel, policy.trainer, policy.dtype, policy.topology.device)
         model = GPTModel(
             config=config,
-            transformer_layer_spec=block_spec(config, shape.moe_layer_mask, policy.topology.device),
+            transformer_layer_spec=block_spec(config, shape.layers, shape.mamba, policy.topology.device),
             vocab_size=shape.padded_vocab_size(parallel.tp),
             max_sequence_length=shape.max_position_embeddings,
             pre_process=parallel_state.is_pipeline_first_stage(),
