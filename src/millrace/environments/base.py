@@ -1,7 +1,8 @@
 """What an environment is: it opens an episode with a prompt and answers each of the policy's turns.
 
-A single-turn domain ends its episode at the first answer; one with tools answers with an observation and goes on.
-Stages and the evaluation only know this interface.
+A single-turn domain (`Environment`) scores the first answer. One with tools (`TurnEnvironment`) keeps a `Session` for
+each episode, which answers each turn with an observation until it gives a reward. Stages and the evaluation only know
+these interfaces.
 """
 
 from __future__ import annotations
@@ -10,8 +11,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, runtime_checkable
 
-Message = Mapping[str, str]
-"""{"role": ..., "content": ...}"""
+Message = Mapping[str, Any]
+"""{"role": ..., "content": ...}, and what a chat template knows besides: tool_calls, tool_call_id."""
 
 
 @dataclass(frozen=True)
@@ -30,10 +31,13 @@ class Reward:
     """Why the episode ended with this value, in a few words; shown in the report."""
     details: Mapping[str, float] = field(default_factory=dict)
     """Named partial scores; kept with the answer in the recorded rollouts."""
+    masked: bool = False
+    """Whether the value says nothing of the answer (its container was lost, its judge could not be had): the answer is
+    left out of the loss and of its group's baseline, and counted."""
 
 
 class Environment(Protocol):
-    """One domain. `row` is a validated row of its data set."""
+    """One domain whose episodes end with their first answer. `row` is a validated row of its data set."""
 
     required_fields: Sequence[str]
     """Keys a data row must have; checked when the data set is opened."""
@@ -54,6 +58,48 @@ class Environment(Protocol):
     async def close(self) -> None:
         """End the processes the environment holds."""
         ...
+
+
+Cut = Literal["turns", "tokens", "context", "time"]
+"""The limit that ended an episode before its environment did: turns, generated tokens, the engine's context, wall
+time."""
+
+
+class Session(Protocol):
+    """One episode of a domain with turns, and what of the world belongs to it."""
+
+    async def step(self, answer: str) -> Observation | Reward:
+        """Answer the policy's turn. Never raises for what a policy can write: a call that fails is an observation."""
+        ...
+
+    async def cut(self, by: Cut) -> Reward:
+        """The reward of an episode that a limit ended."""
+        ...
+
+    async def close(self) -> None:
+        """Free what the session holds; called once, also when it was cancelled in the middle of a step."""
+        ...
+
+
+@runtime_checkable
+class TurnEnvironment(Protocol):
+    """One domain whose episodes have turns."""
+
+    required_fields: Sequence[str]
+
+    def validate(self, row: Mapping[str, Any]) -> str | None: ...
+
+    def reset(self, row: Mapping[str, Any]) -> list[Message]: ...
+
+    def tools(self, row: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
+        """The functions that the chat template offers to the policy, as JSON schemas."""
+        ...
+
+    async def open(self, row: Mapping[str, Any]) -> Session:
+        """Begin an episode; thousands may be open at one time."""
+        ...
+
+    async def close(self) -> None: ...
 
 
 @runtime_checkable
