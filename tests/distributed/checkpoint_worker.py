@@ -20,12 +20,12 @@ import torch
 from ranks import free_port
 from torch import Tensor
 
+from millrace.checkpoint_store import CheckpointError, CheckpointStore
 from millrace.config.model_shape import ModelShape
 from millrace.config.schema import ModelConfig, OptimizerConfig, ParallelConfig, TrainerConfig
 from millrace.converters.fingerprint import fingerprint
 from millrace.data.batch import TokenBatch
 from millrace.megatron.checkpoint import Checkpointer
-from millrace.megatron.checkpoint_store import CheckpointError, CheckpointStore
 from millrace.megatron.policy import Policy
 from millrace.megatron.sharded_state import check_metadata
 from millrace.megatron.topology import init_distributed

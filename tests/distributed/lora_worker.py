@@ -18,12 +18,12 @@ from layout_data import example_batch, example_tokens, negative_log_likelihood
 from layout_worker import copied
 from torch import Tensor
 
+from millrace.checkpoint_store import CheckpointError
 from millrace.config.model_shape import ModelShape
 from millrace.config.schema import LoraConfig, ModelConfig, OptimizerConfig, ParallelConfig, TrainerConfig
 from millrace.converters.errors import ConversionError
 from millrace.megatron import lora, weights
 from millrace.megatron.checkpoint import Checkpointer
-from millrace.megatron.checkpoint_store import CheckpointError
 from millrace.megatron.export import export_adapter, export_hf
 from millrace.megatron.lent_weights import copy_to_host, put
 from millrace.megatron.policy import Policy

@@ -8,9 +8,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from millrace.checkpoint_store import MANIFEST
 from millrace.config.schema import Recipe, SamplingStage, SftStage, StageConfig
 from millrace.converters.fingerprint import folder_checksum
-from millrace.megatron.checkpoint_store import MANIFEST
 from millrace.observe.writer import read_metrics
 from millrace.stages.sources import WeightSource
 

@@ -14,10 +14,10 @@ from typing import Any
 from millrace.cascade.history import read_history
 from millrace.cascade.ledger import Ledger
 from millrace.cascade.outlook import outlook
+from millrace.checkpoint_store import FACTS, CheckpointStore, read_json
 from millrace.config.errors import ConfigError
 from millrace.config.graph import nearest
 from millrace.config.schema import Recipe
-from millrace.megatron.checkpoint_store import FACTS, CheckpointStore, read_json
 
 SUPERSEDED = "superseded"
 

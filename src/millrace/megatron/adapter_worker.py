@@ -10,11 +10,11 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from millrace.checkpoint_store import FACTS, read_json
 from millrace.config.model_shape import ModelShape
 from millrace.config.schema import LoraConfig, ModelConfig, TrainerConfig
 from millrace.converters.errors import ConversionError
 from millrace.megatron.checkpoint import Checkpointer
-from millrace.megatron.checkpoint_store import FACTS, read_json
 from millrace.megatron.export import export_adapter
 from millrace.megatron.policy import Policy
 from millrace.megatron.worker import PASSED, add_layout_arguments, end_with, ranks, say

@@ -26,9 +26,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 
-from millrace.converters.fingerprint import folder_checksum
-from millrace.converters.safetensors_io import copy_companions
-from millrace.megatron.checkpoint_store import (
+from millrace.checkpoint_store import (
     FACTS,
     FORMAT,
     HF_FOLDER,
@@ -47,6 +45,8 @@ from millrace.megatron.checkpoint_store import (
     write_json,
     write_manifest,
 )
+from millrace.converters.fingerprint import folder_checksum
+from millrace.converters.safetensors_io import copy_companions
 from millrace.megatron.random_state import random_state, reseed, restore_random_state
 from millrace.megatron.sharded_state import (
     check_metadata,

@@ -20,6 +20,22 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeElapsedColumn, TransferSpeedColumn
 
+from millrace.checkpoint_store import (
+    FACTS,
+    HF_FOLDER,
+    SHARDS,
+    CheckpointStore,
+    FileRecord,
+    checkpoint_facts,
+    file_record,
+    flush_to_disk,
+    read_json,
+    read_manifest,
+    readable_bytes,
+    remove,
+    write_json,
+    write_manifest,
+)
 from millrace.config.model_shape import ModelShape
 from millrace.converters.errors import ConversionError
 from millrace.converters.mapping import mapping_for
@@ -47,22 +63,6 @@ from millrace.converters.streaming import (
     write_shard,
 )
 from millrace.converters.torch_dist import StoredTensor
-from millrace.megatron.checkpoint_store import (
-    FACTS,
-    HF_FOLDER,
-    SHARDS,
-    CheckpointStore,
-    FileRecord,
-    checkpoint_facts,
-    file_record,
-    flush_to_disk,
-    read_json,
-    read_manifest,
-    readable_bytes,
-    remove,
-    write_json,
-    write_manifest,
-)
 
 SHARD_BYTES = 1 << 30
 """Size of a `.distcp` file, and so the most that a kill costs each process."""

@@ -34,9 +34,9 @@ from megatron.core.transformer.module import MegatronModule
 from torch.distributed import checkpoint as torch_checkpoint
 from torch.distributed.checkpoint import CheckpointException, FileSystemWriter
 
+from millrace.checkpoint_store import CheckpointError
 from millrace.converters.errors import ConversionError
 from millrace.converters.torch_metadata import read_metadata
-from millrace.megatron.checkpoint_store import CheckpointError
 
 SHARDING = {
     # Optimizer state in the shapes of the parameters: readable at any layout, with and without a distributed optimizer.

@@ -8,8 +8,8 @@ import pytest
 from millrace.cascade.history import read_history
 from millrace.cascade.ledger import Ledger
 from millrace.cascade.rewind import is_rewound, reached, require_stage, rewind, would_do
+from millrace.checkpoint_store import FACTS, MANIFEST, CheckpointStore
 from millrace.config.errors import ConfigError
-from millrace.megatron.checkpoint_store import FACTS, MANIFEST, CheckpointStore
 
 from .campaign import recipe
 

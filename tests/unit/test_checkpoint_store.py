@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from millrace.megatron.checkpoint_store import (
+from millrace.checkpoint_store import (
     FACTS,
     CheckpointError,
     CheckpointStore,
