@@ -114,9 +114,13 @@ def by_a_node_set_down(cluster, job, recipe):
 
 
 def by_the_end_of_slurmd(cluster, job, recipe):
-    node = cluster.nodes_of(job)[1]
+    node, rank = cluster.nodes_of(job)[1], rank_process(recipe, 1)
+    rank.suspend()  # or else the steps might end before Slurm misses the node
     cluster.kill_node(node)
-    cluster.wait_for(job, {"PENDING"}, 90)
+    try:
+        cluster.wait_for(job, {"PENDING"}, 90)
+    finally:
+        rank.resume()
     until(lambda: not processes_of(recipe), recipe, 30)  # also those of the node that Slurm does not reach
     cluster.bring_back(node)
     cluster.start_now(job)
