@@ -226,6 +226,27 @@ def run(
 
 
 @app.command()
+def serve(recipe: RecipeFile, overrides: Overrides = None) -> None:
+    """Start a recipe's engines and keep them up for one run after the other, until Ctrl-C.
+
+    A run that finds its engines up starts in seconds. It names them by `fleet.engines=0` and `fleet.addresses`; all
+    must know the secret in the environment variable MILLRACE_FLEET_TOKEN.
+
+    Example:
+
+    * `MILLRACE_FLEET_TOKEN=$(openssl rand -hex 16) millrace serve recipes/laptop/dense.yaml fleet.engines=2`
+    """
+    from millrace.config.loading import load_recipe
+    from millrace.rollout.serve import serve as serve_fleet
+
+    loaded = load_recipe(recipe, overrides or ())
+    if not loaded.fleet.engines:
+        raise ConfigError("serve: fleet.engines is 0; say how many servers are to be started, as fleet.engines=1")
+    say = Console(highlight=False, markup=False, soft_wrap=True).print
+    serve_fleet(loaded.fleet, loaded.model.path, Path(loaded.run_dir), say)
+
+
+@app.command()
 def launch(
     recipe: RecipeFile,
     overrides: Overrides = None,

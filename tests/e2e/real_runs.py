@@ -41,7 +41,9 @@ def write_rows(path: Path, rows: list[dict]) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
-def write_recipe(world: Path, name: str, *, stages: list[dict], domains: bool, **keys) -> Path:
+def write_recipe(
+    world: Path, name: str, *, stages: list[dict], domains: bool, fleet: dict | None = None, **keys
+) -> Path:
     recipe = {
         "name": name,
         "run_dir": str(world / "runs" / name),
@@ -62,6 +64,7 @@ def write_recipe(world: Path, name: str, *, stages: list[dict], domains: bool, *
             }
         }
         recipe["fleet"] = {"dtype": "float32", "max_model_len": 256, "max_num_seqs": 32, "kv_cache_bytes": 67108864}
+        recipe["fleet"] |= fleet or {}
         recipe["evaluation"] = {"every": 2, "samples": 2, "sampling": {"max_response_tokens": 8}}
     path = world / f"{name}.yaml"
     path.write_text(yaml.safe_dump(recipe, sort_keys=False), encoding="utf-8")

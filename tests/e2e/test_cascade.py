@@ -5,19 +5,31 @@ from __future__ import annotations
 import json
 import random
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
-from real_runs import RL, SFT, exported, kill, output, run, start, wait_until, write_recipe, write_world
+from real_runs import (
+    RL,
+    SFT,
+    exported,
+    kill,
+    output,
+    run,
+    start,
+    wait_until,
+    write_recipe,
+    write_world,
+)
 
 from millrace.cascade.ledger import Ledger
 from millrace.observe.writer import read_metrics
 
 KILLS = 10
 START_SECONDS = 3.0
-"""No run has its engines up so soon."""
+"""No run has its ranks up so soon."""
 BRANCH = {**RL, "name": "branch", "from": "sft", "steps": 3, "updates_per_batch": 1, "loss": {}, "kl": {}}
 MOPD = {
     "type": "mopd",
@@ -34,18 +46,24 @@ MOPD = {
 STAGES = [SFT, RL, BRANCH, MOPD]
 
 
+@dataclass(frozen=True)
+class World:
+    folder: Path
+    fleet: dict
+
+
 @pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    return write_world(tmp_path_factory.mktemp("world"))
+def world(tmp_path_factory, standing_engine):
+    return World(write_world(tmp_path_factory.mktemp("world")), standing_engine)
 
 
-def cascade(world: Path, name: str, stages: list[dict] = STAGES, **keys) -> tuple[Path, Path]:
+def cascade(world: World, name: str, stages: list[dict] = STAGES) -> tuple[Path, Path]:
     """A recipe of two domains, and the folder of its run."""
-    path = write_recipe(world, name, stages=stages, domains=True, **keys)
+    path = write_recipe(world.folder, name, stages=stages, domains=True, fleet=world.fleet)
     recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
     recipe["domains"]["colours"] = recipe["domains"]["if"]
     path.write_text(yaml.safe_dump(recipe, sort_keys=False), encoding="utf-8")
-    return path, world / "runs" / name
+    return path, world.folder / "runs" / name
 
 
 @pytest.fixture(scope="module")
@@ -110,8 +128,8 @@ def test_ten_kills_at_random_moments_change_no_bit_and_repeat_no_stage(world, un
     draw, total = random.Random(3), steps_written(undisturbed)
     for number in range(KILLS):
         process = start(recipe)
-        if number % 3 == 0:  # while engines start
-            linger(draw.uniform(2.0, 12.0), run_dir, total)
+        if number % 3 == 0:  # while the ranks start, or soon after
+            linger(draw.uniform(1.0, 8.0), run_dir, total)
         else:
             goal = min(steps_written(run_dir) + draw.randint(1, 3), total - 1)
             wait_until(lambda goal=goal: steps_written(run_dir) >= goal, process, recipe)

@@ -36,11 +36,11 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def run_dir(world: Path) -> Path:
+def run_dir(world: Path, standing_engine: dict) -> Path:
     """The run, stopped behind its first stage and resumed."""
     model = {"path": "base", "dtype": "float32", "lora": LORA}
     # Merged weights and adapters beside the base differ by rounding alone, or the sync refuses them.
-    recipe = write_recipe(world, "adapted", stages=STAGES, domains=True, model=model)
+    recipe = write_recipe(world, "adapted", stages=STAGES, domains=True, model=model, fleet=standing_engine)
     tight = "fleet.probe_tolerance=1e-4"
     assert run(recipe, tight, "--until", "sft") == 0, output(recipe)
     assert run(recipe, tight) == 0, output(recipe)

@@ -32,8 +32,9 @@ def rows_of(path) -> list[dict]:
 
 
 @pytest.fixture(scope="module")
-def whole(world):
-    recipe, out = write_recipe(world, "whole", stages=[CLIMB], domains=True), world / "whole.jsonl"
+def whole(world, standing_engine):
+    recipe = write_recipe(world, "whole", stages=[CLIMB], domains=True, fleet=standing_engine)
+    out = world / "whole.jsonl"
     assert finish(measure(recipe, out), recipe) == 0, output(recipe)
     return recipe, out
 

@@ -119,16 +119,18 @@ def test_a_cascade_that_was_interrupted_and_killed_ends_where_an_undisturbed_one
 
 
 @pytest.mark.slow
-def test_one_step_off_each_batch_is_of_the_weights_before_and_a_run_that_was_disturbed_loses_no_bit(world):
+def test_one_step_off_each_batch_is_of_the_weights_before_and_a_run_that_was_disturbed_loses_no_bit(
+    world, standing_engine
+):
     stage = {**RL, "steps": 5, "one_step_off": True, "optimizer": {"lr": 1.0e-4}}
-    whole = write_recipe(world, "ahead", stages=[stage], domains=True)
+    whole = write_recipe(world, "ahead", stages=[stage], domains=True, fleet=standing_engine)
     assert run(whole) == 0, output(whole)
     # Two updates a step: the first two batches are of the weights at the start, each further one of those a step ago.
     assert [sampled_with(world / "runs" / "ahead", step) for step in range(5)] == [{0}, {0}, {2}, {4}, {6}]
     rows = read_metrics(world / "runs" / "ahead" / "metrics.jsonl")
     assert "sampling/seconds" not in rows[0] and all(row["sampling/seconds"] > 0 for row in rows[1:])
 
-    disturbed = write_recipe(world, "disturbed", stages=[stage], domains=True)
+    disturbed = write_recipe(world, "disturbed", stages=[stage], domains=True, fleet=standing_engine)
     run_dir = world / "runs" / "disturbed"
     process = start(disturbed)
     ahead = run_dir / "rollouts" / "rl" / "step-000003.jsonl"

@@ -125,7 +125,7 @@ def test_check_for_a_cluster_says_what_its_gpus_cannot_do(recipe_file: Path) -> 
     )
 
 
-@pytest.mark.parametrize("command", ["check", "plan", "run", "convert", "verify", "data", "doctor"])
+@pytest.mark.parametrize("command", ["check", "plan", "run", "serve", "convert", "verify", "data", "doctor"])
 def test_the_help_of_every_command_holds_an_example(tmp_path: Path, command: str) -> None:
     nested = {"convert": ["hf-to-megatron"], "verify": ["logits"], "data": ["passrate"]}.get(command, [])
     assert f"millrace {command}" in millrace(command, *nested, "--help", cwd=tmp_path).stdout
@@ -149,6 +149,13 @@ def test_two_runs_in_one_folder_are_refused(recipe_file: Path) -> None:
         done = millrace("run", "recipe.yaml", cwd=recipe_file.parent)
     assert done.returncode == 2
     assert f"is in use by the run with process id {os.getpid()}" in done.stderr
+
+
+def test_servers_are_not_started_without_a_secret_that_runs_know_too(recipe_file: Path) -> None:
+    done = millrace("serve", "recipe.yaml", cwd=recipe_file.parent)
+    assert done.returncode == 1 and done.stderr.startswith("the environment variable MILLRACE_FLEET_TOKEN is not set")
+    done = millrace("serve", "recipe.yaml", "fleet.engines=0", "fleet.addresses=[http://a:1]", cwd=recipe_file.parent)
+    assert done.returncode == 2 and "say how many servers are to be started" in done.stderr
 
 
 def test_a_failed_conversion_says_in_a_sentence_what_is_missing(recipe_file: Path) -> None:

@@ -186,7 +186,7 @@ class FleetConfig:
     engines: int = 1
     """vLLM servers started on this machine. 0 with `addresses`: a fleet that already runs."""
     addresses: tuple[str, ...] = ()
-    """Base URLs of servers that already run (started with Millrace's worker extension)."""
+    """Base URLs of servers that already run, as `millrace serve` says them."""
     interface: str = "127.0.0.1"
     """Address the servers listen on."""
     tensor_parallel: int = 1
