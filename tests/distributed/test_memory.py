@@ -92,7 +92,7 @@ def measured(models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) 
             )
         file = folder / f"{world}.json"
         file.write_text(json.dumps(cases))
-        launch(Path(__file__).with_name("memory_worker.py"), world, [str(file), str(folder)], timeout=240)
+        launch(Path(__file__).with_name("memory_worker.py"), world, [str(file), str(folder)], timeout=400)
     return folder
 
 

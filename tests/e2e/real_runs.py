@@ -14,7 +14,7 @@ import yaml
 from safetensors.torch import load_file
 from tiny_checkpoints import write_checkpoint
 
-LIMIT = 240.0
+LIMIT = 480.0
 """Seconds after which a run of these sizes hangs."""
 
 

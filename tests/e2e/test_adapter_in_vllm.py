@@ -49,7 +49,7 @@ def write_adapter(hf: Path, folder: Path, settings: AdapterSettings) -> Path:
 
 def answers(model: Path, out: Path, *adapter: Path) -> list[list[dict[str, Any]]]:
     command = [sys.executable, str(ENGINE), str(model), str(out), *map(str, adapter)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-4000:]
     return json.loads(out.read_text())
 

@@ -49,7 +49,7 @@ def run_dir(world: Path, standing_engine: dict) -> Path:
 
 def millrace(*arguments: str) -> str:
     command = [sys.executable, "-m", "millrace.cli", *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=180)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
@@ -86,5 +86,5 @@ def test_the_last_checkpoint_gives_the_same_adapter_and_merging_it_the_export(ru
 def test_a_checkpoint_of_adapters_is_no_whole_model(run_dir: Path, world: Path) -> None:
     command = [sys.executable, "-m", "millrace.cli", "convert", "megatron-to-hf"]
     command += ["--checkpoint", str(run_dir / "checkpoints" / "stage-02-mopd"), "--out", str(world / "whole")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=180)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=400)
     assert done.returncode != 0 and "millrace convert adapter" in done.stdout + done.stderr

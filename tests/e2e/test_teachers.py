@@ -18,7 +18,7 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("teachers")
     write_checkpoint("qwen3", folder / "base", seed=1)
     write_checkpoint("qwen3", folder / "other", seed=2)
-    launch(Path(__file__).with_name("teachers_worker.py"), 2, [str(folder)], timeout=300)
+    launch(Path(__file__).with_name("teachers_worker.py"), 2, [str(folder)], timeout=600)
     return folder
 
 

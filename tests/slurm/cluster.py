@@ -27,7 +27,7 @@ PACKAGES += ("libslurm-dev",)
 HEADER = Path("/usr/include/slurm/spank.h")
 CONTAINER = Path(__file__).with_name("container.c")
 NODES = tuple(f"127.0.0.{number}" for number in range(11, 15))
-LIMIT = 60.0
+LIMIT = 120.0
 ENDED = frozenset({"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL"})
 SETTLED_SECONDS = 5.0
 """A job that is put into the queue again is seen as ended for a moment."""
@@ -198,7 +198,7 @@ class Cluster:
         lines = _said("sacct", "-n", "-X", "-P", "-j", job, "-o", "State").split()
         return lines[0] if lines else ""
 
-    def wait_for(self, job: str, states: set[str], limit: float = 240.0) -> str:
+    def wait_for(self, job: str, states: set[str], limit: float = 480.0) -> str:
         """Wait until a job is in one of the states; fails as soon as it has ended otherwise."""
         ended_since: float | None = None
 

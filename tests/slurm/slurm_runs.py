@@ -17,7 +17,7 @@ from real_runs import RL, write_recipe
 
 from millrace.observe.writer import read_metrics
 
-LIMIT = 240.0
+LIMIT = 480.0
 SHORT_RL = {**RL, "steps": 3, "prompts_per_step": 2, "sampling": {"max_response_tokens": 48}}
 
 
@@ -58,7 +58,7 @@ def millrace(*arguments: object, cwd: Path | str = "/", **environment: str) -> s
         env={**os.environ, **environment},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=240,
     )
 
 

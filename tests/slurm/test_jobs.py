@@ -66,7 +66,7 @@ def preempt(cluster):
     asked = ["sbatch", "--parsable", "--partition=urgent", "--nodes=4", "--ntasks-per-node=1", "--cpus-per-task=4"]
     asked += ["--output=/dev/null", "--wrap=sleep 1"]
     job = subprocess.run(asked, capture_output=True, text=True, check=True).stdout.strip()
-    cluster.wait_for(job, {"COMPLETED"}, 90)
+    cluster.wait_for(job, {"COMPLETED"}, 180)
 
 
 @pytest.mark.slow
@@ -108,7 +108,7 @@ def assert_token_is_secret(folder, recipe):
 def by_a_node_set_down(cluster, job, recipe):
     node = cluster.nodes_of(job)[1]
     cluster.set_down(node)
-    cluster.wait_for(job, {"PENDING"}, 60)
+    cluster.wait_for(job, {"PENDING"}, 120)
     cluster.bring_back(node)
     cluster.start_now(job)
 
@@ -118,10 +118,10 @@ def by_the_end_of_slurmd(cluster, job, recipe):
     rank.suspend()  # or else the steps might end before Slurm misses the node
     cluster.kill_node(node)
     try:
-        cluster.wait_for(job, {"PENDING"}, 90)
+        cluster.wait_for(job, {"PENDING"}, 120)
     finally:
         rank.resume()
-    until(lambda: not processes_of(recipe), recipe, 30)  # also those of the node that Slurm does not reach
+    until(lambda: not processes_of(recipe), recipe, 60)  # also those of the node that Slurm does not reach
     cluster.bring_back(node)
     cluster.start_now(job)
 
@@ -154,7 +154,7 @@ def test_the_time_limit_saves_the_run_before_it_comes(cluster, world, undisturbe
     while starts == 0 or (cluster.settled(job) == "PENDING" and starts < 6):
         if starts:
             cluster.start_now(job)
-        cluster.wait_for(job, {"RUNNING"}, 60)
+        cluster.wait_for(job, {"RUNNING"}, 120)
         starts += 1
     finish(cluster, job, recipe)
     assert starts > 1 and "stopped as asked" in said(recipe)
@@ -169,8 +169,8 @@ def test_a_cancelled_run_ends_with_nothing_left_and_goes_on_when_it_is_launched_
     (job,) = launch(recipe, site)
     until(lambda: len(steps_of(recipe)) > 8, recipe)
     assert f"cancelled Slurm job {job}" in millrace("cancel", run_dir_of(recipe)).stdout
-    cluster.wait_for(job, {"CANCELLED"}, 60)
-    until(lambda: not processes_of(recipe), recipe, 30)
+    cluster.wait_for(job, {"CANCELLED"}, 120)
+    until(lambda: not processes_of(recipe), recipe, 60)
     assert "nothing runs" in millrace("cancel", run_dir_of(recipe)).stdout
     (again,) = launch(recipe, site)
     finish(cluster, again, recipe)
@@ -260,7 +260,7 @@ def test_another_user_launches_a_run(cluster, foreign_world):
     def as_user(*arguments):
         command, home = [str(python), *map(str, arguments)], {"HOME": str(foreign_world)}
         return subprocess.run(
-            command, user=user, cwd="/", env={**os.environ, **home}, capture_output=True, text=True, timeout=120
+            command, user=user, cwd="/", env={**os.environ, **home}, capture_output=True, text=True, timeout=240
         )
 
     tried = as_user("-c", "import millrace.cli, torch")
