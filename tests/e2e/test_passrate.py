@@ -32,9 +32,8 @@ def rows_of(path) -> list[dict]:
 
 
 @pytest.fixture(scope="module")
-def whole(world, standing_engine):
-    recipe = write_recipe(world, "whole", stages=[CLIMB], domains=True, fleet=standing_engine)
-    out = world / "whole.jsonl"
+def whole(world):
+    recipe, out = write_recipe(world, "whole", stages=[CLIMB], domains=True), world / "whole.jsonl"
     assert finish(measure(recipe, out), recipe) == 0, output(recipe)
     return recipe, out
 
@@ -74,13 +73,13 @@ def test_after_a_kill_only_what_is_missing_is_measured_and_comes_out_the_same(wo
 
 
 @pytest.mark.slow
-def test_a_stage_draws_the_easiest_of_the_prompts_its_curriculum_keeps(world, whole):
-    recipe, out = whole
+def test_a_stage_draws_the_easiest_of_the_prompts_its_curriculum_keeps(world, whole, standing_engine):
+    recipe, out = write_recipe(world, "climb", stages=[CLIMB], domains=True, fleet=standing_engine), whole[1]
     rates = {row["id"]: row["pass_rate"] for row in rows_of(out)}
     kept = [rate for rate in rates.values() if CURRICULUM["above"] < rate < CURRICULUM["below"]]
     assert CLIMB["prompts_per_step"] < len(kept) < PROMPTS
     assert run(recipe, f"domains.if.pass_rates={out}") == 0, output(recipe)
     assert f"rl: if draws from {len(kept)} of {PROMPTS} prompts, pass rates {max(kept):.2f} down" in output(recipe)
-    _, *answers = rows_of(world / "runs" / "whole" / "rollouts" / "rl" / "step-000000.jsonl")
+    _, *answers = rows_of(world / "runs" / "climb" / "rollouts" / "rl" / "step-000000.jsonl")
     drawn = [rates[row] for row in dict.fromkeys(answer["row"] for answer in answers)]
     assert drawn == sorted(kept, reverse=True)[: len(drawn)] and len(drawn) == CLIMB["prompts_per_step"]
