@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -53,8 +54,8 @@ class Generation:
         self._kept: dict[Part, Answered] = {}
 
     async def batch(self, requests: Sequence[Request], version: int | None, tally: Tally) -> list[list[Rollout]]:
-        """All answers, in the order of the requests. What came back before FleetNeedsSync is kept for the same call
-        again, if the engines then serve the same `version`."""
+        """All answers, in the order of the requests. What came back before FleetNeedsSync or a cancel is kept for the
+        same call again, if the engines then serve the same `version`."""
         parts = [part for request in requests for part in self._parts(request)]
         results = {part: kept for part in parts if (kept := self._still_valid(part, version))}
         for part, answered in results.items():
@@ -67,7 +68,7 @@ class Generation:
 
         try:
             await self._dispatcher.gather([self._job(part) for part in missing], take)
-        except FleetNeedsSync:
+        except (FleetNeedsSync, asyncio.CancelledError):
             self._kept = results
             raise
         self._kept = {}

@@ -2,7 +2,7 @@
 
 from millrace.environments.base import Reward
 from millrace.rollout.types import Rollout
-from millrace.stages.episodes import Episode, Group, Scored
+from millrace.stages.groups import Episode, Group, Scored
 
 
 def group(rewards, *, name="7", domain="math", prompt=(1, 2, 3), lengths=None, finish="stop", version=0) -> Group:
