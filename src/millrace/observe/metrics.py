@@ -81,8 +81,8 @@ METRICS: dict[str, Metric] = {
         "raise max_response_tokens, or set overlong: filter or zero_reward",
     ),
     "reward/masked": Metric(
-        "share of answers whose reward says nothing of them (the sandbox failed, the environment was stuck), so that they "
-        "are left out of the loss, of their group's baseline and of all other metrics of rewards",
+        "share of answers whose reward says nothing of them (the sandbox failed, the environment was stuck), so that "
+        "they are left out of the loss, of their group's baseline and of the means of rewards",
         "0; in software engineering a few percent",
         "the reasons in the report's viewer; above one half of a domain's answers the run stops",
     ),
