@@ -308,6 +308,9 @@ class DomainConfig:
     """genrm: the entry of `judges` that compares answers."""
     sandbox: SandboxConfig = field(default_factory=SandboxConfig)
     """code: where programs are run, and under which limits."""
+    tables: str | None = None
+    """workplace_assistant: folder of CSV tables that rows refer to, with NeMo-Gym's names and columns; when absent the
+    office that Millrace generates, for which `millrace data tools` writes rows."""
     pass_rates: str | None = None
     """JSONL file of the training prompts' pass rates, as `millrace data passrate` writes it; a stage's `curriculum`
     reads it."""

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from pathlib import Path
 
 from millrace.config.errors import ConfigError
 from millrace.config.schema import DomainConfig
-from millrace.environments.base import Environment
+from millrace.environments.base import Environment, TurnEnvironment
 from millrace.environments.code import CodeEnvironment
 from millrace.environments.genrm import GenrmEnvironment
 from millrace.environments.instruction_following import InstructionFollowingEnvironment
@@ -15,12 +16,13 @@ from millrace.environments.judge import Judge
 from millrace.environments.math import MathEnvironment
 from millrace.environments.mcqa import McqaEnvironment
 from millrace.environments.structured_outputs import StructuredOutputsEnvironment
+from millrace.environments.workplace_assistant import WorkplaceEnvironment
 
 MOST_WORKERS = 16
 """Verifier processes of one domain; more would only idle, a comparison takes milliseconds."""
 
 
-def make_environment(config: DomainConfig, judges: Mapping[str, Judge] | None = None) -> Environment:
+def make_environment(config: DomainConfig, judges: Mapping[str, Judge] | None = None) -> Environment | TurnEnvironment:
     """The environment that scores a domain. Its processes start with the first answer that needs one. `judges` are
     those of the recipe, by name."""
     workers = min(MOST_WORKERS, os.cpu_count() or 1)
@@ -35,6 +37,8 @@ def make_environment(config: DomainConfig, judges: Mapping[str, Judge] | None = 
             return InstructionFollowingEnvironment(grading=config.grading)
         case "code":
             return CodeEnvironment(config.sandbox, grading=config.grading)
+        case "workplace_assistant":
+            return WorkplaceEnvironment(None if config.tables is None else Path(config.tables))
         case "genrm":
             if config.judge is None or config.judge not in (judges or {}):
                 raise ConfigError(f"the environment genrm needs the judge {config.judge}, which was not started")

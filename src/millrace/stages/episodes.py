@@ -28,6 +28,7 @@ from millrace.environments.base import (
     Observation,
     ReportingEnvironment,
     Reward,
+    TurnEnvironment,
 )
 from millrace.environments.gym_rows import plain_row
 from millrace.environments.judge import WAY_OUT_OF_UNPARSABLE, JudgeError
@@ -84,7 +85,9 @@ class Group:
 class Domain:
     """A domain's environment with its two data sets."""
 
-    def __init__(self, name: str, config: DomainConfig, environment: Environment, tokenizer: ChatTokenizer) -> None:
+    def __init__(
+        self, name: str, config: DomainConfig, environment: Environment | TurnEnvironment, tokenizer: ChatTokenizer
+    ) -> None:
         self.name, self.environment = name, environment
         self._system, self._tokenizer, self._pass_rates = config.system_prompt, tokenizer, config.pass_rates
         self._thinking = config.thinking
@@ -330,6 +333,8 @@ class EpisodePlayer:
         if not episode.scored:
             return Scored(rollout, text, NOT_SCORED)
         hidden = rollout.finish_reason == "length" and isinstance(environment, GroupEnvironment)  # as in its group
+        if isinstance(environment, TurnEnvironment):
+            raise ValueError(f"domain {episode.domain}: its episodes have turns, and this stage plays single-turn ones")
         outcome = await environment.step(episode.row, episode.messages, "" if hidden else text)
         if isinstance(outcome, Observation):
             raise ValueError(
