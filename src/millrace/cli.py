@@ -6,13 +6,14 @@ Nothing here imports torch, Megatron-Core or transformers, so that help, `check`
 from __future__ import annotations
 
 import importlib.util
+import json
 import math
 import os
 import shutil
 import sys
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.console import Console
@@ -70,6 +71,10 @@ Processes = Annotated[
     int | None, typer.Option(min=1, help="Files written side by side [default: one for each core, at most 8]")
 ]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")]
+OutFolder = Annotated[Path, typer.Argument(metavar="FOLDER", help="Where train.jsonl and held_out.jsonl are written.")]
+DataSeed = Annotated[int, typer.Option(help="What the rows are drawn from.")]
+TrainRows = Annotated[int, typer.Option(min=1, help="Rows to train on.")]
+HeldOutRows = Annotated[int, typer.Option(min=1, help="Rows to measure on.")]
 Etp = Annotated[int | None, typer.Option(min=1, help="Tensor-parallel ranks of one expert [default: 1]")]
 
 
@@ -586,6 +591,32 @@ def passrate(
     Console(highlight=False, markup=False, soft_wrap=True).print(text)
 
 
+@data.command()
+def tools(
+    out: OutFolder,
+    seed: DataSeed = 1,
+    train: TrainRows = 1000,
+    held_out: HeldOutRows = 128,
+    most_calls: Annotated[int, typer.Option(min=1, help="Most calls that a task takes.")] = 6,
+    offer: Annotated[
+        Literal["all", "needed"],
+        typer.Option(help="Offer all 27 tools with each task, or the few that it takes: about 4,000 tokens less."),
+    ] = "all",
+) -> None:
+    """Write tasks for the environment workplace_assistant, with the calls that solve them.
+
+    They are about the office that Millrace generates: leave the domain's `tables` out. The same seed writes the same
+    rows.
+
+    Example: `millrace data tools data/tools --train 2000 --most-calls 2 --offer needed`
+    """
+    from millrace.environments.workplace.generate import generated_office
+    from millrace.environments.workplace.tasks import distinct_tasks
+
+    tasks = distinct_tasks(generated_office(), seed, train + held_out, most_calls=most_calls)
+    _write_rows(out, [task.row(offer) for task in tasks], held_out)
+
+
 @app.command()
 def doctor() -> None:
     """Say what is installed and usable here, and what each absence costs. Exit code 0: the laptop path works.
@@ -597,6 +628,15 @@ def doctor() -> None:
     findings = examine()
     Console().print(table(findings))
     raise typer.Exit(0 if usable(findings) else FAILED)
+
+
+def _write_rows(out: Path, rows: list[dict[str, Any]], held_out: int) -> None:
+    """Write generated rows to train.jsonl and, the first of them, to held_out.jsonl."""
+    out.mkdir(parents=True, exist_ok=True)
+    for name, part in (("train", rows[held_out:]), ("held_out", rows[:held_out])):
+        lines = [json.dumps({"id": f"{name}-{i}", **row}, ensure_ascii=False) for i, row in enumerate(part)]
+        (out / f"{name}.jsonl").write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+        Console(highlight=False, markup=False, soft_wrap=True).print(f"{out / f'{name}.jsonl'}: {len(lines)} rows")
 
 
 def _plan_on_cluster(

@@ -71,6 +71,8 @@ def write_files(recipe: Recipe, config: dict[str, Any]) -> None:
             for file in stage.data:
                 write_row(Path(file), {"messages": [{"role": "user", "content": "1+1"}]})
     for domain in recipe.domains.values():
+        if domain.tables is not None:
+            Path(domain.tables).mkdir(parents=True, exist_ok=True)
         for file in (domain.train, domain.held_out):
             write_row(Path(file), {"prompt": "1+1", "reference": "2"})
 

@@ -17,7 +17,7 @@ RECIPES = sorted(path.relative_to(ROOT / "recipes") for path in (ROOT / "recipes
 WHOLE = [path for path in RECIPES if path.parts[0] != "base"]
 CASCADE, CLUSTER = Path("nemotron-cascade-2/cascade.yaml"), Path("nemotron-cascade-2/cluster-h200.yaml")
 QWEN3 = Path("qwen3/cascade-8b.yaml")
-UNBUILT = ["workplace_assistant", "long_context", "swe_agentless", "swe_agentic"]
+UNBUILT = ["long_context", "swe_agentless", "swe_agentic"]
 
 
 @pytest.fixture
@@ -65,7 +65,11 @@ def test_everything_that_is_missing_is_listed_in_one_go(elsewhere: Path) -> None
     data = [p for p in problems if "the file" in p and "does not exist" in p]
     folders = [p for p in problems if "the folder" in p and "does not exist" in p]
     assert len(data) == 8 + 2 * 10
-    assert [p.split(":")[0] for p in folders] == ["model.path", "judges.genrm.model"]
+    assert [p.split(":")[0] for p in folders] == [
+        "model.path",
+        "judges.genrm.model",
+        "domains.workplace_assistant.tables",
+    ]
     assert unbuilt(problems) == UNBUILT
     assert len(problems) == len(data) + len(folders) + len(UNBUILT)
 
@@ -74,8 +78,8 @@ def test_everything_that_is_missing_is_listed_in_one_go(elsewhere: Path) -> None
 def test_with_all_files_present_only_the_environments_that_are_not_built_are_named(elsewhere: Path, name: Path) -> None:
     problems = check_recipe(with_files(name, NANO))
     assert unbuilt(problems) == UNBUILT and len(problems) == len(UNBUILT)
-    (workplace,) = [p for p in problems if "workplace_assistant" in p]
-    assert "take it out with domains.workplace_assistant=null and the domain out of multi-domain, mopd" in workplace
+    (long_context,) = [p for p in problems if "long_context" in p]
+    assert "take it out with domains.long_context=null and the domain out of long-context" in long_context
 
 
 def test_the_model_has_the_parameters_of_its_report(tmp_path: Path) -> None:

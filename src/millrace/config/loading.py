@@ -40,6 +40,7 @@ _PATHS_OF_THE_RECIPE = (
     ("domains", "*", "train"),
     ("domains", "*", "held_out"),
     ("domains", "*", "pass_rates"),
+    ("domains", "*", "tables"),
     ("judges", "*", "model"),
 )
 _PATHS_OF_A_STAGE = ("data",)

@@ -350,6 +350,8 @@ def _files(recipe: Recipe) -> Problems:
         yield from _data_file(f"domains.{name}.held_out", Path(domain.held_out), *fields)
         if domain.environment == "genrm" and Path(domain.held_out).is_file():
             yield from _data_file(f"domains.{name}.held_out", Path(domain.held_out), "reference")
+        if domain.tables is not None and not Path(domain.tables).is_dir():
+            yield f"domains.{name}.tables: the folder {domain.tables} does not exist; leave it out for generated tables"
         if domain.pass_rates is not None:
             yield from _data_file(f"domains.{name}.pass_rates", Path(domain.pass_rates), "pass_rate")
         if domain.train == domain.held_out:

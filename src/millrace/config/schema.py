@@ -342,6 +342,9 @@ class DomainConfig:
     """Limits of an episode (python_tool, workplace_assistant, swe_agentic: environments with turns)."""
     python: PythonToolConfig = field(default_factory=PythonToolConfig)
     """Limits of the Python tool (python_tool)."""
+    tables: str | None = None
+    """workplace_assistant: folder of CSV tables that rows refer to, with NeMo-Gym's names and columns; when absent the
+    office that Millrace generates, for which `millrace data tools` writes rows."""
     pass_rates: str | None = None
     """JSONL file of the training prompts' pass rates, as `millrace data passrate` writes it; a stage's `curriculum`
     reads it."""

@@ -245,7 +245,6 @@ def _optimizer(optimizer: OptimizerConfig, key: str, steps: int | None) -> Probl
 
 
 UNBUILT = {
-    "workplace_assistant": "its episodes have many turns with tools",
     "long_context": "a judge compares the answer with a reference",
     "swe_agentless": "a judge compares the patch with a reference",
     "swe_agentic": "its episodes have many turns in containers",
@@ -279,6 +278,8 @@ def domain_problems(recipe: Recipe) -> Problems:
             yield f"{key}.judge is required: the entry of `judges` that compares the answers"
         if domain.environment != "genrm" and domain.judge is not None:
             yield f"{key}.judge is {domain.judge}, but only the environment genrm asks a judge; leave it out"
+        if domain.tables is not None and domain.environment != "workplace_assistant":
+            yield f"{key}.tables is set, but {domain.environment} has no tables; leave it out"
         yield from _sandbox(domain, f"{key}.sandbox")
         yield from _turns(domain, key)
         if domain.judge is not None and domain.judge not in recipe.judges:

@@ -15,6 +15,9 @@ REQUEST = "responses_create_params"
 NESTED = "verifier_metadata"
 """Where newer instruction-following rows keep the verifier's fields."""
 
+GRADED_CALLS = "ground_truth"
+"""What a row has whose tools are played here (`workplace_assistant`)."""
+
 ROLES = {"developer": "system"}
 """Roles of the Responses API that chat templates call something else."""
 
@@ -28,11 +31,12 @@ class GymRowError(MillraceError):
 
 
 def plain_row(row: Row) -> Row:
-    """A NeMo-Gym row with `prompt` as messages and the verifier's fields on top; any other row as it is. Fields that
-    are null, as a table format writes the absent ones, are left out. An `expected_answer` is also there as `answer`.
+    """A NeMo-Gym row with `prompt` as messages, perhaps `tools`, and the verifier's fields on top; any other row as it
+    is. Fields that are null, as a table format writes the absent ones, are left out. An `expected_answer` is also there
+    as `answer`.
 
     Raises:
-        GymRowError: the request has no input, a tool, or content that is no text.
+        GymRowError: the request has no input, tools without calls to grade by, or content that is no text.
     """
     request = row.get(REQUEST)
     if "expected_answer" in row:
@@ -44,14 +48,28 @@ def plain_row(row: Row) -> Row:
     nested = row.get(NESTED)
     fields = {**row, **(nested if isinstance(nested, Mapping) else {})}
     fields = {name: value for name, value in fields.items() if value is not None and name not in (REQUEST, NESTED)}
+    if request.get("tools"):
+        fields["tools"] = _tools(request["tools"])
+        if GRADED_CALLS not in fields:
+            raise GymRowError(
+                f"{REQUEST} offers {len(fields['tools'])} tools, but the row has no {GRADED_CALLS}, by which calls are "
+                "graded; leave the row out"
+            )
     return {**fields, "prompt": _messages(request)}
 
 
+def _tools(given: Any) -> list[dict[str, Any]]:
+    """The functions as chat templates are given them: what they are stands in `function`."""
+    if not isinstance(given, list):
+        raise GymRowError(f"{REQUEST}.tools must be a list of functions, not {type(given).__name__}")
+    for position, each in enumerate(given):
+        if not isinstance(each, Mapping) or each.get("type") != "function" or not isinstance(each.get("name"), str):
+            raise GymRowError(f"{REQUEST}.tools[{position}] is no function with a name; leave the row out")
+    parts = ("name", "description", "parameters")
+    return [{"type": "function", "function": {part: each[part] for part in parts if part in each}} for each in given]
+
+
 def _messages(request: Row) -> list[dict[str, str]]:
-    if request.get("tools"):
-        raise GymRowError(
-            f"{REQUEST} offers {len(request['tools'])} tools, but no environment plays tool calls; leave the row out"
-        )
     given = request.get("input")
     items = [{"role": "user", "content": given}] if isinstance(given, str) else given
     if not isinstance(items, list) or not items:

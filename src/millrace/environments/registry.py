@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from pathlib import Path
 
 from millrace.config.errors import ConfigError
 from millrace.config.schema import DomainConfig
@@ -16,6 +17,7 @@ from millrace.environments.math import MathEnvironment
 from millrace.environments.mcqa import McqaEnvironment
 from millrace.environments.python_tool import PythonToolEnvironment
 from millrace.environments.structured_outputs import StructuredOutputsEnvironment
+from millrace.environments.workplace_assistant import WorkplaceEnvironment
 
 MOST_WORKERS = 16
 """Verifier processes of one domain; more would only idle, a comparison takes milliseconds."""
@@ -39,6 +41,8 @@ def make_environment(config: DomainConfig, judges: Mapping[str, Judge] | None = 
         case "python_tool":
             answers = MathEnvironment(verify_timeout_s=config.verify_timeout_s, workers=workers)
             return PythonToolEnvironment(config.python, config.sandbox, answers)
+        case "workplace_assistant":
+            return WorkplaceEnvironment(None if config.tables is None else Path(config.tables))
         case "genrm":
             if config.judge is None or config.judge not in (judges or {}):
                 raise ConfigError(f"the environment genrm needs the judge {config.judge}, which was not started")

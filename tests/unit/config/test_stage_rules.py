@@ -215,7 +215,7 @@ def test_an_environment_that_is_not_built_is_named_with_the_stages_that_want_it(
     )
 
 
-@pytest.mark.parametrize("environment", ["mcqa", "structured_outputs", "code"])
+@pytest.mark.parametrize("environment", ["mcqa", "structured_outputs", "code", "workplace_assistant"])
 def test_the_other_environments_of_the_paper_are_accepted(cascade_file: Path, environment: str) -> None:
     assert check(cascade_file, f"domains.format.environment={environment}") == []
 
@@ -224,6 +224,7 @@ def test_the_other_environments_of_the_paper_are_accepted(cascade_file: Path, en
     ("override", "message"),
     [
         ("domains.math.grading=fraction", "domains.math.grading is fraction, but an answer in math is right or wrong"),
+        ("domains.math.tables=.", "domains.math.tables is set, but math has no tables; leave it out"),
         ("domains.math.sandbox.cpu_s=2", "domains.math.sandbox is set, but math runs no programs; leave it out"),
         (
             "domains.format={environment: code, train: math.jsonl, held_out: held-out.jsonl, sandbox: {cpu_s: 0}}",

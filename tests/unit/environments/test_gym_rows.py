@@ -114,7 +114,12 @@ def test_verifier_metadata_and_nulls_are_read_and_other_rows_are_left_alone():
     [
         ("x", "responses_create_params must be an object with 'input', not 'x'"),
         ({"input": []}, "input must be a string or a non-empty list of messages, not []"),
-        (request(user("a"), tools=[{"type": "function"}]), "offers 1 tools, but no environment plays tool calls"),
+        (
+            request(user("a"), tools=[{"type": "function", "name": "f"}]),
+            "offers 1 tools, but the row has no ground_truth, by which calls are graded; leave the row out",
+        ),
+        (request(user("a"), tools={"type": "function"}), "tools must be a list of functions, not dict"),
+        (request(user("a"), tools=[{"type": "web_search"}]), "tools[0] is no function with a name; leave the row out"),
         (request({"type": "function_call", "name": "f"}), "input[0] is a function_call, but only messages can open"),
         (request("hello"), "input[0] is a str, but only messages"),
         (request({"content": "a"}), "input[0] has no role"),
