@@ -136,6 +136,13 @@ def test_a_long_text_made_to_hurt_is_checked_in_linear_time(piece):
     rng = random.Random(1)
     for instruction_id, constraint in CONSTRAINTS.items():
         kwargs = some_kwargs(constraint, rng)
-        start = time.process_time()
-        follows(text, instruction_id, kwargs)
-        assert time.process_time() - start < 0.5, instruction_id
+        quick = any(
+            _seconds(text, instruction_id, kwargs) < 0.5 for _ in range(3)
+        )  # a busy machine may take one longer
+        assert quick, instruction_id
+
+
+def _seconds(text, instruction_id, kwargs):
+    start = time.process_time()
+    follows(text, instruction_id, kwargs)
+    return time.process_time() - start
