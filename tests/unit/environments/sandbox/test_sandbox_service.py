@@ -11,7 +11,7 @@ import psutil
 import pytest
 from processes import no_process_left
 
-from millrace.environments.sandbox import boxes, tiers
+from millrace.environments.sandbox import boxes, single_boxes, tiers
 from millrace.environments.sandbox.run import Limits, Program
 from millrace.environments.sandbox.service import QUEUED_PER_WORKER, Case, CodeVerifier, SandboxError
 from millrace.environments.sandbox.tiers import NoSandboxError, choose_tier, open_tier
@@ -145,7 +145,7 @@ def test_where_no_tier_is_there_programs_are_refused(monkeypatch):
 
 
 def test_a_tier_whose_canary_reaches_out_is_not_taken(monkeypatch):
-    monkeypatch.setattr(tiers, "TIERS", {"open": boxes.OpenBox})
+    monkeypatch.setattr(tiers, "TIERS", {"open": single_boxes.OpenBox})
     with pytest.raises(NoSandboxError, match=r"open: a program in the box reads /etc/passwd, reads /proc, .*socket"):
         choose_tier("auto")
 
