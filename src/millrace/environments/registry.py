@@ -7,20 +7,21 @@ from collections.abc import Mapping
 
 from millrace.config.errors import ConfigError
 from millrace.config.schema import DomainConfig
-from millrace.environments.base import Environment
+from millrace.environments.base import Environment, TurnEnvironment
 from millrace.environments.code import CodeEnvironment
 from millrace.environments.genrm import GenrmEnvironment
 from millrace.environments.instruction_following import InstructionFollowingEnvironment
 from millrace.environments.judge import Judge
 from millrace.environments.math import MathEnvironment
 from millrace.environments.mcqa import McqaEnvironment
+from millrace.environments.python_tool import PythonToolEnvironment
 from millrace.environments.structured_outputs import StructuredOutputsEnvironment
 
 MOST_WORKERS = 16
 """Verifier processes of one domain; more would only idle, a comparison takes milliseconds."""
 
 
-def make_environment(config: DomainConfig, judges: Mapping[str, Judge] | None = None) -> Environment:
+def make_environment(config: DomainConfig, judges: Mapping[str, Judge] | None = None) -> Environment | TurnEnvironment:
     """The environment that scores a domain. Its processes start with the first answer that needs one. `judges` are
     those of the recipe, by name."""
     workers = min(MOST_WORKERS, os.cpu_count() or 1)
@@ -35,6 +36,9 @@ def make_environment(config: DomainConfig, judges: Mapping[str, Judge] | None = 
             return InstructionFollowingEnvironment(grading=config.grading)
         case "code":
             return CodeEnvironment(config.sandbox, grading=config.grading)
+        case "python_tool":
+            answers = MathEnvironment(verify_timeout_s=config.verify_timeout_s, workers=workers)
+            return PythonToolEnvironment(config.python, config.sandbox, answers)
         case "genrm":
             if config.judge is None or config.judge not in (judges or {}):
                 raise ConfigError(f"the environment genrm needs the judge {config.judge}, which was not started")

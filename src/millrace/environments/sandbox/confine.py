@@ -126,7 +126,7 @@ def _allow(rules: int, path: str, access: int) -> None:
         os.close(beneath)
 
 
-def refuse_calls(pid: int, *, processes: bool) -> None:
+def refuse_calls(pid: int, *, processes: bool = False) -> None:
     """The last step: from here on the filter holds."""
     kernel.no_new_privileges()
     kernel.install_filter(build_filter(pid, processes=processes))

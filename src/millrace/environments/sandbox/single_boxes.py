@@ -204,7 +204,7 @@ def _open_to_all(file: str) -> bool:
     return all(os.stat(path).st_mode & 0o001 for path in (Path(file), *Path(file).parents))
 
 
-def _bubblewrap_options(code: int, *, compiles: bool) -> list[str]:
+def _bubblewrap_options(code: int, *, compiles: bool = False) -> list[str]:
     options = ["--unshare-all", "--unshare-user", "--uid", str(NOBODY), "--gid", str(NOBODY), "--cap-drop", "ALL"]
     options += ["--die-with-parent", "--new-session", "--hostname", "box"]
     for folder in SYSTEM_FOLDERS:
