@@ -15,7 +15,9 @@ from typing import Literal
 from rich.table import Table
 
 from millrace.environments.sandbox.boxes import Unavailable
-from millrace.environments.sandbox.tiers import TIERS, open_tier
+from millrace.environments.sandbox.cpp import require_compiler
+from millrace.environments.sandbox.native import COMPILER
+from millrace.environments.sandbox.tiers import TIERS, NoSandboxError, choose_tier, open_tier
 
 State = Literal["usable", "absent", "broken"]
 
@@ -249,6 +251,16 @@ def _sandbox() -> Finding:
     return Finding("sandbox", "usable" if usable else "absent", ", ".join(usable) or "; ".join(reasons), cost)
 
 
+def _sandboxed_cpp() -> Finding:
+    """Whether g++ works in the tier that a run takes."""
+    cost = "sandbox.languages with cpp is refused; install g++ (10 or later) below /usr"
+    try:
+        require_compiler(choose_tier("auto"))
+    except NoSandboxError as error:
+        return Finding("C++ in the sandbox", "absent", str(error), cost)
+    return Finding("C++ in the sandbox", "usable", COMPILER, cost)
+
+
 def _compiler() -> Finding:
     found = next((path for name in ("cc", "gcc", "clang") if (path := shutil.which(name))), None)
     cost = "packages without a wheel cannot be installed, and torch.compile does not work"
@@ -277,6 +289,7 @@ _LOOKS: tuple[Callable[[], Finding], ...] = (
     _nemo_run,
     _slurm,
     _sandbox,
+    _sandboxed_cpp,
     _compiler,
     _shared_memory,
 )

@@ -276,6 +276,16 @@ class SandboxConfig:
     """Address space of a test in MiB; a row's `memory_limit_mb` goes before."""
     output_kb: int = 1024
     """Output of a test in KiB, of each stream; more ends it."""
+    languages: tuple[Literal["python", "cpp"], ...] = ("python",)
+    """What programs may be written in, by the tag of their block; an untagged block is of the first. C++ is compiled by
+    g++ in the sandbox. A row may ask for one of them by `language`; functions that are called are Python."""
+    compile_cpu_s: float = 10.0
+    """Processor time of a C++ program's compiler; its wall time is `wall_over_cpu` times it."""
+    compile_memory_mb: int = 1024
+    """Address space of the compiler in MiB."""
+    tests_per_process: int = 1
+    """Tests that one process goes through, for programs that are trusted not to keep anything from one test to the
+    next; what it does not pass is tested again in a process of its own. Python; a C++ program starts for each test."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -337,7 +347,7 @@ class DomainConfig:
     judge: str | None = None
     """genrm: the entry of `judges` that compares answers."""
     sandbox: SandboxConfig = field(default_factory=SandboxConfig)
-    """code, python_tool: where programs are run, and under which limits."""
+    """code, python_tool: where programs are run, in which languages (code), and under which limits."""
     turns: TurnsConfig = field(default_factory=TurnsConfig)
     """Limits of an episode (python_tool, workplace_assistant, swe_agentic: environments with turns)."""
     python: PythonToolConfig = field(default_factory=PythonToolConfig)

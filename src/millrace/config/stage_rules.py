@@ -259,6 +259,8 @@ RUN_PROGRAMS = ("code", "python_tool")
 
 LEAST_PROGRAM_MB, MOST_PROGRAM_MB = 64, 4096
 """Bounds of a program's memory in MiB."""
+MOST_TESTS_PER_PROCESS = 32
+"""A process holds the inputs of its tests open, and may open 64 files."""
 
 
 def domain_problems(recipe: Recipe) -> Problems:
@@ -297,7 +299,7 @@ def _sandbox(domain: DomainConfig, key: str) -> Problems:
         if sandbox != SandboxConfig():
             yield f"{key} is set, but {domain.environment} runs no programs; leave it out"
         return
-    for name in ("workers", "cpu_s", "memory_mb", "output_kb"):
+    for name in ("workers", "cpu_s", "memory_mb", "output_kb", "compile_cpu_s", "compile_memory_mb"):
         if (value := getattr(sandbox, name)) is not None and value <= 0:
             yield f"{key}.{name} is {value}; it must be above 0"
     if sandbox.wall_over_cpu < 1:
@@ -306,6 +308,13 @@ def _sandbox(domain: DomainConfig, key: str) -> Problems:
         yield (
             f"{key}.memory_mb is {sandbox.memory_mb}; an interpreter needs {LEAST_PROGRAM_MB}, and the most is "
             f"{MOST_PROGRAM_MB}"
+        )
+    if not sandbox.languages or len(set(sandbox.languages)) < len(sandbox.languages):
+        yield f"{key}.languages is [{', '.join(sandbox.languages)}]; name at least one, each once"
+    if not 1 <= sandbox.tests_per_process <= MOST_TESTS_PER_PROCESS:
+        yield (
+            f"{key}.tests_per_process is {sandbox.tests_per_process}; take 1 (each test alone) to "
+            f"{MOST_TESTS_PER_PROCESS}"
         )
 
 

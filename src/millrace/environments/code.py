@@ -1,9 +1,9 @@
-"""Programs in Python, judged by hidden tests in a sandbox.
+"""Programs in Python and C++, judged by hidden tests in a sandbox.
 
-The program is the last fenced block of the final text. It is run on each test by itself, with its input on standard
-input, or a function of it is called; what it gives is compared outside the sandbox. Reward 1 when all tests pass, else
-0, or with `grading: fraction` the share that passes; masked when the sandbox can give no verdict. `code_rows` says what
-rows look like.
+The program is the last fenced block of the final text in a language that the recipe and the row allow. It is run on
+each test by itself, with its input on standard input, or a function of it is called; what it gives is compared outside
+the sandbox. Reward 1 when all tests pass, else 0, or with `grading: fraction` the share that passes; masked when the
+sandbox can give no verdict. `code_rows` says what rows look like.
 
 A row's own `time_limit_s` (of processor time), `memory_limit_mb` and `tolerance` (of numbers in the output) go before
 the recipe's.
@@ -20,11 +20,17 @@ from millrace.config.schema import SandboxConfig
 from millrace.environments.answer import final_text
 from millrace.environments.base import Message, Reward
 from millrace.environments.code_rows import CodeRowError, Problem, opening, opening_problem, read_problem
-from millrace.environments.sandbox.run import Limits, Program
+from millrace.environments.sandbox.cpp import compiler_limits
+from millrace.environments.sandbox.run import CppProgram, Limits, Program
 from millrace.environments.sandbox.service import CodeVerifier, Outcome, SandboxError
 
+Language = Literal["python", "cpp"]
+
 FENCED = re.compile(r"^[ \t]*```[ \t]*([\w+-]*)[^\n]*\n(.*?)^[ \t]*```[ \t]*$", re.DOTALL | re.MULTILINE)
-PYTHON = ("", "python", "python3", "py")
+TAGS: Mapping[str, Language] = {
+    "python": "python", "python3": "python", "py": "python",
+    "cpp": "cpp", "c++": "cpp", "cxx": "cpp", "cc": "cpp",
+}  # fmt: skip
 
 LONGEST_PROGRAM = 200_000
 """Characters of a program that is still run."""
@@ -37,30 +43,38 @@ class CodeEnvironment:
     required_fields: Sequence[str] = ()
 
     def __init__(self, config: SandboxConfig, *, grading: Literal["binary", "fraction"]) -> None:
-        self.verifier = CodeVerifier(tier=config.tier, workers=config.workers)
+        self.verifier = CodeVerifier(
+            tier=config.tier,
+            workers=config.workers,
+            compiler=_compiler_limits(config) if "cpp" in config.languages else None,
+            tests_per_process=config.tests_per_process,
+        )
         self._config, self._fraction = config, grading == "fraction"
         self._recent: dict[int, tuple[Mapping[str, Any], Problem]] = {}
 
     def validate(self, row: Mapping[str, Any]) -> str | None:
         try:
-            read_problem(row)
+            problem = read_problem(row)
         except CodeRowError as error:
             return f"the row has {error}"
-        return _own_limits_problem(row) or opening_problem(row)
+        return self._language_problem(row, problem) or _own_limits_problem(row) or opening_problem(row)
 
     def reset(self, row: Mapping[str, Any]) -> list[Message]:
-        return opening(row, self._problem(row).function)
+        problem = self._problem(row)
+        return opening(row, problem.function, self._languages(row, problem))
 
     async def step(self, row: Mapping[str, Any], transcript: Sequence[Message], answer: str) -> Reward:
-        source = last_program(final_text(answer))
-        if source is None:
+        problem = self._problem(row)
+        found = last_program(final_text(answer), self._languages(row, problem))
+        if found is None:
             return _not_run("no program in a fenced block", self.verifier.tier)
+        source, language = found
         if len(source) > LONGEST_PROGRAM:
             return _not_run("program too long", self.verifier.tier)
         problem = self._problem(row)
         try:
             outcome = await self.verifier.verify(
-                Program(source, problem.function),
+                CppProgram(source) if language == "cpp" else Program(source, problem.function),
                 problem.cases,
                 self._limits(row),
                 every=self._fraction,
@@ -76,6 +90,19 @@ class CodeEnvironment:
 
     async def close(self) -> None:
         await self.verifier.close()
+
+    def _languages(self, row: Mapping[str, Any], problem: Problem) -> list[Language]:
+        """What a row's program may be written in."""
+        allowed = [each for each in self._config.languages if row.get("language") in (None, each)]
+        return allowed if problem.function is None else [each for each in allowed if each == "python"]
+
+    def _language_problem(self, row: Mapping[str, Any], problem: Problem) -> str | None:
+        wanted = row.get("language")
+        if wanted is not None and wanted not in self._config.languages:
+            return f"its language is {wanted!r}, and sandbox.languages allows {', '.join(self._config.languages)}"
+        if not self._languages(row, problem):
+            return "its function is called in Python, and only C++ is allowed; see its language and sandbox.languages"
+        return None
 
     def _problem(self, row: Mapping[str, Any]) -> Problem:
         """The row's tests, unpacked once for the answers of a group: they may be many megabytes."""
@@ -99,10 +126,19 @@ class CodeEnvironment:
         )
 
 
-def last_program(text: str) -> str | None:
-    """The last fenced block that says it is Python, or says nothing; None without one."""
-    blocks = [code for language, code in FENCED.findall(text) if language.lower() in PYTHON]
-    return blocks[-1] if blocks and blocks[-1].strip() else None
+def last_program(text: str, languages: Sequence[Language]) -> tuple[str, Language] | None:
+    """The last fenced block in one of these languages, and which; a block that says nothing is in the first."""
+    tags = {"": languages[0], **{tag: language for tag, language in TAGS.items() if language in languages}}
+    blocks = [(code, tags[tag]) for word, code in FENCED.findall(text) if (tag := word.lower()) in tags]
+    return blocks[-1] if blocks and blocks[-1][0].strip() else None
+
+
+def _compiler_limits(config: SandboxConfig) -> Limits:
+    return compiler_limits(
+        cpu_s=config.compile_cpu_s,
+        wall_s=config.compile_cpu_s * config.wall_over_cpu,
+        memory_bytes=config.compile_memory_mb << 20,
+    )
 
 
 def _details(outcome: Outcome) -> dict[str, float]:

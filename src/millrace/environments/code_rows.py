@@ -10,7 +10,7 @@
 * NeMo-Gym: `unit_tests`, {"inputs", "outputs", "fn_name"}, beside its request.
 
 `prompt` is a string or messages. Without it the problem's text is `question` (APPS, TACO) or `question_content`
-(LiveCodeBench), and what the answer should look like is said here.
+(LiveCodeBench), and what the answer should look like is said here. `language` asks for python or cpp.
 """
 
 from __future__ import annotations
@@ -37,8 +37,9 @@ MOST_UNPACKED_BYTES = 1 << 30
 
 TEXT_FIELDS = ("question", "question_content")
 
+LANGUAGES = {"python": "Python", "cpp": "C++"}
 ASK_STREAMS = (
-    "Write a Python program that reads standard input and writes standard output. Give it in one ```python block."
+    "Write a {names} program that reads standard input and writes standard output. Give it in one {tags} block."
 )
 ASK_FUNCTION = "Write the Python function {name} that solves this. Give the whole code in one ```python block."
 STARTER = "Begin with this code:\n\n```python\n{code}\n```"
@@ -89,13 +90,19 @@ def opening_problem(row: Row) -> str | None:
     return None
 
 
-def opening(row: Row, function: str | None) -> list[Message]:
+def opening(row: Row, function: str | None, languages: Sequence[str] = ("python",)) -> list[Message]:
+    """`languages` are those that the program may be written in."""
     if row.get("prompt") is not None:
         return opening_messages(row["prompt"])
     parts = [str(_text(row)).strip()]
     if starter := str(row.get("starter_code") or "").strip():
         parts.append(STARTER.format(code=starter))
-    parts.append(ASK_STREAMS if function is None else ASK_FUNCTION.format(name=function))
+    if function is None:
+        names = " or ".join(LANGUAGES[each] for each in languages)
+        tags = " or ".join(f"```{each}" for each in languages)
+        parts.append(ASK_STREAMS.format(names=names, tags=tags))
+    else:
+        parts.append(ASK_FUNCTION.format(name=function))
     return [{"role": "user", "content": "\n\n".join(parts)}]
 
 

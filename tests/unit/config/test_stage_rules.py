@@ -231,6 +231,15 @@ def test_the_other_environments_of_the_paper_are_accepted(cascade_file: Path, en
             "domains.format.sandbox.cpu_s is 0.0; it must be above 0",
         ),
         (
+            "domains.format={environment: code, train: math.jsonl, held_out: held-out.jsonl, sandbox: {languages: []}}",
+            "domains.format.sandbox.languages is []; name at least one, each once",
+        ),
+        (
+            "domains.format={environment: code, train: math.jsonl, held_out: held-out.jsonl, "
+            "sandbox: {tests_per_process: 40}}",
+            "domains.format.sandbox.tests_per_process is 40; take 1 (each test alone) to 32",
+        ),
+        (
             "domains.format={environment: code, train: math.jsonl, held_out: held-out.jsonl, sandbox: {memory_mb: 8}}",
             "domains.format.sandbox.memory_mb is 8; an interpreter needs 64, and the most is 4096",
         ),

@@ -7,6 +7,7 @@ import zlib
 import pytest
 from environment_runs import environment, score
 
+from millrace.config.schema import SandboxConfig
 from millrace.environments.base import ReportingEnvironment
 from millrace.environments.code import last_program
 from millrace.environments.code_rows import CodeRowError, opening, read_problem
@@ -101,7 +102,83 @@ def test_a_row_has_limits_of_its_own():
     ],
 )
 def test_the_program_is_the_last_block_of_python(text, program):
-    assert last_program(text) == program
+    assert last_program(text, ["python"]) == (None if program is None else (program, "python"))
+
+
+@pytest.mark.parametrize(
+    ("text", "languages", "found"),
+    [
+        ("```python\na\n```\n```cpp\nb\n```", ["python", "cpp"], ("b\n", "cpp")),
+        ("```python\na\n```\n```cpp\nb\n```", ["python"], ("a\n", "python")),
+        ("```python\na\n```\n```C++\nb\n```", ["cpp"], ("b\n", "cpp")),
+        ("```python\na\n```", ["cpp"], None),
+        ("```\na\n```", ["cpp", "python"], ("a\n", "cpp")),
+    ],
+)
+def test_the_program_is_in_a_language_that_is_allowed(text, languages, found):
+    assert last_program(text, languages) == found
+
+
+CPP_ADD = '#include <cstdio>\nint main() { int a, b; scanf("%d %d", &a, &b); printf("%d", a + b); }'
+
+
+def test_programs_in_two_languages_are_rewarded():
+    env = environment("code", sandbox=SandboxConfig(languages=("python", "cpp")))
+    assert env.validate({**STREAMS, "language": "cpp"}) is None
+    assert "its language is 'rust', and sandbox.languages allows python, cpp" in env.validate(
+        {**STREAMS, "language": "rust"}
+    )
+    assert "its function is called in Python" in env.validate({**CALLS, "language": "cpp"})
+    found = score(
+        env,
+        (STREAMS, block(CPP_ADD, "cpp")),
+        (STREAMS, block(ADD)),
+        ({**STREAMS, "language": "python"}, block(CPP_ADD, "cpp")),
+        (CALLS, block(CPP_ADD, "c++")),
+        (STREAMS, block(CPP_ADD.replace("a + b", "a - b"), "cpp")),
+        (STREAMS, block("int main() { return 3 }", "cpp")),
+    )
+    assert [reward.value for reward in found] == [1, 1, 0, 0, 0, 0]
+    assert [reward.reason for reward in found[2:]] == [
+        "no program in a fenced block",
+        "no program in a fenced block",
+        "test 1: wrong output",
+        "does not compile (main.cpp:1:22: error: expected ';' before '}' token)",
+    ]
+
+
+def test_the_problem_is_posed_in_the_languages_that_are_allowed():
+    question = {"question": "Add."}
+    assert "Write a Python or C++ program" in opening(question, None, ["python", "cpp"])[0]["content"]
+    assert "in one ```cpp block" in opening(question, None, ["cpp"])[0]["content"]
+
+
+def test_several_tests_in_one_process_give_the_verdicts_of_one_process_each():
+    env = environment("code", sandbox=SandboxConfig(tests_per_process=3))
+    many = {**STREAMS, "tests": [{"input": f"{n} 1\n", "output": f"{n + 1}\n"} for n in range(9)]}
+    calls = {**CALLS, "tests": [{"input": [n, 1], "output": n + 1} for n in range(9)]}
+    counting = "import sys\nsys.n = getattr(sys, 'n', 0) + 1\nprint(sum(map(int, input().split())) if sys.n < 2 else 0)"
+    found = score(
+        env,
+        (many, block(ADD)),
+        (many, block(ADD.replace("print(", "import os\nos.write(1, b'%d' % ") + "\nos._exit(0)")),
+        (many, block("import threading\nthreading.Thread(target=lambda: " + ADD + ").start()")),
+        (many, block(counting)),
+        (many, block("a, b = map(int, input().split())\nprint(a + b if a < 5 else 0)")),
+        (many, block("a, b = map(int, input().split())\nprint(a + b if a < 5 else 1 / 0)")),
+        (calls, block("def add(a, b):\n    print('talks')\n    return a + b")),
+        (calls, block("def add(a, b): return a + b if a != 7 else 0")),
+    )
+    assert [reward.value for reward in found] == [1, 1, 1, 1, 0, 0, 1, 0]
+    assert [found[place].reason for place in (4, 5, 7)] == [
+        "test 6: wrong output",
+        "test 6: exit status 1 (ZeroDivisionError: division by zero)",
+        "test 8: wrong value",
+    ]
+    assert [(found[place].details["tests_passed"], found[place].details["tests_run"]) for place in (4, 7)] == [
+        (5, 6),
+        (7, 8),
+    ]
 
 
 APPS = {"question": "Add.", "input_output": json.dumps({"inputs": ["1 2\n", "3 4\n"], "outputs": ["3\n", "7\n"]})}

@@ -6,6 +6,7 @@ import os
 import select
 import signal
 import time
+from contextlib import suppress
 from resource import struct_rusage
 
 from millrace.environments.sandbox.run import Ending, Limits, Run, SandboxFault
@@ -67,6 +68,14 @@ def _await_start(pid: int, stderr: int, started: int) -> None:
 
 def _kill(pid: int) -> tuple[int, struct_rusage]:
     os.kill(pid, signal.SIGKILL)  # a child that was not reaped: the number is its own
+    return _reaped(pid)
+
+
+def _reaped(pid: int) -> tuple[int, struct_rusage]:
+    """Reap a child that has ended, or will at once, and end what it left behind in its group."""
+    os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
+    with suppress(ProcessLookupError, PermissionError):  # it ended before it had a group; it became another user
+        os.killpg(pid, signal.SIGKILL)
     return os.wait4(pid, 0)[1:]
 
 
@@ -96,9 +105,8 @@ def _reap(pid: int, deadline: float) -> tuple[int, struct_rusage] | None:
     """Status and usage of a child that has closed its output; None when it lives on at the deadline."""
     nap = SHORTEST_NAP_S
     while True:
-        done, status, usage = os.wait4(pid, os.WNOHANG)
-        if done:
-            return status, usage
+        if os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT | os.WNOHANG) is not None:
+            return _reaped(pid)
         if time.monotonic() >= deadline:
             return None
         time.sleep(nap)

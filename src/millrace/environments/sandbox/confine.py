@@ -17,6 +17,7 @@ NOBODY = 65534
 """Who a supervisor that is root becomes, and who everybody is in the box."""
 
 READ_FILE, READ_FOLDER, EXECUTE, WRITE_FILE = 1 << 2, 1 << 3, 1 << 0, 1 << 1
+REMOVE_FILE, MAKE_FILE, TRUNCATE = 1 << 5, 1 << 8, 1 << 14
 ACCESS_OF_VERSION = {3: (1 << 15) - 1, 4: (1 << 15) - 1, 5: (1 << 16) - 1}
 """Every access to files that Landlock of a version can refuse."""
 NETWORK_SINCE, NETWORK_ACCESS = 4, 3
@@ -51,6 +52,16 @@ def close_from(first: int) -> None:
     os.closerange(first, max(resource.getrlimit(resource.RLIMIT_NOFILE)[0], 4096))
 
 
+def arrange(descriptors: Sequence[int]) -> None:
+    """Make these the descriptors from 0 on, in this order, and close all others."""
+    free = max((*descriptors, len(descriptors))) + 1
+    for place, descriptor in enumerate(descriptors):
+        os.dup2(descriptor, free + place)
+    for place in range(len(descriptors)):
+        os.dup2(free + place, place)
+    close_from(len(descriptors))
+
+
 def memory_file(content: bytes) -> int:
     """Descriptor of a file in memory that nobody can change any more, at its beginning."""
     descriptor = os.memfd_create("input", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
@@ -79,9 +90,9 @@ def set_limits(limits: Limits, processes: int) -> None:
         resource.setrlimit(kind, (value, value))
 
 
-def allow_files_only(readable: Sequence[str], devices: Sequence[str]) -> None:
-    """Landlock: nothing but reading beneath `readable`, and reading and writing of `devices`. What is not there is left
-    out."""
+def allow_files_only(readable: Sequence[str], devices: Sequence[str], writable: str | None = None) -> None:
+    """Landlock: nothing but reading beneath `readable`, reading and writing of `devices`, and plain files in the folder
+    `writable`. What is not there is left out."""
     version = kernel.landlock_version()
     access = ACCESS_OF_VERSION[min(version, 5)]
     attributes = struct.pack("=Q", access)
@@ -90,7 +101,12 @@ def allow_files_only(readable: Sequence[str], devices: Sequence[str]) -> None:
     if version >= SCOPES_SINCE:
         attributes += struct.pack("=Q", SCOPES)
     rules = kernel.landlock_create(attributes)
-    for paths, allowed in ((readable, READ_FILE | READ_FOLDER | EXECUTE), (devices, READ_FILE | WRITE_FILE)):
+    files = READ_FILE | WRITE_FILE | TRUNCATE
+    for paths, allowed in (
+        (readable, READ_FILE | READ_FOLDER | EXECUTE),
+        (devices, READ_FILE | WRITE_FILE),
+        ([] if writable is None else [writable], files | READ_FOLDER | MAKE_FILE | REMOVE_FILE),
+    ):
         for path in paths:
             _allow(rules, path, allowed)
     kernel.no_new_privileges()
@@ -110,7 +126,7 @@ def _allow(rules: int, path: str, access: int) -> None:
         os.close(beneath)
 
 
-def refuse_calls(pid: int) -> None:
+def refuse_calls(pid: int, *, processes: bool = False) -> None:
     """The last step: from here on the filter holds."""
     kernel.no_new_privileges()
-    kernel.install_filter(build_filter(pid))
+    kernel.install_filter(build_filter(pid, processes=processes))

@@ -17,20 +17,18 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Literal
 
-from millrace.environments.sandbox.boxes import (
-    SOURCES,
-    START_LIMIT_S,
+from millrace.environments.sandbox.boxes import SOURCES, START_LIMIT_S, interpreter_command
+from millrace.environments.sandbox.confine import leaves_root, memory_file
+from millrace.environments.sandbox.run import Limits, SandboxFault
+from millrace.environments.sandbox.session import DONE, LENGTH, RAISED, READY
+from millrace.environments.sandbox.single_boxes import (
     BubblewrapBox,
     LandlockBox,
     OpenBox,
     _bubblewrap_options,
-    _interpreter,
     _popen,
     _SingleBox,
 )
-from millrace.environments.sandbox.confine import leaves_root, memory_file
-from millrace.environments.sandbox.run import Limits, SandboxFault
-from millrace.environments.sandbox.session import DONE, LENGTH, RAISED, READY
 from millrace.environments.sandbox.tiers import UNSAFE
 
 READ_BYTES = 1 << 16
@@ -90,11 +88,11 @@ class SessionLauncher:
     def _command(self, code: int) -> list[str]:
         box = self._box
         if box is None:
-            return _interpreter(sys._base_executable, str(SOURCES), "session")  # type: ignore[attr-defined]
+            return interpreter_command(sys._base_executable, str(SOURCES), "session")  # type: ignore[attr-defined]
         if isinstance(box, BubblewrapBox):
-            inner = _interpreter(box.interpreter, "/box/code.zip", "session")
+            inner = interpreter_command(box.interpreter, "/box/code.zip", "session")
             return [box._bwrap, *_bubblewrap_options(code), "--", *inner]
-        return _interpreter(box.interpreter, f"/proc/self/fd/{code}", "session")
+        return interpreter_command(box.interpreter, f"/proc/self/fd/{code}", "session")
 
 
 class Interpreter:

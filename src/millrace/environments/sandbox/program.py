@@ -13,6 +13,7 @@ import json
 import os
 import sys
 import types
+from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from millrace.environments.sandbox.run import Program
@@ -28,15 +29,35 @@ WARM_MODULES = (
 def run_program(program: Program) -> NoReturn:
     """Run it with descriptors 0, 1 and 2 as its streams. Never returns: the process ends with the exit status that
     the interpreter would have had."""
+    status = _run_to_end(program)
+    os._exit(_finish(status))
+
+
+def run_batch(program: Program, inputs: Sequence[int], mark: str) -> NoReturn:
+    """Run it on each file of `inputs`, to the first that it does not end cleanly on, and write `mark` behind each."""
+    out = os.dup(1)
+    for each in inputs:
+        os.dup2(each, 0)
+        os.close(each)
+        os.dup2(out, 1)
+        status = _run_to_end(program)
+        if "threading" in sys.modules and sys.modules["threading"].active_count() > 1:
+            os._exit(1)  # what still runs would write into the next one's output
+        if status := _finish(status, last=False):
+            os._exit(status)
+        os.write(out, f"{mark}\n".encode())
+    os._exit(0)
+
+
+def _run_to_end(program: Program) -> int:
     _fresh_streams()
     try:
-        status = _run(program)
+        return _run(program)
     except SystemExit as leave:
-        status = _exit_status(leave.code)
+        return _exit_status(leave.code)
     except BaseException as error:  # noqa: BLE001, as the interpreter itself: print it, and end with status 1
         sys.excepthook(type(error), error, _of_the_program(error.__traceback__))
-        status = 1
-    os._exit(_finish(status))
+        return 1
 
 
 def _run(program: Program) -> int:
@@ -50,6 +71,7 @@ def _run(program: Program) -> int:
     value = json.dumps(call(*arguments), allow_nan=False).encode()
     while value:
         value = value[os.write(answers, value) :]
+    os.close(answers)
     return 0
 
 
@@ -100,10 +122,10 @@ def _exit_status(code: object) -> int:
     return 1
 
 
-def _finish(status: int) -> int:
-    """What the interpreter does at its end: wait for threads, call exit handlers, flush."""
+def _finish(status: int, *, last: bool = True) -> int:
+    """What the interpreter does at its end: wait for threads (where nothing follows), call exit handlers, flush."""
     try:
-        if threading := sys.modules.get("threading"):
+        if last and (threading := sys.modules.get("threading")):
             threading._shutdown()
         atexit._run_exitfuncs()
         sys.stdout.flush()

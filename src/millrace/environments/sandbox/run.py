@@ -8,6 +8,9 @@ from typing import Literal, NamedTuple
 
 Ending = Literal["exited", "killed", "wall", "cpu", "output"]
 
+COMPILER_BYTES = 64 << 20
+"""What a compiler may write in its folder, the binary included."""
+
 
 class Limits(NamedTuple):
     """Limits of one run. What a program may write to is nothing but its output, unless `scratch_bytes` is set."""
@@ -26,7 +29,7 @@ class Limits(NamedTuple):
     file_bytes: int = 16 << 20
     """Largest file."""
     scratch_bytes: int = 0
-    """Size of an in-memory /tmp; at 0 no folder is writable."""
+    """Size of an in-memory /tmp; at 0 no folder is writable. A compiler always has one of `COMPILER_BYTES`."""
     scratch_inodes: int = 2048
     """Files and folders in that /tmp."""
     stack_bytes: int = 64 << 20
@@ -39,6 +42,31 @@ class Program(NamedTuple):
     function: str | None = None
     """Call this function (or this method of its class `Solution`) with the arguments that standard input holds as a
     list in JSON, and write what it returns as JSON; without it the source runs as a program of its own."""
+
+
+class Batch(NamedTuple):
+    """A Python program that is run on several inputs, one after the other, in one process."""
+
+    program: Program
+    inputs: tuple[bytes, ...]
+    mark: str
+    """Line that is written to standard output behind each of them that the program ended cleanly on."""
+
+
+class CppProgram(NamedTuple):
+    """A C++ program. To run it in a box is to compile it: what it gives on standard output is its `Binary`."""
+
+    source: str
+
+
+class Binary(NamedTuple):
+    """A compiled program."""
+
+    content: bytes
+
+
+Work = Program | Batch | CppProgram | Binary
+"""What a box runs."""
 
 
 class Run(NamedTuple):

@@ -14,7 +14,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from millrace.environments.sandbox.run import Limits, Program
+from millrace.environments.sandbox.cpp import require_compiler
+from millrace.environments.sandbox.run import CppProgram, Limits, Program
 from millrace.environments.sandbox.tiers import UNSAFE, choose_tier
 from millrace.environments.verifier_pool import VerifierPool
 from millrace.errors import MillraceError
@@ -23,6 +24,9 @@ CHECK = "millrace.environments.sandbox.check:check"
 
 TRIES = 3
 """Workers that a program is given to before there is no verdict."""
+
+COMPILER_TRIES = 2 * 3
+"""Of one program in a worker: twice where the compiler's message does not say why it failed, with three boxes."""
 
 WORKER_BYTES = 8 << 30
 """Address space of a worker; a box's programs are its children and can have no more."""
@@ -80,12 +84,25 @@ class Statistics:
 class CodeVerifier:
     """`workers` processes (as many as there are processors when None) that test programs in boxes of one tier.
 
+    Programs in C++ are taken when `compiler` limits how they are compiled. Python programs that are trusted not to keep
+    anything from one test to the next may pass several tests in one process (`tests_per_process`).
+
     Raises:
-        NoSandboxError: no tier can be used on this machine.
+        NoSandboxError: no tier can be used on this machine, or C++ cannot be compiled in it.
     """
 
-    def __init__(self, *, tier: str = "auto", workers: int | None = None) -> None:
+    def __init__(
+        self,
+        *,
+        tier: str = "auto",
+        workers: int | None = None,
+        compiler: Limits | None = None,
+        tests_per_process: int = 1,
+    ) -> None:
         self.tier = choose_tier(tier)
+        self._compiler, self._tests_per_process = compiler, tests_per_process
+        if compiler is not None:
+            require_compiler(self.tier)
         self.workers = workers or os.cpu_count() or 1
         self.statistics = Statistics()
         self.pool = VerifierPool(CHECK, workers=self.workers, limit_s=START_S, memory_bytes=WORKER_BYTES)
@@ -93,7 +110,7 @@ class CodeVerifier:
 
     async def verify(
         self,
-        program: Program,
+        program: Program | CppProgram,
         tests: Sequence[Case],
         limits: Limits,
         *,
@@ -105,15 +122,19 @@ class CodeVerifier:
         Raises:
             SandboxError: no worker could give a verdict.
         """
+        compiler = self._compiler if isinstance(program, CppProgram) else None
         job = {
             "tier": self.tier,
-            "program": program._asdict(),
+            "program": Program(program.source, getattr(program, "function", None))._asdict(),
+            "compiler": None if compiler is None else compiler._asdict(),
+            "tests_per_process": self._tests_per_process,
             "limits": limits._asdict(),
             "tests": [{"input": test.input, "expected": test.expected} for test in tests],
             "every": every,
             "tolerance": tolerance,
         }
         limit_s = START_S + len(tests) * (limits.wall_s + SLACK_PER_TEST_S)
+        limit_s += COMPILER_TRIES * compiler.wall_s if compiler is not None else 0.0
         async with self._room:
             report, lost = await self._report(job, limit_s)
         self._count(report, lost, len(tests))
@@ -141,7 +162,7 @@ class CodeVerifier:
                 lost += 1
                 self.statistics.lost_workers += 1
                 reasons.append(verdict.reason)
-            elif verdict.result["fault"] is not None and not _decided(verdict.result, job):
+            elif not verdict.result["decided"]:
                 self.statistics.faults += verdict.result["faults"]
                 reasons.append(verdict.result["fault"])
             else:
@@ -159,8 +180,3 @@ class CodeVerifier:
         s.faults += report["faults"]
         s.cpu_s += report["cpu_s"]
         s.busy_s += report["wall_s"]
-
-
-def _decided(report: dict[str, Any], job: dict[str, Any]) -> bool:
-    """Whether every test that the verdict needs was run, though a box failed on the way."""
-    return report["ran"] == len(job["tests"]) or (report["failure"] is not None and not job["every"])

@@ -1,7 +1,8 @@
-"""One run in a process of its own: `python -P -s -S -B -c ... HOW JOB STARTED`.
+"""One run in a process of its own: `python -P -s -S -B -c ... HOW JOB STARTED SCRATCH FILES`.
 
 HOW is `bubblewrap` (the process is in the box already), `landlock` (it makes the box here) or `none`. JOB and STARTED
-are descriptors of the job and of the pipe that is told when the program begins; standard streams are the program's.
+are descriptors of the job and of the pipe that is told when the program begins, FILES those of the job's files;
+standard streams are the program's. A compiler's folder is the descriptor SCRATCH, or the one of the box where it is -.
 """
 
 from __future__ import annotations
@@ -14,30 +15,33 @@ from typing import NoReturn
 
 from millrace.environments.sandbox import kernel
 from millrace.environments.sandbox.collect import STARTED
-from millrace.environments.sandbox.confine import allow_files_only, become_nobody, close_from, refuse_calls, set_limits
-from millrace.environments.sandbox.namespaces import DEVICES, SYSTEM_FILES, SYSTEM_FOLDERS, interpreter_folder
-from millrace.environments.sandbox.program import run_program
-from millrace.environments.sandbox.run import Limits, Program
+from millrace.environments.sandbox.confine import allow_files_only, arrange, become_nobody, refuse_calls, set_limits
+from millrace.environments.sandbox.namespaces import DEVICES, SCRATCH, SYSTEM_FILES, SYSTEM_FOLDERS, interpreter_folder
+from millrace.environments.sandbox.run import Limits
+from millrace.environments.sandbox.work import FIRST_FILE, do_work, starts_processes
 
 
 def main() -> NoReturn:
-    how, job, started = sys.argv[1], int(sys.argv[2]), os.dup2(int(sys.argv[3]), 63)
+    how, job, started, scratch = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
+    files = [int(descriptor) for descriptor in sys.argv[5:]]
     sys.path.pop(0)  # the way to Millrace itself
     with open(job, "rb") as file:
         header = json.loads(file.read())
-    os.dup2(started, 3)
-    close_from(4)
+    compiles = starts_processes(header["work"])
+    if compiles:
+        os.chdir(SCRATCH if scratch == "-" else int(scratch))
+    arrange([0, 1, 2, started, *files])
     if how == "landlock":
-        os.chdir("/")
         become_nobody()
         if os.geteuid() == 0:
             kernel.lock_privileges()
             kernel.drop_capabilities()
-        allow_files_only((*SYSTEM_FOLDERS, *SYSTEM_FILES, interpreter_folder()), DEVICES)
+        readable = (*SYSTEM_FOLDERS, *SYSTEM_FILES, interpreter_folder())
+        allow_files_only(readable, DEVICES, writable="." if compiles else None)
     kernel.die_with_parent(signal.SIGKILL)
     set_limits(Limits(**header["limits"]), header["processes"])
     if how != "none":
-        refuse_calls(os.getpid())
+        refuse_calls(os.getpid(), processes=compiles)
     os.write(3, STARTED)
     os.close(3)
-    run_program(Program(**header["program"]))
+    do_work(header["work"], range(FIRST_FILE, FIRST_FILE + len(files)))

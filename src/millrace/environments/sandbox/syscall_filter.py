@@ -2,7 +2,7 @@
 
 It lists what is refused, by numbers of the kernel's table for x86_64. Calls of another table (32-bit, x32) kill the
 process; calls that came after 334 answer ENOSYS but for a few, so that what a later kernel brings is refused unseen.
-Threads work; processes do not: one kill then ends a run and all that it started.
+Threads work; processes do not, but for a compiler's: one kill then ends a run and all that it started.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ LATER_CALLS = (436, 437, 439, 441, 449)
 """close_range, openat2, faccessat2, epoll_pwait2, futex_waitv."""
 
 CLONE = 56
-CLONE_THREAD = 0x00010000
+CLONE_THREAD, CLONE_PARENT = 0x00010000, 0x00008000
 CLONE_NEW = 0x7E020080
 """Every CLONE_NEW flag."""
 IOCTL = 16
@@ -35,7 +35,7 @@ TGKILL, PRLIMIT, SCHED_SETAFFINITY = 234, 302, 203
 
 REFUSED = {
     # processes
-    "fork": 57, "vfork": 58, "kill": 62, "tkill": 200, "rt_sigqueueinfo": 129, "rt_tgsigqueueinfo": 297,
+    "kill": 62, "tkill": 200, "rt_sigqueueinfo": 129, "rt_tgsigqueueinfo": 297,
     "ptrace": 101, "process_vm_readv": 310, "process_vm_writev": 311, "kcmp": 312, "setpriority": 141,
     "sched_setparam": 142, "sched_setscheduler": 144, "sched_setattr": 314, "ioprio_set": 251,
     "personality": 135, "setns": 308, "unshare": 272, "acct": 163,
@@ -64,6 +64,9 @@ REFUSED = {
     "lookup_dcookie": 212, "nfsservctl": 180, "vhangup": 153, "_sysctl": 156,
 }  # fmt: skip
 
+STARTING = {"fork": 57, "vfork": 58}
+LEAVING_THE_GROUP = {"setpgid": 109, "setsid": 112}
+
 LOAD, JUMP_EQUAL, JUMP_GREATER_EQUAL, JUMP_ANY_BIT, RETURN = 0x20, 0x15, 0x35, 0x45, 0x06
 NUMBER, ARCH, ARGUMENTS = 0, 4, 16
 KILL, ALLOW, REFUSE = 0x80000000, 0x7FFF0000, 0x00050000
@@ -75,9 +78,10 @@ def filter_problem() -> str | None:
     return None if machine == MACHINE else f"its list of system calls is for {MACHINE}, and this machine is {machine}"
 
 
-def build_filter(pid: int) -> bytes:
+def build_filter(pid: int, *, processes: bool = False) -> bytes:
     """The filter of the process `pid` (as it sees itself): it may send signals to its own threads and set its own
-    limits, and do neither to others. Eight bytes an instruction."""
+    limits, and do neither to others. With `processes` it may start others, which stay in its group, so that one signal
+    ends them all. Eight bytes an instruction."""
     refuse = _return(REFUSE | errno.EPERM)
     unknown = _return(REFUSE | errno.ENOSYS)
     code = [_load(ARCH), _jump(JUMP_EQUAL, AUDIT_ARCH, 1, 0), _return(KILL), _load(NUMBER)]
@@ -85,9 +89,10 @@ def build_filter(pid: int) -> bytes:
     code += [_jump(JUMP_GREATER_EQUAL, LAST_OLD_CALL + 1, 0, len(LATER_CALLS) + 1)]
     code += [_jump(JUMP_EQUAL, call, len(LATER_CALLS) - place, 0) for place, call in enumerate(LATER_CALLS)]
     code += [unknown]
-    for call in REFUSED.values():
+    refused = REFUSED | (LEAVING_THE_GROUP if processes else STARTING)
+    for call in refused.values():
         code += [_jump(JUMP_EQUAL, call, 0, 1), refuse]
-    code += _when(CLONE, _clone_rules(refuse))
+    code += _when(CLONE, _clone_rules(refuse, processes=processes))
     code += _when(IOCTL, _refuse_requests(TERMINAL_REQUESTS + OWNER_REQUESTS, refuse))
     code += _when(FCNTL, _refuse_requests(OWNER_COMMANDS, refuse))
     code += _when(PRCTL, [_load(_argument(0)), _jump(JUMP_EQUAL, PR_SET_PDEATHSIG, 1, 0), _return(ALLOW), refuse])
@@ -120,9 +125,12 @@ def _when(call: int, block: list[bytes]) -> list[bytes]:
     return [_jump(JUMP_EQUAL, call, 0, len(block)), *block]
 
 
-def _clone_rules(refuse: bytes) -> list[bytes]:
-    """Threads only, and no namespaces."""
-    code = [_load(_argument(0)), _jump(JUMP_ANY_BIT, CLONE_NEW, 1, 0), _jump(JUMP_ANY_BIT, CLONE_THREAD, 1, 0)]
+def _clone_rules(refuse: bytes, *, processes: bool) -> list[bytes]:
+    """No namespaces, and threads only unless `processes` may be started, which then are children."""
+    flags = _load(_argument(0))
+    if processes:
+        return [flags, _jump(JUMP_ANY_BIT, CLONE_NEW | CLONE_PARENT, 0, 1), refuse, _return(ALLOW)]
+    code = [flags, _jump(JUMP_ANY_BIT, CLONE_NEW, 1, 0), _jump(JUMP_ANY_BIT, CLONE_THREAD, 1, 0)]
     return [*code, refuse, _return(ALLOW)]
 
 

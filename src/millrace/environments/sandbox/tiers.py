@@ -10,8 +10,9 @@ import json
 import logging
 from collections.abc import Callable, Mapping
 
-from millrace.environments.sandbox.boxes import Box, BubblewrapBox, LandlockBox, OpenBox, Unavailable, ZygoteBox
+from millrace.environments.sandbox.boxes import Box, Unavailable, ZygoteBox
 from millrace.environments.sandbox.run import Limits, Program, SandboxFault
+from millrace.environments.sandbox.single_boxes import BubblewrapBox, LandlockBox, OpenBox
 from millrace.errors import MillraceError
 
 log = logging.getLogger("millrace.environments")

@@ -1,14 +1,15 @@
-"""Messages between a supervisor and its zygote: lengths, a header in JSON, and bytes."""
+"""Messages between a supervisor and its zygote: lengths, a header in JSON, and bytes; and what of them is in JSON."""
 
 from __future__ import annotations
 
 import json
 import socket
 import struct
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from itertools import accumulate
 from typing import Any
 
-from millrace.environments.sandbox.run import Run
+from millrace.environments.sandbox.run import Batch, Binary, CppProgram, Program, Run, Work
 
 LENGTHS = struct.Struct("=II")
 
@@ -30,6 +31,12 @@ def receive(channel: socket.socket) -> tuple[dict[str, Any], bytes] | None:
     return json.loads(head), payload
 
 
+def cut(payload: bytes, sizes: Sequence[int]) -> list[bytes]:
+    """The parts that a payload was put together from."""
+    ends = list(accumulate(sizes))
+    return [payload[end - size : end] for size, end in zip(sizes, ends, strict=True)]
+
+
 def _read(channel: socket.socket, size: int) -> bytes | None:
     pieces = bytearray()
     while len(pieces) < size:
@@ -38,6 +45,19 @@ def _read(channel: socket.socket, size: int) -> bytes | None:
             return None
         pieces += piece
     return bytes(pieces)
+
+
+def work_to_wire(work: Work) -> tuple[dict[str, Any], list[bytes]]:
+    """What a box is asked to do, and the files that the process which does it holds open."""
+    match work:
+        case Batch(program, inputs, mark):
+            return {"kind": "batch", "program": program._asdict(), "mark": mark}, list(inputs)
+        case Binary(content):
+            return {"kind": "binary"}, [content]
+        case CppProgram(source):
+            return {"kind": "compile", "source": source}, []
+        case Program():
+            return {"kind": "program", "program": work._asdict()}, []
 
 
 def run_to_wire(run: Run) -> tuple[dict[str, Any], bytes]:

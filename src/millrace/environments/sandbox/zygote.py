@@ -21,11 +21,12 @@ from typing import Any, NoReturn
 
 from millrace.environments.sandbox import kernel
 from millrace.environments.sandbox.collect import STARTED, collect
-from millrace.environments.sandbox.confine import close_from, memory_file, refuse_calls, set_limits
+from millrace.environments.sandbox.confine import arrange, close_from, memory_file, refuse_calls, set_limits
 from millrace.environments.sandbox.namespaces import enter_box, mount_scratch
-from millrace.environments.sandbox.program import WARM_MODULES, run_program
-from millrace.environments.sandbox.run import Limits, Program, SandboxFault
-from millrace.environments.sandbox.wire import receive, run_to_wire, send
+from millrace.environments.sandbox.program import WARM_MODULES
+from millrace.environments.sandbox.run import COMPILER_BYTES, Limits, Run, SandboxFault
+from millrace.environments.sandbox.wire import cut, receive, run_to_wire, send
+from millrace.environments.sandbox.work import FIRST_FILE, do_work, starts_processes
 
 OWN_PROCESSES = 4
 """Processes that the kernel counts with the program's threads: launcher, zygote, keeper, and the first thread."""
@@ -59,23 +60,25 @@ def _serve(channel: socket.socket) -> None:
     gc.freeze()  # so that a child that collects does not copy what it shares with this process
     send(channel, {"ready": True})
     while (request := receive(channel)) is not None:
-        header, stdin = request
+        header, files = request
         keeper = os.fork()
         if not keeper:
-            _keep(channel, header, stdin)
+            _keep(channel, header, files)
         _, status = os.waitpid(keeper, 0)
         if status:
             send(channel, {"fault": f"the keeper of the run ended with status {os.waitstatus_to_exitcode(status)}"})
 
 
-def _keep(channel: socket.socket, header: dict[str, Any], stdin: bytes) -> NoReturn:
+def _keep(channel: socket.socket, header: dict[str, Any], files: bytes) -> NoReturn:
     """Run one job and answer it; ends the process with status 0 when the answer is out."""
     status = 1
     try:
         kernel.die_with_parent(signal.SIGKILL)
-        limits, program = Limits(**header["limits"]), Program(**header["program"])
+        limits = Limits(**header["limits"])
+        if starts_processes(header["work"]):
+            limits = limits._replace(scratch_bytes=COMPILER_BYTES)
         try:
-            answer, payload = run_to_wire(_start(program, stdin, limits))
+            answer, payload = run_to_wire(_start(header["work"], cut(files, header["sizes"]), limits))
         except (SandboxFault, OSError) as error:
             answer, payload = {"fault": str(error)}, b""
         send(channel, answer, payload)
@@ -84,40 +87,39 @@ def _keep(channel: socket.socket, header: dict[str, Any], stdin: bytes) -> NoRet
         os._exit(status)
 
 
-def _start(program: Program, stdin: bytes, limits: Limits) -> Any:
+def _start(work: dict[str, Any], contents: list[bytes], limits: Limits) -> Run:
+    """Run a work whose standard input is the first of `contents`, and whose files are the others."""
     out, err, started = os.pipe(), os.pipe(), os.pipe()
-    given = memory_file(stdin)
+    files = [memory_file(content) for content in contents]
     kernel.unshare(kernel.CLONE_NEWPID | (kernel.CLONE_NEWNS if limits.scratch_bytes else 0))
     pid = os.fork()
     if not pid:
-        _become_program(program, limits, given, out[1], err[1], started[1])
-    for descriptor in (given, out[1], err[1], started[1]):
+        _become_program(work, limits, [files[0], out[1], err[1], started[1], *files[1:]])
+    for descriptor in (*files, out[1], err[1], started[1]):
         os.close(descriptor)
     return collect(pid, out[0], err[0], started[0], limits)
 
 
-def _become_program(program: Program, limits: Limits, given: int, out: int, err: int, started: int) -> NoReturn:
-    """In the child: give up everything, say that the program begins, and run it."""
+def _become_program(work: dict[str, Any], limits: Limits, descriptors: list[int]) -> NoReturn:
+    """In the child: give up everything, say that the program begins, and run it. `descriptors` become the first ones:
+    the streams, the pipe for the start, and the work's files."""
     try:
         kernel.die_with_parent(signal.SIGKILL)
         os.setsid()
-        for target, descriptor in enumerate((given, out, err)):
-            os.dup2(descriptor, target)
-        os.dup2(started, 3)
-        close_from(4)
+        arrange(descriptors)
         if limits.scratch_bytes:
             mount_scratch(limits.scratch_bytes, limits.scratch_inodes)
         kernel.drop_capabilities()
         set_limits(limits, limits.processes + OWN_PROCESSES)
         gc.enable()
-        refuse_calls(os.getpid())
+        refuse_calls(os.getpid(), processes=starts_processes(work))
         os.write(3, STARTED)
         os.close(3)
     except BaseException as error:  # noqa: BLE001, reported by what is not written to `started`
         with suppress(OSError):
             os.write(2, f"{type(error).__name__}: {error}".encode())
         os._exit(1)
-    run_program(program)
+    do_work(work, range(FIRST_FILE, len(descriptors)))
 
 
 def _drop_unneeded_descriptors(channel: int) -> None:

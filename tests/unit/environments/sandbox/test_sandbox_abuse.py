@@ -7,8 +7,8 @@ import sys
 import pytest
 from abuse_programs import ENDLESS, PRELUDE, QUICK
 
-from millrace.environments.sandbox.boxes import OpenBox
 from millrace.environments.sandbox.run import Limits, Program
+from millrace.environments.sandbox.single_boxes import OpenBox
 
 LIMITS = Limits(wall_s=20.0, cpu_s=5, memory_bytes=512 << 20)
 SHORT = LIMITS._replace(wall_s=0.25)

@@ -27,7 +27,7 @@ def tier():
 def report(tier, source, tests, function=None, **options):
     program = Program(source, function)._asdict()
     job = {"tier": tier, "program": program, "limits": LIMITS._asdict(), "tests": tests, "every": False}
-    return worker.check({**job, "tolerance": None, **options})
+    return worker.check({**job, "tolerance": None, "compiler": None, "tests_per_process": 1, **options})
 
 
 def passes(*arguments, **options):

@@ -11,9 +11,9 @@ import psutil
 import pytest
 from processes import no_process_left
 
-from millrace.environments.sandbox import boxes, tiers
+from millrace.environments.sandbox import boxes, single_boxes, tiers
 from millrace.environments.sandbox.run import Limits, Program
-from millrace.environments.sandbox.service import Case, CodeVerifier, SandboxError
+from millrace.environments.sandbox.service import QUEUED_PER_WORKER, Case, CodeVerifier, SandboxError
 from millrace.environments.sandbox.tiers import NoSandboxError, choose_tier, open_tier
 
 LIMITS = Limits(wall_s=20.0, cpu_s=5, memory_bytes=512 << 20)
@@ -72,15 +72,21 @@ def test_a_batch_is_judged_in_order_and_counted():
 
 def test_no_more_programs_than_the_queue_holds_are_handed_to_workers():
     async def work(verifier):
-        tasks = [asyncio.create_task(verifier.verify(ADD, CASES, LIMITS)) for _ in range(30)]
-        most = 0
-        while not all(task.done() for task in tasks):
-            most = max(most, verifier.pool._threads._work_queue.qsize())
-            await asyncio.sleep(0.001)
-        return most
+        held, hand_over = [0], verifier.pool.verify
+
+        async def counted(*arguments, **options):
+            held.append(held[-1] + 1)
+            try:
+                return await hand_over(*arguments, **options)
+            finally:
+                held.append(held[-1] - 1)
+
+        verifier.pool.verify = counted
+        await asyncio.gather(*(verifier.verify(ADD, CASES, LIMITS) for _ in range(30)))
+        return max(held)
 
     most, counts = session(work)
-    assert most <= 4 and counts.programs == 30
+    assert most == 2 * (1 + QUEUED_PER_WORKER) and counts.programs == 30
 
 
 @pytest.mark.parametrize("whom", ["worker", "launcher", "zygote"])
@@ -139,7 +145,7 @@ def test_where_no_tier_is_there_programs_are_refused(monkeypatch):
 
 
 def test_a_tier_whose_canary_reaches_out_is_not_taken(monkeypatch):
-    monkeypatch.setattr(tiers, "TIERS", {"open": boxes.OpenBox})
+    monkeypatch.setattr(tiers, "TIERS", {"open": single_boxes.OpenBox})
     with pytest.raises(NoSandboxError, match=r"open: a program in the box reads /etc/passwd, reads /proc, .*socket"):
         choose_tier("auto")
 

@@ -1,0 +1,45 @@
+"""What is not Python in the box: the compiler, and the programs that it made.
+
+Both replace the interpreter in the process that has already given everything up; filter, limits and the process's
+number stay. Only the compiler may start processes.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+from typing import NoReturn
+
+COMPILER = "g++"
+OPTIONS = ("-std=gnu++20", "-O2", "-w", "-pipe", "-fno-diagnostics-color", "-fmax-errors=3")
+SOURCE, BINARY = "main.cpp", "program"
+COMMAND = f"{COMPILER} {' '.join(OPTIONS)} {SOURCE} -o {BINARY} && exec cat {BINARY}"
+ENVIRONMENT = {"PATH": "/usr/bin:/bin", "TMPDIR": ".", "LC_ALL": "C"}
+
+PROGRAM_ENVIRONMENT = {"LC_ALL": "C.UTF-8"}
+NOT_STARTED = 127
+
+
+def compile_source(source: str) -> NoReturn:
+    """Compile in the current folder, which is writable and empty; the binary goes to standard output."""
+    with open(SOURCE, "w", encoding="utf-8", errors="surrogatepass") as file:
+        file.write(source)
+    _signals_as_at_start()
+    os.execve("/bin/sh", ["sh", "-c", COMMAND], ENVIRONMENT)
+
+
+def run_binary(file: int) -> NoReturn:
+    """Become the program that the open file holds."""
+    os.set_inheritable(file, False)
+    _signals_as_at_start()
+    try:
+        os.execve(file, ["main"], PROGRAM_ENVIRONMENT)
+    except OSError as error:  # more memory in the binary than the limit allows
+        os.write(2, str(error).encode())
+        os._exit(NOT_STARTED)
+
+
+def _signals_as_at_start() -> None:
+    """What is ignored stays so in the next program, and the interpreter and a verifier's worker ignore some."""
+    for number in signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP}:
+        signal.signal(number, signal.SIG_DFL)

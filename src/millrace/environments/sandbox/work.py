@@ -1,0 +1,30 @@
+"""The last step of every box: the process does what it was asked to, and ends with it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NoReturn
+
+from millrace.environments.sandbox.native import compile_source, run_binary
+from millrace.environments.sandbox.program import run_batch, run_program
+from millrace.environments.sandbox.run import Program
+
+FIRST_FILE = 4
+"""Descriptor of the first file that a work brings along; 3 is the pipe for the start."""
+
+
+def do_work(header: Mapping[str, Any], files: Sequence[int]) -> NoReturn:
+    """`header` and the files as `wire.work_to_wire` gives them."""
+    match header["kind"]:
+        case "compile":
+            compile_source(header["source"])
+        case "binary":
+            run_binary(files[0])
+        case "batch":
+            run_batch(Program(**header["program"]), files, header["mark"])
+    run_program(Program(**header["program"]))
+
+
+def starts_processes(header: Mapping[str, Any]) -> bool:
+    """Whether the work is one that consists of several processes."""
+    return bool(header["kind"] == "compile")
