@@ -97,7 +97,7 @@ def block_spec(
 
 def _layer(config: TransformerConfig, layer: LayerShape, mamba: MambaShape | None, use_te: bool) -> ModuleSpec:
     if layer.mixer is None or layer.ffn is None:
-        from millrace.megatron.hybrid import part_layer  # not before megatron.cpu has adapted Megatron-Core
+        from millrace.megatron.hybrid import part_layer  # not before megatron.gaps has filled them
 
         return part_layer(config, layer, mamba, TESpecProvider() if use_te else TorchSpecProvider())
     return (_transformer_engine_layer if use_te else _torch_layer)(config, layer.ffn == "experts")
