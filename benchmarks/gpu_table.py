@@ -33,7 +33,8 @@ def utilisation(rows: Sequence[Row], row: Row) -> float | None:
 def rates_text(whole: dict[str, Any]) -> str:
     rates: Row = next((row for row in whole["rows"] if "rate bf16" in row), {})
     shown = [f"{name} {rates[f'rate {name}'] / 1e12:.3g}" for name in ("bf16", "fp8") if rates.get(f"rate {name}")]
-    return f"{whole['device']}: {', '.join(shown) or 'no rate of'} TFLOP/s in one product; {whole['seconds']} s in all"
+    measured = f"{', '.join(shown)} TFLOP/s in one product" if shown else "the rate of its products was not measured"
+    return f"{whole['device']}: {measured}; {whole['seconds']} s in all"
 
 
 def table_text(rows: Sequence[Row]) -> str:

@@ -13,6 +13,7 @@ import torch
 from megatron.core.extensions.transformer_engine import HAVE_TE
 from megatron.core.tensor_parallel import layers as parallel_layers
 
+from millrace.apex import is_unrelated_apex
 from millrace.config.model_shape import ModelShape
 from millrace.megatron.gaps import scans_in_torch
 from millrace.megatron.local_layers import needs_local_layers
@@ -53,11 +54,6 @@ def _absence(module: str, name: str) -> str:
 def accumulates_gradients_in_products() -> bool:
     """Whether products of weight gradients can add to the gradient buffer themselves, through an extension of Apex."""
     return bool(parallel_layers._grad_accum_fusion_available)
-
-
-def is_unrelated_apex() -> bool:
-    """Whether the installed apex is the package of that name in the index, which is not NVIDIA's."""
-    return importlib.util.find_spec("apex") is not None and importlib.util.find_spec("apex.optimizers") is None
 
 
 def kernels_in_use(

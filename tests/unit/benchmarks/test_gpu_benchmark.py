@@ -1,6 +1,5 @@
 """The benchmark of a GPU, run on the CPU where that is enough to prove it."""
 
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
