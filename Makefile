@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 export PYTHON VENV
 
-.PHONY: demo test lint venv
+.PHONY: demo test lint gpu-check venv
 
 demo: venv
 	@bash recipes/laptop/demo.sh
@@ -15,6 +15,11 @@ lint: venv
 	@$(VENV)/bin/ruff check .
 	@$(VENV)/bin/ruff format --check .
 	@$(VENV)/bin/mypy src/millrace converters benchmarks
+
+# The tests that need a GPU and the figures of one, within ten minutes. Its interpreter is one that has torch's CUDA
+# build, megatron-core and Millrace, such as that of NVIDIA's container; .venv holds the builds for CPUs.
+gpu-check:
+	@$(PYTHON) -m benchmarks.gpu --tests --profile
 
 # Leaves at once when the environment is the one that pyproject.toml and constraints/ describe.
 venv:

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -39,6 +40,11 @@ def qwen3_shape(layers: int, hidden: int, vocab: int) -> ModelShape:
         "hidden_act": "silu",
         "torch_dtype": "float32",
     }
+    return shape_of(config)
+
+
+def shape_of(config: Mapping[str, Any]) -> ModelShape:
+    """The model that a config.json describes."""
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, "config.json").write_text(json.dumps(config), encoding="utf-8")
         return ModelShape.from_hf(folder)

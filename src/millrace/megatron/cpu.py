@@ -2,8 +2,8 @@
 
 Megatron-Core is written for CUDA: it names the device by `torch.cuda.current_device()`, writes `device="cuda"`,
 compares type names and expects a fused Adam. `adapt` makes the installed version (0.16 to 0.19) run on CPU tensors and
-gloo. It is called for a CPU device only, so nothing here is active on CUDA. A patch whose target is missing is an
-error, never skipped.
+gloo. It is called for CPU ranks only, so nothing here is active on CUDA; what is missing there as well, without the
+packages of CUDA kernels, stands in `megatron.gaps`. A patch whose target is missing is an error, never skipped.
 """
 
 from __future__ import annotations
@@ -11,17 +11,21 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
-import importlib.util
 import logging
-import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from millrace.megatron import state_space
+from millrace.megatron.gaps import (
+    define_router_gemm,
+    project_latents_in_torch,
+    replace,
+    scan_state_spaces_in_torch,
+    use_adam_with_step_in_group,
+)
 
 CPU = torch.device("cpu")
 
@@ -40,10 +44,10 @@ _MODULES_NAMING_CUDA = (
 _adapted = False
 
 
-def adapt(device: torch.device) -> None:
-    """Make Megatron-Core usable on CPU tensors; does nothing for another device or at a second call."""
+def adapt() -> None:
+    """Make Megatron-Core usable on CPU tensors; does nothing at a second call."""
     global _adapted
-    if device.type != "cpu" or _adapted:
+    if _adapted:
         return
     leave_torch_compile_out()
     answer_cuda_calls_on_cpu()
@@ -104,13 +108,13 @@ def answer_cuda_calls_on_cpu() -> None:
         "manual_seed": torch.manual_seed,
     }
     for name, stand_in in stand_ins.items():
-        _replace(torch.cuda, name, stand_in)
+        replace(torch.cuda, name, stand_in)
 
 
 def keep_device_moves_on_cpu() -> None:
     """`.cuda()` on tensors and modules (optimizer state, shared embeddings, loaded shards) stays where it is."""
-    _replace(torch.Tensor, "cuda", lambda self, *args, **kwargs: self)
-    _replace(torch.nn.Module, "cuda", lambda self, *args, **kwargs: self)
+    replace(torch.Tensor, "cuda", lambda self, *args, **kwargs: self)
+    replace(torch.nn.Module, "cuda", lambda self, *args, **kwargs: self)
 
 
 class _TorchOnCpu(ModuleType):
@@ -140,7 +144,7 @@ def map_literal_devices() -> None:
     left as it is."""
     view = _TorchOnCpu()
     for name in _MODULES_NAMING_CUDA:
-        _replace(importlib.import_module(name), "torch", view)
+        replace(importlib.import_module(name), "torch", view)
 
 
 def draw_random_numbers_on_cpu() -> None:
@@ -150,8 +154,8 @@ def draw_random_numbers_on_cpu() -> None:
 
     logging.getLogger(tracker.__name__).addFilter(lambda record: "CPU RNG state changed" not in record.getMessage())
 
-    _replace(tracker, "_get_cuda_rng_state", lambda *args, **kwargs: torch.get_rng_state())
-    _replace(tracker, "_set_cuda_rng_state", lambda state, *args, **kwargs: torch.set_rng_state(state))
+    replace(tracker, "_get_cuda_rng_state", lambda *args, **kwargs: torch.get_rng_state())
+    replace(tracker, "_set_cuda_rng_state", lambda state, *args, **kwargs: torch.set_rng_state(state))
 
 
 class _TypeName(str):
@@ -174,7 +178,7 @@ def answer_to_cuda_type_names() -> None:
     def type_name(self: Tensor, dtype: Any = None, *args: Any, **kwargs: Any) -> Any:
         return _TypeName(original(self)) if dtype is None else original(self, dtype, *args, **kwargs)
 
-    _replace(torch.Tensor, "type", type_name)
+    replace(torch.Tensor, "type", type_name)
 
 
 def use_local_multi_tensor_kernels() -> None:
@@ -182,92 +186,15 @@ def use_local_multi_tensor_kernels() -> None:
     from megatron.core import utils
     from megatron.core.optimizer import clip_grads, optimizer
 
-    _replace(clip_grads, "multi_tensor_applier", utils.local_multi_tensor_applier)
-    _replace(clip_grads, "l2_norm_impl", utils.local_multi_tensor_l2_norm)
-    _replace(clip_grads, "multi_tensor_scale_impl", utils.local_multi_tensor_scale)
+    replace(clip_grads, "multi_tensor_applier", utils.local_multi_tensor_applier)
+    replace(clip_grads, "l2_norm_impl", utils.local_multi_tensor_l2_norm)
+    replace(clip_grads, "multi_tensor_scale_impl", utils.local_multi_tensor_scale)
     if hasattr(
         clip_grads, "multi_tensor_scale_tensor_impl"
     ):  # since 0.18; None is Megatron-Core's own value without it
         clip_grads.multi_tensor_scale_tensor_impl = None
-    _replace(optimizer, "multi_tensor_applier", utils.local_multi_tensor_applier)
-    _replace(optimizer, "multi_tensor_scale_impl", utils.local_multi_tensor_scale)
-
-
-class GroupAdam(torch.optim.Optimizer):
-    """Adam (Kingma and Ba, 2015) with decoupled weight decay (Loshchilov and Hutter, 2019), the step kept in each
-    parameter group and the moments in each parameter's state.
-
-    That is the layout of the fused optimizers of Apex and Transformer Engine, which Megatron-Core's distributed
-    optimizer relies on when it saves and loads; torch's own AdamW keeps the step with each parameter.
-    """
-
-    def __init__(
-        self,
-        params: Iterable[Any],
-        lr: float = 1e-3,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
-        weight_decay: float = 0.0,
-        adam_w_mode: bool = True,
-        capturable: bool = False,  # for CUDA graphs; passed by newer versions
-    ) -> None:
-        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
-        self.adam_w_mode = adam_w_mode
-
-    @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        loss = closure() if closure is not None else None
-        for group in self.param_groups:
-            params = [p for p in group["params"] if p.grad is not None]
-            if params:
-                group["step"] = int(group.get("step", 0)) + 1
-                self._update(group, params)
-        return loss
-
-    def _update(self, group: dict[str, Any], params: list[Tensor]) -> None:
-        beta1, beta2 = group["betas"]
-        grads = [p.grad for p in params if p.grad is not None]
-        if not self.adam_w_mode and group["weight_decay"]:
-            grads = list(torch._foreach_add(grads, params, alpha=group["weight_decay"]))
-        first, second = self._moments(params)
-        torch._foreach_lerp_(first, grads, 1 - beta1)
-        torch._foreach_mul_(second, beta2)
-        torch._foreach_addcmul_(second, grads, grads, value=1 - beta2)
-        if self.adam_w_mode and group["weight_decay"]:
-            torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
-        denominator = torch._foreach_sqrt(second)
-        torch._foreach_div_(denominator, (1 - beta2 ** group["step"]) ** 0.5)
-        torch._foreach_add_(denominator, group["eps"])
-        torch._foreach_addcdiv_(params, first, denominator, value=-group["lr"] / (1 - beta1 ** group["step"]))
-
-    def _moments(self, params: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-        for p in params:
-            state = self.state[p]
-            if not state:
-                state["exp_avg"] = torch.zeros_like(p)
-                state["exp_avg_sq"] = torch.zeros_like(p)
-        return [self.state[p]["exp_avg"] for p in params], [self.state[p]["exp_avg_sq"] for p in params]
-
-
-def use_adam_with_step_in_group() -> None:
-    """Without a fused Adam, Megatron-Core falls back to torch's, whose distributed-optimizer checkpoints cannot be
-    loaded (KeyError: 'step'): take an Adam with the fused ones' state layout instead."""
-    from megatron.core import optimizer
-    from megatron.core.optimizer import distrib_optimizer
-
-    _replace(optimizer, "Adam", GroupAdam)
-    _replace(optimizer, "USING_PYTORCH_OPTIMIZER", False)
-    _replace(distrib_optimizer, "Adam", GroupAdam)
-    _replace(distrib_optimizer, "HAVE_APEX_OR_TE", True)
-    _replace(distrib_optimizer, "USING_APEX_OPTIMIZER", True)
-
-
-def define_router_gemm() -> None:
-    """The router asks whether Transformer Engine's GEMM is there by comparing a name with None; 0.16 leaves the name
-    undefined when it is not (a NameError at the first router call). Later versions set None themselves."""
-    from megatron.core.transformer.moe import moe_utils
-
-    moe_utils.te_general_gemm = None
+    replace(optimizer, "multi_tensor_applier", utils.local_multi_tensor_applier)
+    replace(optimizer, "multi_tensor_scale_impl", utils.local_multi_tensor_scale)
 
 
 def give_split_sizes_as_arrays() -> None:
@@ -282,7 +209,7 @@ def give_split_sizes_as_arrays() -> None:
             return tensor.numpy()
         return original(tensor, as_numpy=as_numpy, record_stream=record_stream)
 
-    _replace(token_dispatcher, "maybe_move_tensor_to_cpu", move)
+    replace(token_dispatcher, "maybe_move_tensor_to_cpu", move)
 
 
 def gather_unequal_parts() -> None:
@@ -317,82 +244,5 @@ def gather_unequal_parts() -> None:
         torch.distributed.reduce_scatter_tensor(mine, padded, group=group)
         return mine[: sizes[group.rank()]]
 
-    _replace(mappings, "_gather_along_first_dim", gather_parts)
-    _replace(mappings, "_reduce_scatter_along_first_dim", reduce_scatter_parts)
-
-
-def scan_state_spaces_in_torch() -> None:
-    """MambaMixer takes its scan and its norm from mamba_ssm, when it is imported. Without mamba_ssm it finds
-    `megatron.state_space` under that name, for the time of that import only: nothing else, transformers in particular,
-    shall take the stand-ins for the package. Packed sequences, which the mixer ties to versions of the CUDA packages,
-    are right in them.
-
-    Its import also takes three inference kernels from a module that needs triton; where triton is missing, these are
-    left undefined.
-    """
-    if importlib.util.find_spec("mamba_ssm") is None:
-        stand_ins = _mamba_ssm()
-        if importlib.util.find_spec("triton") is None:
-            inference = ModuleType("megatron.core.inference.contexts.attention_context.triton.tensor_ops")
-            vars(inference).update(tensor_get_slice_after=None, tensor_masked_update=None, tensor_merge=None)
-            stand_ins.append(inference)
-        sys.modules.update({module.__name__: module for module in stand_ins})
-        try:
-            mixer = importlib.import_module("megatron.core.ssm.mamba_mixer")
-        finally:
-            for module in stand_ins:
-                del sys.modules[module.__name__]
-        _replace(mixer, "_check_mamba_sequence_packing_support", lambda **unused: (True, None))
-
-
-def _mamba_ssm() -> list[ModuleType]:
-    """The modules of mamba_ssm that MambaMixer imports from, over `megatron.state_space`."""
-    names = ("", ".ops", ".ops.triton", ".ops.triton.ssd_combined", ".ops.triton.layernorm_gated")
-    modules = [ModuleType("mamba_ssm" + name) for name in names]
-    for module in modules[:3]:
-        module.__path__ = []
-    scans = {
-        "mamba_chunk_scan_combined": state_space.mamba_chunk_scan_combined,
-        "mamba_split_conv1d_scan_combined": state_space.mamba_split_conv1d_scan_combined,
-    }
-    vars(modules[3]).update(scans)
-    vars(modules[4]).update(RMSNorm=state_space.RMSNorm)
-    return modules
-
-
-class DuplicatedLinear(torch.nn.Module):
-    """A linear without bias that every tensor-parallel rank holds whole: x [..., I] -> [..., O] and no bias.
-
-    Under sequence parallelism each rank sees part of the tokens, and the ranks' gradients are added up.
-    """
-
-    def __init__(
-        self, inputs: int, outputs: int, *, config: Any, init_method: Callable[[Tensor], Any], **unused: Any
-    ) -> None:
-        super().__init__()
-        self.weight = torch.nn.Parameter(torch.empty(outputs, inputs, dtype=config.params_dtype))
-        init_method(self.weight)
-        setattr(self.weight, "sequence_parallel", config.sequence_parallel)  # noqa: B010
-
-    def forward(self, x: Tensor) -> tuple[Tensor, None]:
-        return torch.nn.functional.linear(x, self.weight), None
-
-
-def project_latents_in_torch() -> None:
-    """Experts that work in a latent space have a projection into it and out of it, for which Megatron-Core asks
-    Transformer Engine by name."""
-    from megatron.core.transformer.moe import moe_layer
-
-    moe_layer.TELinear = DuplicatedLinear
-    _replace(moe_layer, "HAVE_TE", True)
-
-
-def _replace(owner: Any, name: str, value: Any) -> None:
-    if not hasattr(owner, name):
-        import megatron.core
-
-        raise AttributeError(
-            f"{getattr(owner, '__name__', owner)} has no {name}: megatron-core {megatron.core.__version__} cannot be "
-            "adapted to the CPU; install megatron-core>=0.16.1,<0.20"
-        )
-    setattr(owner, name, value)
+    replace(mappings, "_gather_along_first_dim", gather_parts)
+    replace(mappings, "_reduce_scatter_along_first_dim", reduce_scatter_parts)

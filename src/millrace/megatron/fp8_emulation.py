@@ -35,7 +35,6 @@ from torch import Tensor
 
 from millrace.config.model_shape import ModelShape
 from millrace.config.schema import PrecisionConfig
-from millrace.megatron.cpu import DuplicatedLinear
 from millrace.megatron.fp8_scaling import (
     BLOCK,
     E4M3,
@@ -50,6 +49,7 @@ from millrace.megatron.fp8_scaling import (
     power_of_two_scale,
     through_fp8,
 )
+from millrace.megatron.gaps import DuplicatedLinear
 from millrace.megatron.topology import Topology
 from millrace.megatron.weights import CanonicalNames
 

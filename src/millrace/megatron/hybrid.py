@@ -3,7 +3,7 @@
 They stand in Megatron-Core's transformer block like any other layer, so that pipeline stages, recomputation,
 checkpoints and the model around them are the same for all families.
 
-Imported where such a layer is built, after `megatron.cpu` has provided what MambaMixer asks for.
+Imported where such a layer is built, after `megatron.gaps` has provided what MambaMixer asks for.
 """
 
 from __future__ import annotations
@@ -87,8 +87,8 @@ def part_layer(
 def _mamba_layer(config: TransformerConfig, mamba: MambaShape, backend: BackendSpecProvider) -> ModuleSpec:
     if not HAVE_MAMBA_SSM:
         raise LayoutError(
-            "the model has Mamba-2 layers, whose kernels on CUDA come from two packages that are not installed here: "
-            "pip install mamba-ssm causal-conv1d, or train with trainer.device=cpu"
+            "the model has Mamba-2 layers, but the installed mamba-ssm does not load: build it for this torch (pip "
+            "install mamba-ssm causal-conv1d --no-build-isolation), or uninstall it for a scan in plain torch"
         )
     norm, column = _norm_and_column(backend)
     if norm is not IdentityOp:  # MambaLayer passes no eps

@@ -18,10 +18,11 @@ from millrace.config.model_shape import ModelShape
 from millrace.config.rules import layout_problems
 from millrace.config.schema import ParallelConfig, PrecisionConfig, TrainerConfig
 from millrace.megatron.expert_groups import choose_groups_by_their_best_two
+from millrace.megatron.kernels import transformer_engine_is_there
 from millrace.megatron.local_layers import make_local, needs_local_layers
 from millrace.megatron.model_config import rope_inverse_frequencies, transformer_config
 from millrace.megatron.precision import PLAIN, engine_recipe
-from millrace.megatron.specs import block_spec, transformer_engine_is_there
+from millrace.megatron.specs import block_spec
 from millrace.megatron.topology import LayoutError
 
 log = logging.getLogger(__name__)
@@ -53,15 +54,23 @@ def build_model(
     device: torch.device,
     *,
     grouped_experts: bool = True,
+    fused_gradients: bool = False,
     precision: PrecisionConfig = PLAIN,
 ) -> HiddenStateModel:
-    """This rank's pipeline stage, on `device`, with random weights; `grouped_experts` and `precision` as for
-    `transformer_config`. Raises LayoutError for a layout that cannot hold it."""
+    """This rank's pipeline stage, on `device`, with random weights; what else is given is as for `transformer_config`.
+    Raises LayoutError for a layout that cannot hold it."""
     check_layout(shape, parallel)
     check_context_parallelism(shape, parallel, device)
     check_dispatcher(trainer)
     config = transformer_config(
-        shape, parallel, trainer, dtype, device, grouped_experts=grouped_experts, precision=precision
+        shape,
+        parallel,
+        trainer,
+        dtype,
+        device,
+        grouped_experts=grouped_experts,
+        fused_gradients=fused_gradients,
+        precision=precision,
     )
     if (recipe := engine_recipe(precision)) is not None:
         log.info("linear layers are computed in FP8, by Transformer Engine's %s", recipe)
@@ -69,7 +78,7 @@ def build_model(
         choose_groups_by_their_best_two()
     stage = shape.stage_layers(parallel.pp, parallel_state.get_pipeline_model_parallel_rank())
     layers = shape.layers[stage.start : stage.stop]
-    spec = block_spec(config, layers, shape.mamba, device)
+    spec = block_spec(config, layers, shape.mamba)
     if needs_local_layers(shape):
         make_local(spec, shape, layers)
     model = HiddenStateModel(

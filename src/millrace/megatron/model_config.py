@@ -15,8 +15,8 @@ from torch import Tensor
 
 from millrace.config.model_shape import Activation, ModelShape
 from millrace.config.schema import ParallelConfig, PrecisionConfig, TrainerConfig
+from millrace.megatron.kernels import accumulates_gradients_in_products, uses_transformer_engine
 from millrace.megatron.precision import PLAIN, require_computable, transformer_options
-from millrace.megatron.specs import uses_transformer_engine
 
 ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
@@ -33,13 +33,15 @@ def transformer_config(
     device: torch.device,
     *,
     grouped_experts: bool = True,
+    fused_gradients: bool = False,
     precision: PrecisionConfig = PLAIN,
 ) -> TransformerConfig:
     """Megatron-Core's description of the model. Kernels that exist on CUDA with Transformer Engine only are off
-    without. `grouped_experts`: compute all experts of a rank in one grouped product, where that is possible. Raises
-    PrecisionError for an FP8 that this machine cannot compute."""
+    without. `grouped_experts`: compute all experts of a rank in one grouped product; `fused_gradients`: let products of
+    weight gradients, of a model that has gradient buffers for all its weights, add to them; each where that is
+    possible. Raises PrecisionError for an FP8 that this machine cannot compute."""
     require_computable(precision, shape, device)
-    fused = uses_transformer_engine(shape, device)
+    fused = uses_transformer_engine(shape, device, dtype)
     describe = TransformerConfig if shape.latent_attention is None else MLATransformerConfig
     return describe(
         num_layers=shape.num_layers,
@@ -79,7 +81,7 @@ def transformer_config(
         bias_dropout_fusion=False,
         bias_activation_fusion=fused and shape.gated and shape.activation == "silu",
         apply_rope_fusion=fused and shape.latent_attention is None,
-        gradient_accumulation_fusion=False,
+        gradient_accumulation_fusion=fused_gradients and device.type == "cuda" and accumulates_gradients_in_products(),
         **_stage_options(shape, parallel.pp),
         **_recompute_options(trainer, shape, parallel),
         **_expert_options(shape, fused and grouped_experts, fused and trainer.permute_fusion),

@@ -9,6 +9,7 @@ Legend: N tokens of the global batch, T tokens of a micro-batch, B sequences, S 
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
@@ -37,12 +38,15 @@ from millrace.megatron import lora, weights
 from millrace.megatron.context import ContextShare
 from millrace.megatron.divergence import Divergence, TeacherStates, taught_logprobs
 from millrace.megatron.fp8_emulation import Fp8Emulation
+from millrace.megatron.kernels import kernels_in_use
 from millrace.megatron.logprobs import token_logprobs, vocabulary_logits, whole_hidden
 from millrace.megatron.microbatch import MicroBatch, cut_batch
 from millrace.megatron.model import HiddenStateModel, build_model
 from millrace.megatron.optimizer import build_optimizer, learning_rate, set_hyper_parameters
 from millrace.megatron.precision import PLAIN, data_parallel_options, token_multiple
 from millrace.megatron.topology import Topology
+
+log = logging.getLogger(__name__)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -83,10 +87,20 @@ class Policy:
         self.step = 0
         """Updates made since the policy was built; checkpoints carry it on."""
         self.dtype = DTYPES[model.dtype]
-        grouped = not lora.adapts_experts(shape, model.lora)
+        whole = optimizer is not None and model.lora is None
         self.module = build_model(
-            shape, parallel, trainer, self.dtype, topology.device, grouped_experts=grouped, precision=precision
+            shape,
+            parallel,
+            trainer,
+            self.dtype,
+            topology.device,
+            grouped_experts=not lora.adapts_experts(shape, model.lora),
+            fused_gradients=whole,
+            precision=precision,
         )
+        if optimizer is not None:
+            for sentence in kernels_in_use(shape, topology.device, self.dtype, fused_gradients=whole):
+                log.info(sentence)
         self.emulation: Fp8Emulation | None = None
         """Of FP8, with `precision.emulate`."""
         if precision.fp8 != "none" and precision.emulate:

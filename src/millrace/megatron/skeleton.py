@@ -94,7 +94,7 @@ def megatron_layout(shape: ModelShape, folder: Path) -> Layout:
     Call it in a process of its own: it joins process groups and adapts Megatron-Core. Raises ConversionError for a
     tensor that is no part of a parameter with a line in the family's table.
     """
-    adapt(CPU)
+    adapt()
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     parallel_state.initialize_model_parallel()
     tensor_parallel.model_parallel_cuda_manual_seed(1)

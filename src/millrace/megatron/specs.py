@@ -1,14 +1,12 @@
 """Layer specifications: which module Megatron-Core builds in each place of a transformer layer.
 
-On CUDA these are Transformer Engine's fused modules. Without Transformer Engine (always on CPU) they are
+On CUDA these are Transformer Engine's fused modules, where `kernels` finds that it can be used. Elsewhere they are
 Megatron-Core's own parallel linears with the two modules it has no fitting plain version of: an RMSNorm that works
 under sequence parallelism, and an attention over packed sequences whose memory is linear in their length.
 """
 
 from __future__ import annotations
 
-import importlib.util
-import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -30,12 +28,9 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 from torch import Tensor
 
-from millrace.config.model_shape import LayerShape, MambaShape, ModelShape
+from millrace.config.model_shape import LayerShape, MambaShape
 from millrace.megatron.attention import PackedAttention
 from millrace.megatron.latent_attention import LatentAttention, latent_attention_spec
-from millrace.megatron.local_layers import needs_local_layers
-
-log = logging.getLogger(__name__)
 
 
 class RMSNorm(torch.nn.Module):
@@ -71,25 +66,11 @@ class TorchSpecProvider(LocalSpecProvider):
         return PackedAttention
 
 
-def transformer_engine_is_there() -> bool:
-    return importlib.util.find_spec("transformer_engine") is not None
-
-
-def uses_transformer_engine(shape: ModelShape, device: torch.device) -> bool:
-    """Whether the model's layers are Transformer Engine's; those of `local_layers` are always plain torch modules."""
-    return device.type == "cuda" and transformer_engine_is_there() and not needs_local_layers(shape)
-
-
 def block_spec(
-    config: TransformerConfig, layers: Sequence[LayerShape], mamba: MambaShape | None, device: torch.device
+    config: TransformerConfig, layers: Sequence[LayerShape], mamba: MambaShape | None
 ) -> TransformerBlockSubmodules:
     """Specification of one pipeline stage, of these layers."""
     use_te = config.transformer_impl == "transformer_engine"
-    if device.type == "cuda" and not use_te:
-        reason = "has no such layers" if transformer_engine_is_there() else "is not installed"
-        log.warning(
-            f"Transformer Engine {reason}: they are built from plain torch modules, which are slower and have no FP8"
-        )
     specs = {layer: _layer(config, layer, mamba, use_te) for layer in set(layers)}
     norm = _transformer_engine_norm() if use_te else RMSNorm
     return TransformerBlockSubmodules(layer_specs=[specs[layer] for layer in layers], layer_norm=norm)
@@ -97,7 +78,7 @@ def block_spec(
 
 def _layer(config: TransformerConfig, layer: LayerShape, mamba: MambaShape | None, use_te: bool) -> ModuleSpec:
     if layer.mixer is None or layer.ffn is None:
-        from millrace.megatron.hybrid import part_layer  # not before megatron.cpu has adapted Megatron-Core
+        from millrace.megatron.hybrid import part_layer  # not before megatron.gaps has filled them
 
         return part_layer(config, layer, mamba, TESpecProvider() if use_te else TorchSpecProvider())
     return (_transformer_engine_layer if use_te else _torch_layer)(config, layer.ffn == "experts")

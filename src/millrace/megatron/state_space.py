@@ -9,8 +9,8 @@ changes no result, only the time. The backward is written out: it keeps the inpu
 computes the scores anew.
 
 `mamba_split_conv1d_scan_combined`, `mamba_chunk_scan_combined` and `RMSNorm` carry mamba_ssm's names and arguments, so
-that Megatron-Core's MambaMixer runs on them (see `megatron.cpu`). A packed micro-batch names the sequence of each token
-in `seq_idx`, whose numbers must not fall: convolution and state start anew with each sequence.
+that Megatron-Core's MambaMixer runs on them (see `megatron.gaps`). A packed micro-batch names the sequence of each
+token in `seq_idx`, whose numbers must not fall: convolution and state start anew with each sequence.
 
 The time step is dt = softplus(raw + dt_bias), clamped to `dt_limit`, which is (0, inf), no clamp, unless the caller
 says otherwise. Megatron-Core never says otherwise, and neither does vLLM 0.32 (mixer2 passes (0, inf) to its prefill
@@ -37,13 +37,13 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 NO_LIMIT = (0.0, math.inf)
 
 _LONGEST_BLOCK = {"small state": 32, "large state": 64}
-"""Tokens of a block at most, measured on CPUs: scores cost Q a token, states N a token and block. GPU kernels prefer
-the 128 or 256 that `chunk_size` says."""
+"""Tokens of a block at most on CPUs, measured: scores cost Q a token, states N a token and block. GPUs prefer the 128
+or 256 that `chunk_size` says."""
 _LARGE_STATE = 64
 
-_TILE_SCORES = 1 << 18
-"""Scores that exist at one time (1 MiB in float32): as many blocks are worked on together, so that they stay in the
-cache."""
+_TILE_SCORES = {"cpu": 1 << 18, "cuda": 1 << 26}
+"""Scores that exist at one time: as many blocks are worked on together. On CPUs they stay in the cache (1 MiB in
+float32); on a GPU (256 MiB) they are enough to fill it."""
 
 _TILE_CHANNELS = 1 << 17
 """Numbers of one slice of a convolution's input: all taps pass over it while it is in the cache."""
@@ -146,8 +146,9 @@ def mamba_chunk_scan_combined(
         dt = dt.clamp(*dt_limit)
     if initial_states is None:
         initial_states = x.new_zeros(x.shape[0], *x.shape[2:], state_size)
-    longest = _LONGEST_BLOCK["large state" if state_size >= _LARGE_STATE else "small state"]
-    block = min(chunk_size, longest, x.shape[1])
+    block = min(chunk_size, x.shape[1])
+    if x.device.type == "cpu":
+        block = min(block, _LONGEST_BLOCK["large state" if state_size >= _LARGE_STATE else "small state"])
     y, state = _Scan.apply(x * dt[..., None], dt * A, B, C, initial_states.to(exact), seq_idx, block)
     if D is not None:
         y = y + x * (D if D.dim() == 2 else D[:, None]).to(exact)
@@ -182,7 +183,7 @@ class _Blocks:
         self.unreachable = ~causal.expand(self.rows * self.of_row, 1, 1, block, block)
         if seq_idx is not None:
             self._part_sequences(seq_idx.expand(self.rows, self.length))
-        tile = max(1, _TILE_SCORES // (heads * block * block))
+        tile = max(1, _TILE_SCORES[log_decay.device.type] // (heads * block * block))
         self.tiles = [slice(z, z + tile) for z in range(0, self.rows * self.of_row, tile)]
 
     def _part_sequences(self, seq_idx: Tensor) -> None:

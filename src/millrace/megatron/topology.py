@@ -18,6 +18,7 @@ from megatron.core import parallel_state, tensor_parallel
 from millrace.config.schema import ParallelConfig, TrainerConfig
 from millrace.errors import MillraceError
 from millrace.megatron.cpu import adapt
+from millrace.megatron.gaps import fill_gaps
 
 
 class LayoutError(MillraceError):
@@ -95,10 +96,11 @@ def init_distributed(parallel: ParallelConfig, trainer: TrainerConfig, seed: int
     device = choose_device(trainer)
     rank, world = _ranks_from_environment()
     _check_layout(parallel, world)
-    adapt(device)
     if device.type == "cuda":
+        fill_gaps()
         torch.cuda.set_device(device)
     else:
+        adapt()
         torch.set_num_threads(trainer.threads_per_rank or max(1, (os.cpu_count() or 1) // world))
     torch.use_deterministic_algorithms(trainer.deterministic)
     timeout = timedelta(seconds=trainer.collective_timeout_s)

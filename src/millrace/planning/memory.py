@@ -80,13 +80,15 @@ class Memory:
 
 
 class MemoryModel:
-    """Memory of one recipe on one cluster."""
+    """Memory of one recipe on one cluster. `fused`: whether the layers are Transformer Engine's; when absent they are
+    taken to be, on GPUs and where it has such layers."""
 
-    def __init__(self, recipe: Recipe, cluster: ClusterConfig, shape: ModelShape) -> None:
+    def __init__(self, recipe: Recipe, cluster: ClusterConfig, shape: ModelShape, *, fused: bool | None = None) -> None:
         self.recipe, self.cluster, self.shape = recipe, cluster, shape
         self.on_cpu = recipe.trainer.device == "cpu" or not cluster.node.gpus
         self.engines_on_cpu = not cluster.node.gpus
         self.gpu = int(cluster.node.gpu_memory_gib * GIB) if cluster.node.gpus else 0
+        self.fused = not self.on_cpu and not _has_local_layers(shape) if fused is None else fused
 
     @cached_property
     def trainer(self) -> tuple[Role, ...]:
@@ -164,7 +166,7 @@ class MemoryModel:
             dtype=recipe.model.dtype,
             recompute=recipe.trainer.recompute,
             tokens=recipe.trainer.max_tokens_per_micro_batch,
-            fused=not self.on_cpu and not _has_local_layers(shape),
+            fused=self.fused,
         )
         parts = stage_parts(shape, settings, pp_rank)
         waiting = in_flight(p.pp, pp_rank, 2 * p.pp) - 1

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from millrace.config.schema import OptimizerConfig
-from millrace.megatron.cpu import GroupAdam
+from millrace.megatron.adam import GroupAdam
 from millrace.megatron.optimizer import learning_rate
 
 
@@ -32,13 +32,14 @@ def test_a_falling_schedule_without_a_length_is_refused() -> None:
         learning_rate(0, OptimizerConfig(schedule="cosine"), 0)
 
 
+@pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("decoupled", [True, False])
-def test_group_adam_equals_torch_adam_and_keeps_its_step_in_the_group(decoupled: bool) -> None:
+def test_group_adam_equals_torch_adam_and_keeps_its_step_in_the_group(decoupled: bool, fused: bool) -> None:
     torch.manual_seed(0)
     ours = [torch.randn(5, 3, requires_grad=True), torch.randn(7, requires_grad=True)]
     theirs = [p.detach().clone().requires_grad_() for p in ours]
     options = {"lr": 1e-2, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
-    mine = GroupAdam(ours, adam_w_mode=decoupled, **options)
+    mine = GroupAdam(ours, adam_w_mode=decoupled, fused=fused, **options)
     reference = (torch.optim.AdamW if decoupled else torch.optim.Adam)(theirs, **options)
     for _ in range(5):
         for p, q in zip(ours, theirs, strict=True):

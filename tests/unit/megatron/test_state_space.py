@@ -132,7 +132,7 @@ def test_tiles_of_one_block_change_nothing(monkeypatch: pytest.MonkeyPatch) -> N
     given, seq_idx = inputs(), sequence_numbers()
     outputs = scan(given, 16, seq_idx)
     whole = [*outputs, *gradients(outputs, given.tensors())]
-    monkeypatch.setattr(state_space, "_TILE_SCORES", 1)
+    monkeypatch.setattr(state_space, "_TILE_SCORES", {"cpu": 1})
     outputs = scan(given, 16, seq_idx)
     assert largest_difference([*outputs, *gradients(outputs, given.tensors())], whole) <= 1e-14
 

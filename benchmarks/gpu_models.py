@@ -1,0 +1,175 @@
+"""The models of `benchmarks.gpu`: layers of released models, as many of them as fit.
+
+What fits is told by the plan's own estimate of memory, which the benchmark then holds against what was taken.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from benchmarks.setting import OPTIMIZER, shape_of
+from millrace.config.cluster import ClusterConfig, NodeConfig
+from millrace.config.model_shape import ModelShape
+from millrace.config.schema import ModelConfig, PrecisionConfig, Recipe, SftStage, TrainerConfig
+from millrace.planning.assumed import GIB
+from millrace.planning.memory import MemoryModel
+
+Family = Literal["dense", "moe", "hybrid"]
+
+QWEN3: dict[str, Any] = {
+    "model_type": "qwen3",
+    "head_dim": 128,
+    "num_key_value_heads": 8,
+    "vocab_size": 151936,
+    "rope_theta": 1e6,
+    "rms_norm_eps": 1e-6,
+    "max_position_embeddings": 40960,
+    "attention_bias": False,
+    "hidden_act": "silu",
+    "torch_dtype": "bfloat16",
+}
+DENSE = (
+    ("Qwen3-8B", 36, 4096, 32, 12288, False),
+    ("Qwen3-4B", 36, 2560, 32, 9728, True),
+    ("Qwen3-1.7B", 28, 2048, 16, 6144, True),
+    ("Qwen3-1.7B, half its layers", 14, 2048, 16, 6144, True),
+)
+"""Name, layers, hidden size, heads, width of the feed-forward, tied head; the largest first."""
+MOE: dict[str, Any] = QWEN3 | {
+    "model_type": "qwen3_moe",
+    "hidden_size": 2048,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 4,
+    "intermediate_size": 6144,
+    "moe_intermediate_size": 768,
+    "num_experts_per_tok": 8,
+    "norm_topk_prob": True,
+    "decoder_sparse_step": 1,
+    "mlp_only_layers": [],
+    "tie_word_embeddings": False,
+}
+HYBRID: dict[str, Any] = {
+    "model_type": "nemotron_h",
+    "vocab_size": 131072,
+    "hidden_size": 2688,
+    "intermediate_size": 1856,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 2,
+    "head_dim": 128,
+    "mlp_hidden_act": "relu2",
+    "mamba_num_heads": 64,
+    "mamba_head_dim": 64,
+    "mamba_hidden_act": "silu",
+    "ssm_state_size": 128,
+    "n_groups": 8,
+    "conv_kernel": 4,
+    "use_conv_bias": True,
+    "chunk_size": 128,
+    "n_shared_experts": 1,
+    "num_experts_per_tok": 6,
+    "moe_intermediate_size": 1856,
+    "moe_shared_expert_intermediate_size": 3712,
+    "norm_topk_prob": True,
+    "routed_scaling_factor": 2.5,
+    "n_group": 1,
+    "topk_group": 1,
+    "layer_norm_epsilon": 1e-5,
+    "max_position_embeddings": 262144,
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+}
+PATTERN = "MEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEMEM*EMEMEMEME"
+"""The layers of Nemotron 3 Nano."""
+TINY: dict[Family, dict[str, Any]] = {
+    "dense": QWEN3
+    | {"num_hidden_layers": 2, "hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
+    | {"head_dim": 32, "intermediate_size": 128, "vocab_size": 512, "tie_word_embeddings": True},
+    "moe": MOE
+    | {"num_hidden_layers": 2, "hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "num_experts": 4}
+    | {"head_dim": 32, "moe_intermediate_size": 64, "num_experts_per_tok": 2, "vocab_size": 512},
+    "hybrid": HYBRID
+    | {"hybrid_override_pattern": "ME*M", "num_hidden_layers": 4, "hidden_size": 64, "num_attention_heads": 4}
+    | {"head_dim": 32, "mamba_num_heads": 8, "mamba_head_dim": 16, "ssm_state_size": 16, "n_groups": 2}
+    | {"chunk_size": 32, "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
+    | {"moe_shared_expert_intermediate_size": 64, "vocab_size": 512},
+}
+RECOMPUTE: tuple[Literal["none", "selective", "full"], ...] = ("none", "selective", "full")
+MARGIN = 0.92
+"""Of the free memory that an estimate may fill: it may be a few per cent too low."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A model that fits, and how its activations are kept."""
+
+    name: str
+    shape: ModelShape
+    recompute: Literal["none", "selective", "full"]
+    planned: int
+    """Bytes by the plan's estimate."""
+
+
+def candidates(family: Family, tiny: bool) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Names and config.json of a family's models, the largest first."""
+    if tiny:
+        yield f"tiny {family}", TINY[family]
+    elif family == "dense":
+        for name, layers, hidden, heads, ffn, tied in DENSE:
+            sizes = {"num_hidden_layers": layers, "hidden_size": hidden, "num_attention_heads": heads}
+            yield name, {**QWEN3, **sizes, "intermediate_size": ffn, "tie_word_embeddings": tied}
+    elif family == "moe":
+        for layers, experts in (
+            (48, 128),
+            (24, 128),
+            (12, 128),
+            (8, 128),
+            (6, 128),
+            (4, 128),
+            (2, 128),
+            (4, 32),
+            (2, 16),
+        ):
+            name = f"Qwen3-30B-A3B, {layers} of 48 layers, {experts} of 128 experts"
+            yield name, {**MOE, "num_hidden_layers": layers, "num_experts": experts}
+    else:
+        for layers, experts in ((52, 128), (26, 128), (13, 128), (8, 128), (6, 128), (6, 64), (6, 32), (6, 16)):
+            name = f"Nemotron 3 Nano, {layers} of 52 layers, {experts} of 128 experts"
+            pattern = {"hybrid_override_pattern": PATTERN[:layers], "num_hidden_layers": layers}
+            yield name, {**HYBRID, **pattern, "n_routed_experts": experts}
+
+
+def choose(
+    family: Family, tokens: int, room: int, precision: PrecisionConfig, *, device: str, fused: bool, tiny: bool
+) -> Choice | None:
+    """The largest model whose training with micro-batches of so many tokens fits into `room` bytes, with as little
+    recomputation as that takes; None when none does."""
+    for name, config in candidates(family, tiny):
+        shape = shape_of(config)
+        for recompute in RECOMPUTE:
+            trainer = TrainerConfig(device="cpu" if device == "cpu" else "cuda", recompute=recompute)
+            trainer = replace(trainer, max_tokens_per_micro_batch=tokens)
+            planned = planned_bytes(shape, trainer, precision, room, fused=fused)
+            if planned <= MARGIN * room:
+                return Choice(name, shape, recompute, planned)
+    return None
+
+
+def planned_bytes(
+    shape: ModelShape, trainer: TrainerConfig, precision: PrecisionConfig, room: int, *, fused: bool
+) -> int:
+    """What `millrace plan` says of one trainer rank: the GPU's memory, on the CPU the whole of its process."""
+    recipe = Recipe(
+        name="benchmark",
+        run_dir="(none)",
+        model=ModelConfig(path="(random)", dtype="bfloat16"),
+        precision=precision,
+        trainer=trainer,
+        stages=(SftStage(name="sft", data=("(random)",), steps=1, optimizer=OPTIMIZER),),
+    )
+    gpus = 0 if trainer.device == "cpu" else 1
+    node = NodeConfig(gpus=gpus, gpu_memory_gib=room / GIB, cores=8, memory_gib=room / GIB)
+    cluster = ClusterConfig(name="this machine", nodes=1, node=node)
+    role = MemoryModel(recipe, cluster, shape, fused=fused).trainer[0]
+    return role.device_bytes + (0 if gpus else role.host_bytes)
