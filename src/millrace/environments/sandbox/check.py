@@ -6,6 +6,7 @@ what the program wrote. Every test is a process of its own.
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -20,6 +21,8 @@ TRIES = 3
 
 SHOWN = 120
 """Characters of a program's message that a reason quotes."""
+COMPARED = 60
+"""Characters of a wrong output, and of the one that was expected, that a reason quotes."""
 
 _boxes: dict[str, Box] = {}
 
@@ -75,13 +78,20 @@ def _problem(run: Run, expected: Any, is_value: bool, tolerance: float | None) -
     if not run.clean:
         return _ending(run)
     try:
+        given = run.stdout.decode()
         if is_value:
-            return None if same_value(read_value(run.stdout.decode()), expected, tolerance) else "wrong value"
-        return None if same_text(run.stdout.decode(), expected, tolerance) else "wrong output"
+            right = same_value(read_value(given), expected, tolerance)
+            return None if right else f"wrong value {_shown(given)}, not {_shown(json.dumps(expected))}"
+        right = same_text(given, expected, tolerance)
+        return None if right else f"wrong output {_shown(repr(given.rstrip()))}, not {_shown(repr(expected.rstrip()))}"
     except NotOneValueError:
         return "no value"
     except UnicodeDecodeError:
         return "output is no text"
+
+
+def _shown(text: str) -> str:
+    return text if len(text) <= COMPARED else f"{text[:COMPARED]}..."
 
 
 def _ending(run: Run) -> str:
