@@ -38,9 +38,14 @@ def tasks(programs):
     return programs.distinct_code_tasks(random.Random(5), 300)
 
 
+def body_of(programs, words):
+    (body,) = [body for some in programs.all_bodies() for body in some if body.words == words]
+    return body
+
+
 @pytest.mark.parametrize(("words", "inputs", "value"), MEANINGS)
 def test_the_right_code_does_what_the_words_say(programs, words, inputs, value):
-    (body,) = [body for some in programs.all_bodies().values() for body in some if body.words == words]
+    body = body_of(programs, words)
     assert programs.results(programs.put_together(part.right for part in body.parts), [inputs]) == [value]
 
 
@@ -56,10 +61,10 @@ def test_the_same_seed_draws_the_same_problems(programs):
 
 
 def test_mistakes_that_give_the_right_result_are_none(programs):
-    bodies = {body.words: body for body in programs.all_bodies()["list"]}
-    task = programs.make_task(bodies["the largest of the numbers of v above 3"], None, random.Random(1))
-    comparison = task.body.parts[1]
-    assert comparison.wrong == ("{} for x in v if x < 3",), "the largest above 3 is the largest from 3 on"
+    body = body_of(programs, "the largest of the numbers of v above 3")
+    task = programs.make_task(body, None, random.Random(1))
+    assert body.parts[1].wrong == ("{} for x in v if x >= 3", "{} for x in v if x < 3")
+    assert task.body.parts[1].wrong == ("{} for x in v if x < 3",)
 
 
 def test_every_mistake_fails_one_of_few_tests(programs):

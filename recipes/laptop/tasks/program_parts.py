@@ -43,8 +43,9 @@ class Body:
     parts: tuple[Part, ...]
 
 
-def all_bodies() -> dict[str, list[Body]]:
-    return {"pair": pair_bodies(), "text": text_bodies(), "list": list_bodies()}
+def all_bodies() -> tuple[list[Body], ...]:
+    """By subject."""
+    return pair_bodies(), text_bodies(), list_bodies()
 
 
 PAIR = Subject(

@@ -48,23 +48,14 @@ class CodeTask:
 
     def row(self) -> Row:
         subject, right = self.body.subject, put_together(part.right for part in self.body.parts)
-        values = results(right, self.inputs)
-        if self.function is not None:
-            return {
-                "prompt": f"Write {self.function}({subject.arguments}) that returns {self.body.words}.",
-                "function": self.function,
-                "tests": [
-                    {"input": list(inputs.values()), "output": value}
-                    for inputs, value in zip(self.inputs, values, strict=True)
-                ],
-            }
-        return {
-            "prompt": f"Read {subject.given}. Print {self.body.words}.",
-            "tests": [
-                {"input": f"{subject.write(inputs)}\n", "output": f"{value}\n"}
-                for inputs, value in zip(self.inputs, values, strict=True)
-            ],
-        }
+        tests = list(zip(self.inputs, results(right, self.inputs), strict=True))
+        if self.function is None:
+            prompt = f"Read {subject.given}. Print {self.body.words}."
+            streams = [{"input": f"{subject.write(given)}\n", "output": f"{value}\n"} for given, value in tests]
+            return {"prompt": prompt, "tests": streams}
+        prompt = f"Write {self.function}({subject.arguments}) that returns {self.body.words}."
+        calls = [{"input": list(given.values()), "output": value} for given, value in tests]
+        return {"prompt": prompt, "function": self.function, "tests": calls}
 
     def work_out(self) -> str:
         """The right answer."""
@@ -114,14 +105,13 @@ def make_task(body: Body, function: str | None, rng: random.Random) -> CodeTask:
     largest from 3 on.
     """
     drawn = [body.subject.draw(rng) for _ in range(CANDIDATES)]
-    values = results(put_together(part.right for part in body.parts), drawn)
-    right = [(one, value) for one, value in zip(drawn, values, strict=True) if not isinstance(value, Exception)]
-    inputs = [one for one, _ in right]
+    right = put_together(part.right for part in body.parts)
+    inputs = [one for one, value in zip(drawn, results(right, drawn), strict=True) if not isinstance(value, Exception)]
+    values = results(right, inputs)
     parts, catching = list(body.parts), []
     for i, wrong, whole in with_one_mistake(body.parts):
-        given = results(whole, inputs)
-        caught = {j for j, (_, value) in enumerate(right) if not _same(value, given[j])}
-        if caught:
+        pairs = zip(values, results(whole, inputs), strict=True)
+        if caught := {j for j, (value, given) in enumerate(pairs) if not _same(value, given)}:
             catching.append(caught)
         else:
             parts[i] = replace(parts[i], wrong=tuple(code for code in parts[i].wrong if code != wrong))
@@ -144,6 +134,6 @@ def choose_tests(catching: Sequence[set[int]], candidates: int) -> list[int]:
 
 def distinct_code_tasks(rng: random.Random, count: int) -> list[CodeTask]:
     """Problems with pairwise different bodies, of each subject as many; half of them ask for a function."""
-    bodies = [body for some in all_bodies().values() for body in rng.sample(some, k=-(-count // 3))]
+    bodies = [body for some in all_bodies() for body in rng.sample(some, k=-(-count // 3))]
     rng.shuffle(bodies)
     return [make_task(body, rng.choice(FUNCTIONS) if rng.random() < 0.5 else None, rng) for body in bodies[:count]]
