@@ -8,10 +8,12 @@ and, compared by a judge, chat. Training and held-out prompts are disjoint. Besi
 * `sft.jsonl`: noisy demonstrations of math and instruction following, of which half pass, for dense.yaml, moe.yaml and
   nemotron_h.yaml;
 * `cascade/sft.jsonl`: demonstrations of all four tasks for cascade.yaml, right in math and noisy elsewhere;
-* `judge/train.jsonl`, `judge/held_out.jsonl`: pairs of chat answers with the verdict of a rule, for judge.yaml.
+* `judge/train.jsonl`, `judge/held_out.jsonl`: pairs of chat answers with the verdict of a rule, for judge.yaml;
+* with --code `code/`: programming problems, and demonstrations of which half pass, for code.yaml.
 
 The base follows the Qwen3 layout (`base/`), with --moe also the mixture-of-experts one (`base-moe/`), and with --hybrid
-also that of Nemotron-H, with Mamba-2 layers (`base-hybrid/`). The same seed writes the same files.
+also that of Nemotron-H, with Mamba-2 layers (`base-hybrid/`). --code adds `base-code/`, like `base/` but with a
+tokenizer made for programs. The same seed writes the same files.
 """
 
 from __future__ import annotations
@@ -28,6 +30,7 @@ from base_model import train_tokenizer, write_base
 from tasks.choices import distinct_choices
 from tasks.lists import distinct_list_tasks
 from tasks.notes import NoteTask, all_note_tasks
+from tasks.programs import distinct_code_tasks
 from tasks.sums import Sum, all_sums
 from tasks.verdicts import draw_pair
 
@@ -42,6 +45,7 @@ HELD_OUT_PROMPTS = {"math": 128, "instruction_following": 128, "mcqa": 128, "cha
 NOISY_CONVERSATIONS = {"math": 7000, "instruction_following": 7000}
 CASCADE_CONVERSATIONS = {"math": 7000, "instruction_following": 5000, "mcqa": 4000, "chat": 2000}
 JUDGED_PAIRS, HELD_OUT_PAIRS = 12000, 500
+CODE_PROBLEMS, HELD_OUT_CODE_PROBLEMS, CODE_CONVERSATIONS = 1200, 128, 12000
 REFERENCE_CARE = 0.75
 """Chance that a held-out reference note has one of the four parts of a good note."""
 
@@ -137,6 +141,20 @@ def write_data(folder: Path, seed: int) -> list[str]:
         *write_conversations(folder / "cascade" / "sft.jsonl", cascade, rng),
         *write_conversations(folder / "judge" / "train.jsonl", pairs[HELD_OUT_PAIRS:], rng),
     ]
+    return texts_of(rows)
+
+
+def write_code_data(folder: Path, seed: int) -> list[str]:
+    """Write the programming problems and their demonstrations; returns the texts that their tokenizer is trained on."""
+    rng = random.Random(seed)
+    problems = distinct_code_tasks(rng, CODE_PROBLEMS + HELD_OUT_CODE_PROBLEMS)
+    held_out, train = problems[:HELD_OUT_CODE_PROBLEMS], problems[HELD_OUT_CODE_PROBLEMS:]
+    write_prompts(folder, (task.row() for task in train), (task.row() for task in held_out))
+    rows = conversations(train, lambda task, rng: task.demonstrate(rng), CODE_CONVERSATIONS, rng)
+    return texts_of(write_conversations(folder / "sft.jsonl", rows, rng))
+
+
+def texts_of(rows: list[Row]) -> list[str]:
     return [message["content"] for row in rows for message in row["messages"]]
 
 
@@ -151,6 +169,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=1, help="seed of the data and of the base's weights")
     parser.add_argument("--moe", action="store_true", help="also write the mixture-of-experts base")
     parser.add_argument("--hybrid", action="store_true", help="also write the hybrid base, with Mamba-2 layers")
+    parser.add_argument("--code", action="store_true", help="also write programming problems, and a base for them")
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     texts = write_data(options.out, options.seed)
@@ -160,6 +179,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         write_base(options.out / "base-moe", tokenizer, options.seed, "moe")
     if options.hybrid:
         write_base(options.out / "base-hybrid", tokenizer, options.seed, "hybrid")
+    if options.code:
+        code_tokenizer = train_tokenizer(write_code_data(options.out / "code", options.seed))
+        write_base(options.out / "base-code", code_tokenizer, options.seed, "dense")
 
 
 if __name__ == "__main__":

@@ -63,6 +63,7 @@ AWAY = "fleet.transport is shared_memory, which does not reach the 1 engines on 
 WANTS_CUDA = "fleet.transport is nccl, which needs CUDA, but the nodes of cpu have no GPUs"
 REFUSED = {
     ("laptop/cascade.yaml", "cpu"): AWAY,
+    ("laptop/code.yaml", "cpu"): AWAY,
     ("laptop/dense.yaml", "cpu"): AWAY,
     ("laptop/moe.yaml", "cpu"): AWAY,
     ("laptop/mopd-vs-grpo.yaml", "cpu"): AWAY,

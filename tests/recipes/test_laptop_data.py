@@ -1,7 +1,5 @@
 import asyncio
-import importlib
 import json
-import sys
 from pathlib import Path
 
 import pytest
@@ -17,16 +15,8 @@ from millrace.environments.judge_prompt import judge_messages
 from millrace.environments.registry import make_environment
 
 RECIPES = Path(__file__).parents[2] / "recipes" / "laptop"
-SCORED = ("math", "instruction_following", "mcqa")
-"""Domains whose environments score an answer alone."""
-
-
-@pytest.fixture(scope="module")
-def scripts():
-    """Where the script finds its modules when it is run."""
-    sys.path.insert(0, str(RECIPES))
-    yield importlib.import_module
-    sys.path.remove(str(RECIPES))
+SCORED = {"math": 600, "instruction_following": 600, "mcqa": 600, "code": 120}
+"""Domains whose environments score an answer alone, and demonstrations that are scored here: programs are run."""
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +27,7 @@ def make_data(scripts):
 @pytest.fixture(scope="module")
 def demo(make_data, tmp_path_factory):
     folder = tmp_path_factory.mktemp("demo")
-    make_data(["--out", str(folder), "--seed", "3", "--moe", "--hybrid"])
+    make_data(["--out", str(folder), "--seed", "3", "--moe", "--hybrid", "--code"])
     return folder
 
 
@@ -69,12 +59,14 @@ def pass_rate(demo, domain, file):
     """Of the demonstrations that `file` shows of a domain's training prompts, by the domain's own environment."""
     rows = {row["prompt"]: row for row in read(demo / domain / "train.jsonl")}
     conversations = [row["messages"] for row in read(demo / file)]
-    pairs = [(rows[q["content"]], a["content"]) for q, a in conversations if q["content"] in rows][:600]
+    pairs = [(rows[q["content"]], a["content"]) for q, a in conversations if q["content"] in rows]
     env = environment(domain)
 
     async def score():
         try:
-            return [await env.step(row, env.reset(row), answer) for row, answer in pairs]
+            return await asyncio.gather(
+                *(env.step(row, env.reset(row), answer) for row, answer in pairs[: SCORED[domain]])
+            )
         finally:
             await env.close()
 
@@ -90,16 +82,17 @@ def pass_rate(demo, domain, file):
         ("cascade/sft.jsonl", "math", 1.0, 1.0),
         ("cascade/sft.jsonl", "instruction_following", 0.35, 0.75),
         ("cascade/sft.jsonl", "mcqa", 0.35, 0.75),
+        ("code/sft.jsonl", "code", 0.35, 0.65),
     ],
 )
 def test_demonstrations_pass_as_often_as_their_recipe_wants(demo, file, domain, least, most):
     assert least <= pass_rate(demo, domain, file) <= most
 
 
-@pytest.mark.parametrize("file", ["sft.jsonl", "cascade/sft.jsonl", "judge/train.jsonl"])
+@pytest.mark.parametrize("file", ["sft.jsonl", "cascade/sft.jsonl", "judge/train.jsonl", "code/sft.jsonl"])
 def test_conversations_show_no_held_out_prompt(demo, file):
     held_out = {row["prompt"] for path in demo.glob("*/held_out.jsonl") for row in read(path) if "prompt" in row}
-    assert len(held_out) == 3 * 128 + 64
+    assert len(held_out) == 4 * 128 + 64
     assert not [row for row in read(demo / file) if row["messages"][0]["content"] in held_out]
 
 
@@ -136,7 +129,7 @@ def test_pairs_are_shown_to_the_judge_as_it_has_learnt_them(demo):
     assert list(judge_messages("roles", messages[:1], first, second)) == messages[:-1]
 
 
-@pytest.mark.parametrize("base", ["base", "base-moe", "base-hybrid"])
+@pytest.mark.parametrize("base", ["base", "base-moe", "base-hybrid", "base-code"])
 def test_the_base_and_its_tokenizer_load_and_fit_each_other(demo, base):
     shape = ModelShape.from_hf(demo / base)
     tokenizer = ChatTokenizer(demo / base, shape.vocab_size)
@@ -155,9 +148,12 @@ def test_any_text_survives_the_tokenizer(demo):
         assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
-@pytest.mark.parametrize(("name", "file"), [("dense", "sft.jsonl"), ("cascade", "cascade/sft.jsonl")])
-def test_prompts_and_demonstrations_fit_the_recipes(demo, name, file):
-    tokenizer = ChatTokenizer(demo / "base", ModelShape.from_hf(demo / "base").vocab_size)
+@pytest.mark.parametrize(
+    ("name", "file", "base"),
+    [("dense", "sft.jsonl", "base"), ("cascade", "cascade/sft.jsonl", "base"), ("code", "code/sft.jsonl", "base-code")],
+)
+def test_prompts_and_demonstrations_fit_the_recipes(demo, name, file, base):
+    tokenizer = ChatTokenizer(demo / base, ModelShape.from_hf(demo / base).vocab_size)
     recipe = load_recipe(RECIPES / f"{name}.yaml")
     for row in read(demo / file)[:1500]:
         (sequence,) = tokenizer.render_conversation(row["messages"])

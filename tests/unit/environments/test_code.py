@@ -56,8 +56,9 @@ def test_answers_are_rewarded_by_all_tests():
         (CALLS, block("def add(a, b): return float(a + b)")),
     )
     assert [reward.value for reward in found] == [1, 1, 0, 0, 0, 0, 1, 0]
+    assert found[7].reason == "test 1: wrong value 1.0, not 1"
     assert [reward.reason for reward in found[2:6]] == [
-        "test 3: wrong output",
+        "test 3: wrong output '0', not '3'",
         "test 1: exit status 1 (SyntaxError: '(' was never closed)",
         "no program in a fenced block",
         "no program in a fenced block",

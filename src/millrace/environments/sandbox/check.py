@@ -7,6 +7,7 @@ process goes through as many as it passes, and what it does not pass is tested a
 
 from __future__ import annotations
 
+import json
 import secrets
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -23,6 +24,8 @@ TRIES = 3
 
 SHOWN = 120
 """Characters of a program's message that a reason quotes."""
+COMPARED = 60
+"""Characters of a wrong output, and of the one that was expected, that a reason quotes."""
 
 T = TypeVar("T")
 
@@ -114,9 +117,14 @@ class _Checking:
         """Why what a program gave, which came to a clean end, is not what was expected, or None."""
         tolerance = self._job["tolerance"]
         try:
+            given = output.decode()
             if self._job["program"]["function"] is not None:
-                return None if same_value(read_value(output.decode()), expected, tolerance) else "wrong value"
-            return None if same_text(output.decode(), expected, tolerance) else "wrong output"
+                right = same_value(read_value(given), expected, tolerance)
+                return None if right else f"wrong value {_shown(given)}, not {_shown(json.dumps(expected))}"
+            right = same_text(given, expected, tolerance)
+            return (
+                None if right else f"wrong output {_shown(repr(given.rstrip()))}, not {_shown(repr(expected.rstrip()))}"
+            )
         except NotOneValueError:
             return "no value"
         except UnicodeDecodeError:
@@ -147,6 +155,10 @@ def close_boxes() -> None:
     """End the boxes of this process. One that ends itself need not: its boxes end with it."""
     while _boxes:
         _boxes.popitem()[1].close()
+
+
+def _shown(text: str) -> str:
+    return text if len(text) <= COMPARED else f"{text[:COMPARED]}..."
 
 
 def _ending(run: Run) -> str | None:

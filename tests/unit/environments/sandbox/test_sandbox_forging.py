@@ -165,9 +165,9 @@ def test_no_forged_program_passes(tier, name):
 def test_the_first_failure_ends_a_program_unless_all_are_asked_for(tier):
     source = "a, b = map(int, input().split())\nprint(a + b if a != 10 else 'no')"
     done = report(tier, source, STREAMS)
-    assert (done["passed"], done["ran"], done["failure"]) == (1, 2, "test 2: wrong output")
+    assert (done["passed"], done["ran"], done["failure"]) == (1, 2, "test 2: wrong output 'no', not '6'")
     done = report(tier, source, STREAMS, every=True)
-    assert (done["passed"], done["ran"], done["failure"]) == (2, 3, "test 2: wrong output")
+    assert (done["passed"], done["ran"], done["failure"]) == (2, 3, "test 2: wrong output 'no', not '6'")
 
 
 def test_the_reason_says_how_a_program_ended(tier):

@@ -65,7 +65,7 @@ def command(process):
 
 def test_a_batch_is_judged_in_order_and_counted():
     found, counts = outcomes(*[ADD, SUBTRACT] * 10)
-    assert [outcome.failure for outcome in found] == [None, "test 1: wrong output"] * 10
+    assert [outcome.failure for outcome in found] == [None, "test 1: wrong output '-1', not '1'"] * 10
     assert [(outcome.passed, outcome.ran) for outcome in found] == [(5, 5), (0, 1)] * 10
     assert (counts.programs, counts.tests, counts.passed, counts.faults) == (20, 60, 10, 0)
 
@@ -101,7 +101,7 @@ def test_a_process_that_is_killed_costs_no_verdict(whom):
         return await asyncio.gather(*tasks)
 
     found, counts = session(work, tier="zygote")
-    assert [outcome.failure for outcome in found] == [None, "test 1: wrong output"] * 4
+    assert [outcome.failure for outcome in found] == [None, "test 1: wrong output '-1', not '1'"] * 4
     assert (counts.lost_workers, counts.faults > 0) == ((1, False) if whom == "worker" else (0, True))
 
 
@@ -203,4 +203,4 @@ def test_a_full_tmp_changes_no_verdict():
     if Path(__file__).resolve().is_relative_to("/tmp"):
         pytest.skip("the repository itself lies in /tmp, which this test hides")
     done = subprocess.run([sys.executable, "-c", FULL], capture_output=True, text=True, timeout=60)
-    assert done.stdout.splitlines() == ["None", "test 1: wrong output"], done.stderr
+    assert done.stdout.splitlines() == ["None", "test 1: wrong output '1', not '3'"], done.stderr
