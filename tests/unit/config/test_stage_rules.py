@@ -228,7 +228,8 @@ def test_the_other_environments_of_the_paper_are_accepted(cascade_file: Path, en
         ("domains.math.turns.most=2", "domains.math.turns is set, but an episode in math ends with its first answer"),
         ("domains.math.python.calls=2", "domains.math.python is set, but math has no Python tool; leave it out"),
         (
-            "domains.format={environment: python_tool, train: math.jsonl, held_out: held-out.jsonl, turns: {open_s: 0}}",
+            "domains.format={environment: python_tool, train: math.jsonl, held_out: held-out.jsonl, "
+            "turns: {open_s: 0}}",
             "domains.format.turns.open_s is 0.0; it must be above 0",
         ),
         (
