@@ -140,10 +140,7 @@ class TurnEpisode:
         end = self.tokenizer.end_of_turn_id
         # A turn may end with another stop token; then its end stands here, where the policy did not put it.
         ended = [] if self._answer[-1:] == [end] else [end]
-        episode = self.episode
-        return ended + self.tokenizer.render_observation(
-            episode.messages, observation.messages, tools=episode.tools, thinking=episode.thinking
-        )
+        return ended + self.tokenizer.render_observation(observation.messages, thinking=self.episode.thinking)
 
     def _sampled(self) -> int:
         return sum(len(turn.answer) for turn in self._turns)
