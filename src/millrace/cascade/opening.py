@@ -23,7 +23,8 @@ from millrace.rollout.fleet import Fleet
 from millrace.rollout.weight_sync import WeightSync
 from millrace.stages.context import Progress, StageContext
 from millrace.stages.control import ControlGroup
-from millrace.stages.episodes import Domain, EpisodePlayer
+from millrace.stages.domains import Domain
+from millrace.stages.episodes import EpisodePlayer
 from millrace.stages.sft import open_conversations
 from millrace.stages.sources import WeightSource
 

@@ -29,7 +29,9 @@ from millrace.observe.console import RunConsole
 from millrace.rollout.fleet import Fleet
 from millrace.rollout.placement import Seats, fleet_gpus
 from millrace.stages.control import NoTrainer
-from millrace.stages.episodes import Domain, EpisodePlayer, Group
+from millrace.stages.domains import Domain
+from millrace.stages.episodes import EpisodePlayer, Play
+from millrace.stages.groups import Group
 
 WAVES = 8
 """A portion fills the engines this many times over: its last answers leave them idle, which more waves make rarer, and
@@ -85,7 +87,7 @@ def measure_pass_rates(
             with _engines(recipe, domain, tokenizer) as (player, console):
                 console.say(f"{name}: {len(rows) - len(missing)} of {len(rows)} prompts were measured before")
                 _measure(recipe, domain, missing, samples, player, console, file)
-        return [file.rows[row_id] for row_id in rows]
+        return [file.rows[row_id] for row_id in rows if row_id in file.rows]
 
 
 @contextmanager
@@ -122,13 +124,15 @@ def _measure(
         what = f"{domain.name}: {begin + len(rows)}/{len(missing)} prompts"
         # A row's seeds are its own, whatever was measured before.
         episodes = [domain.episode(domain.train, row, seed=row * samples) for row in rows]
-        groups = player.play(episodes, recipe.evaluation.sampling, samples, what)
-        file.append(map(_pass_rate_of, groups))
-        console.say(f"{what}, the last {len(rows)} solved to {pass_rate([group.rewards for group in groups])}")
+        groups = player.play(Play(episodes, recipe.evaluation.sampling, samples, what))
+        judged = [group for group in groups if group.rewards]  # the others are measured the next time
+        file.append(map(_pass_rate_of, judged))
+        console.say(f"{what}, the last {len(judged)} solved to {pass_rate([group.rewards for group in judged])}")
 
 
 def _pass_rate_of(group: Group) -> PromptPassRate:
-    return prompt_pass_rate(group.episode.id, group.rewards, [len(answer.rollout.answer) for answer in group.answers])
+    lengths = [answer.rollout.length for answer in group.answers if not answer.reward.masked]
+    return prompt_pass_rate(group.episode.id, group.rewards, lengths)
 
 
 def _settings(recipe: Recipe, samples: int) -> dict[str, Any]:
@@ -148,6 +152,7 @@ def _settings(recipe: Recipe, samples: int) -> dict[str, Any]:
         "verify_timeout_s": domain.verify_timeout_s,
         "train": domain.train,
         "train_sha256": hashlib.sha256(Path(domain.train).read_bytes()).hexdigest(),
+        "turns": dataclasses.asdict(domain.turns),
         "samples": samples,
         **dataclasses.asdict(recipe.evaluation.sampling),
     }

@@ -24,6 +24,7 @@ from millrace.config.schema import (
     ParallelConfig,
     PolicyLossConfig,
     PrecisionConfig,
+    PythonToolConfig,
     Recipe,
     RlhfStage,
     RlStage,
@@ -31,6 +32,7 @@ from millrace.config.schema import (
     SamplingStage,
     SftStage,
     TrainerConfig,
+    TurnsConfig,
 )
 
 
@@ -82,6 +84,14 @@ RANGES: dict[type, dict[str, Range]] = {
         "gpu_memory_utilization": _SHARE,
     },
     DomainConfig: {"verify_timeout_s": _POSITIVE},
+    TurnsConfig: {
+        **dict.fromkeys(("most", "turn_tokens"), _COUNT),
+        **dict.fromkeys(("episode_s", "step_s", "open_s"), _POSITIVE),
+    },
+    PythonToolConfig: {
+        **dict.fromkeys(("calls", "output_characters"), _COUNT),
+        **dict.fromkeys(("call_s", "all_calls_s"), _POSITIVE),
+    },
     SamplingConfig: {"temperature": _FROM_ZERO, "top_p": _SHARE, "max_response_tokens": _COUNT},
     EvaluationConfig: {"every": _FROM_ZERO, "samples": _COUNT, "max_prompts": _COUNT},
     PolicyLossConfig: {"clip_low": _SHARE, "clip_high": _POSITIVE},

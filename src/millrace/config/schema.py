@@ -279,6 +279,35 @@ class SandboxConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class TurnsConfig:
+    most: int = 100
+    """Turns of the policy in an episode."""
+    turn_tokens: int | None = None
+    """Longest turn in tokens; one that reaches it ends the episode. `sampling.max_response_tokens` bounds all turns
+    together."""
+    episode_s: float = 3600.0
+    """Wall time of an episode, in which it waits for engines too; looked at while an engine answers and after each step
+    of the environment."""
+    step_s: float = 1200.0
+    """Wall time of one step of the environment. A longer one is the environment's fault, so its episode ends and is
+    masked. A tool's own limit, which the policy is told of, must be shorter."""
+    open_s: float = 1800.0
+    """Wall time until an episode is open, in which it may wait for room; a longer one is masked too."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PythonToolConfig:
+    calls: int = 100
+    """Calls of the tool in an episode."""
+    call_s: float = 120.0
+    """Wall time of a call; after it the interpreter is ended, its state is lost, and the policy is told so."""
+    all_calls_s: float = 600.0
+    """Wall time of all calls of an episode together; the interpreter's processor time is bounded by the same."""
+    output_characters: int = 8000
+    """Output that the policy is shown of a call, its beginning and its end."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class DomainConfig:
     environment: Literal[
         "math",
@@ -287,6 +316,7 @@ class DomainConfig:
         "structured_outputs",
         "genrm",
         "code",
+        "python_tool",
         "workplace_assistant",
         "long_context",
         "swe_agentless",
@@ -307,7 +337,11 @@ class DomainConfig:
     judge: str | None = None
     """genrm: the entry of `judges` that compares answers."""
     sandbox: SandboxConfig = field(default_factory=SandboxConfig)
-    """code: where programs are run, and under which limits."""
+    """code, python_tool: where programs are run, and under which limits."""
+    turns: TurnsConfig = field(default_factory=TurnsConfig)
+    """Limits of an episode (python_tool, workplace_assistant, swe_agentic: environments with turns)."""
+    python: PythonToolConfig = field(default_factory=PythonToolConfig)
+    """Limits of the Python tool (python_tool)."""
     tables: str | None = None
     """workplace_assistant: folder of CSV tables that rows refer to, with NeMo-Gym's names and columns; when absent the
     office that Millrace generates, for which `millrace data tools` writes rows."""
@@ -315,9 +349,9 @@ class DomainConfig:
     """JSONL file of the training prompts' pass rates, as `millrace data passrate` writes it; a stage's `curriculum`
     reads it."""
     verify_timeout_s: float = 10.0
-    """Longest time one verification may take (math, mcqa, structured_outputs); then its process is killed and it scores
-    0. Not read by instruction_following, which checks each constraint in time linear in the text, in no process of its
-    own, nor by code, whose limits are those of `sandbox`."""
+    """Longest time one verification may take (math, python_tool, mcqa, structured_outputs); then its process is killed
+    and it scores 0. Not read by instruction_following, which checks each constraint in time linear in the text, in no
+    process of its own, nor by code, whose limits are those of `sandbox`."""
 
 
 @dataclass(frozen=True, kw_only=True)

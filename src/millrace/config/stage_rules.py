@@ -15,6 +15,7 @@ from millrace.config.schema import (
     JudgeConfig,
     MopdStage,
     OptimizerConfig,
+    PythonToolConfig,
     Recipe,
     RlhfStage,
     RlStage,
@@ -22,6 +23,7 @@ from millrace.config.schema import (
     SandboxConfig,
     SftStage,
     StageConfig,
+    TurnsConfig,
 )
 from millrace.config.urls import holds_credentials, http_problem
 
@@ -250,6 +252,11 @@ UNBUILT = {
 """Environments of the paper that are not built yet, and what each one is."""
 
 
+WITH_TURNS = ("python_tool", "workplace_assistant", "swe_agentic")
+"""Environments whose episodes have many turns."""
+RUN_PROGRAMS = ("code", "python_tool")
+"""Environments that need a sandbox."""
+
 LEAST_PROGRAM_MB, MOST_PROGRAM_MB = 64, 4096
 """Bounds of a program's memory in MiB."""
 
@@ -274,6 +281,7 @@ def domain_problems(recipe: Recipe) -> Problems:
         if domain.tables is not None and domain.environment != "workplace_assistant":
             yield f"{key}.tables is set, but {domain.environment} has no tables; leave it out"
         yield from _sandbox(domain, f"{key}.sandbox")
+        yield from _turns(domain, key)
         if domain.judge is not None and domain.judge not in recipe.judges:
             yield f"{key}.judge is {domain.judge}, which is not among the judges{nearest(domain.judge, recipe.judges)}"
     for name, judge in recipe.judges.items():
@@ -285,7 +293,7 @@ def domain_problems(recipe: Recipe) -> Problems:
 
 def _sandbox(domain: DomainConfig, key: str) -> Problems:
     sandbox = domain.sandbox
-    if domain.environment != "code":
+    if domain.environment not in RUN_PROGRAMS:
         if sandbox != SandboxConfig():
             yield f"{key} is set, but {domain.environment} runs no programs; leave it out"
         return
@@ -298,6 +306,19 @@ def _sandbox(domain: DomainConfig, key: str) -> Problems:
         yield (
             f"{key}.memory_mb is {sandbox.memory_mb}; an interpreter needs {LEAST_PROGRAM_MB}, and the most is "
             f"{MOST_PROGRAM_MB}"
+        )
+
+
+def _turns(domain: DomainConfig, key: str) -> Problems:
+    if domain.environment not in WITH_TURNS and domain.turns != TurnsConfig():
+        yield f"{key}.turns is set, but an episode in {domain.environment} ends with its first answer; leave it out"
+    if domain.environment != "python_tool":
+        if domain.python != PythonToolConfig():
+            yield f"{key}.python is set, but {domain.environment} has no Python tool; leave it out"
+    elif domain.turns.step_s <= domain.python.all_calls_s:
+        yield (
+            f"{key}.turns.step_s is {domain.turns.step_s:g}, but calls of the Python tool in one turn may take "
+            f"python.all_calls_s {domain.python.all_calls_s:g} s; raise the one or lower the other"
         )
 
 

@@ -110,6 +110,43 @@ class ChatTokenizer:
         opened = _OPENED.search(self.decode(prompt[-_OPENING_TOKENS:], skip_special=False))
         return opened.group() if opened else ""
 
+    def render_observation(
+        self,
+        opening: Messages,
+        observation: Messages,
+        *,
+        tools: Tools | None = None,
+        thinking: bool | None = None,
+    ) -> list[int]:
+        """Ids that stand between the end-of-turn token of an assistant's turn and where its next turn begins.
+
+        They are rendered as a difference, behind an assistant's message that is a mere mark: what a policy wrote is
+        never rendered, and so neither tokenised again nor rewritten. A template that drops the reasoning of earlier
+        turns once the user speaks drops none here.
+
+        Args:
+            opening: the messages that opened the conversation.
+            observation: what came behind the assistant's turn.
+            tools, thinking: as the prompt was rendered.
+
+        Raises:
+            DataError: the template refuses the messages, or does not render them behind the assistant's.
+        """
+        mark = _PROBE_CONTENT
+        while any(mark in str(message) for message in observation):
+            mark += "x"
+        messages = [*opening, {"role": "assistant", "content": mark}, *observation]
+        prepared = for_template(messages, reads_reasoning=self._reads_reasoning)
+        _, found, behind = self._render(prepared, tools, thinking, generation_prompt=True).rpartition(mark)
+        inside, ended, between = behind.partition(self._end_of_turn)
+        if not found or not ended or inside.strip():
+            raise DataError(
+                f"{self._where} does not keep an assistant's turn, ended by {self._end_of_turn}, before what follows "
+                "it, so that episodes of many turns cannot go on behind it; name another one with model.chat_template"
+            )
+        ids = self.encode(self._end_of_turn + between)
+        return ids[ids.index(self.end_of_turn_id) + 1 :]
+
     def render_conversation(
         self, messages: Messages, *, tools: Tools | None = None, thinking: bool | None = None
     ) -> list[TrainingSequence]:

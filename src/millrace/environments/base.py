@@ -50,9 +50,9 @@ class Environment(Protocol):
         """The messages that open an episode."""
         ...
 
-    async def step(self, row: Mapping[str, Any], transcript: Sequence[Message], answer: str) -> Observation | Reward:
-        """Answer the policy's turn. Never raises for what a policy can write; a verifier that takes too long is killed
-        and gives a reward of 0 with the reason `timeout`."""
+    async def step(self, row: Mapping[str, Any], transcript: Sequence[Message], answer: str) -> Reward:
+        """Score the answer. Never raises for what a policy can write; a verifier that takes too long is killed and
+        gives a reward of 0 with the reason `timeout`."""
         ...
 
     async def close(self) -> None:
@@ -103,7 +103,7 @@ class TurnEnvironment(Protocol):
 
 
 @runtime_checkable
-class ReportingEnvironment(Environment, Protocol):
+class ReportingEnvironment(Protocol):
     """A domain that says with each batch of rewards how they came about."""
 
     def summary(self) -> str:

@@ -2,7 +2,8 @@
 
 The program is the last fenced block of the final text. It is run on each test by itself, with its input on standard
 input, or a function of it is called; what it gives is compared outside the sandbox. Reward 1 when all tests pass, else
-0, or with `grading: fraction` the share that passes. `code_rows` says what rows look like.
+0, or with `grading: fraction` the share that passes; masked when the sandbox can give no verdict. `code_rows` says what
+rows look like.
 
 A row's own `time_limit_s` (of processor time), `memory_limit_mb` and `tolerance` (of numbers in the output) go before
 the recipe's.
@@ -20,7 +21,7 @@ from millrace.environments.answer import final_text
 from millrace.environments.base import Message, Reward
 from millrace.environments.code_rows import CodeRowError, Problem, opening, opening_problem, read_problem
 from millrace.environments.sandbox.run import Limits, Program
-from millrace.environments.sandbox.service import CodeVerifier, Outcome
+from millrace.environments.sandbox.service import CodeVerifier, Outcome, SandboxError
 
 FENCED = re.compile(r"^[ \t]*```[ \t]*([\w+-]*)[^\n]*\n(.*?)^[ \t]*```[ \t]*$", re.DOTALL | re.MULTILINE)
 PYTHON = ("", "python", "python3", "py")
@@ -57,13 +58,16 @@ class CodeEnvironment:
         if len(source) > LONGEST_PROGRAM:
             return _not_run("program too long", self.verifier.tier)
         problem = self._problem(row)
-        outcome = await self.verifier.verify(
-            Program(source, problem.function),
-            problem.cases,
-            self._limits(row),
-            every=self._fraction,
-            tolerance=row.get("tolerance"),
-        )
+        try:
+            outcome = await self.verifier.verify(
+                Program(source, problem.function),
+                problem.cases,
+                self._limits(row),
+                every=self._fraction,
+                tolerance=row.get("tolerance"),
+            )
+        except SandboxError as error:
+            return Reward(0.0, f"no verdict: {error}", {f"sandbox_{self.verifier.tier}": 1.0}, masked=True)
         value = outcome.passed / outcome.tests if self._fraction else float(outcome.passed == outcome.tests)
         return Reward(value, outcome.failure or "all tests passed", _details(outcome))
 

@@ -15,6 +15,7 @@ from millrace.environments.instruction_following import InstructionFollowingEnvi
 from millrace.environments.judge import Judge
 from millrace.environments.math import MathEnvironment
 from millrace.environments.mcqa import McqaEnvironment
+from millrace.environments.python_tool import PythonToolEnvironment
 from millrace.environments.structured_outputs import StructuredOutputsEnvironment
 from millrace.environments.workplace_assistant import WorkplaceEnvironment
 
@@ -39,6 +40,9 @@ def make_environment(config: DomainConfig, judges: Mapping[str, Judge] | None = 
             return CodeEnvironment(config.sandbox, grading=config.grading)
         case "workplace_assistant":
             return WorkplaceEnvironment(None if config.tables is None else Path(config.tables))
+        case "python_tool":
+            answers = MathEnvironment(verify_timeout_s=config.verify_timeout_s, workers=workers)
+            return PythonToolEnvironment(config.python, config.sandbox, answers)
         case "genrm":
             if config.judge is None or config.judge not in (judges or {}):
                 raise ConfigError(f"the environment genrm needs the judge {config.judge}, which was not started")

@@ -71,14 +71,51 @@ METRICS: dict[str, Metric] = {
         "far below reward/mean: partial credit is earned without solving; grading: binary",
     ),
     "reward/length": Metric(
-        "mean answer length, tokens",
+        "mean answer length, tokens that the policy generated",
         "moves slowly",
         "running away: overlong: zero_reward, or lower max_response_tokens",
     ),
     "reward/overlong": Metric(
-        "share of answers that reached max_response_tokens",
+        "share of answers that reached max_response_tokens, or in an episode of many turns the engine's context",
         "below 0.1",
         "raise max_response_tokens, or set overlong: filter or zero_reward",
+    ),
+    "reward/masked": Metric(
+        "share of answers whose reward says nothing of them (the sandbox failed, the environment was stuck), so that "
+        "they are left out of the loss, of their group's baseline and of the means of rewards",
+        "0; in software engineering a few percent",
+        "the reasons in the report's viewer; above one half of a domain's answers the run stops",
+    ),
+    "episode/turns": Metric(
+        "mean turns of the policy in an episode, where a domain has many turns",
+        "moves slowly",
+        "falling to 1: the tools are not used, see their errors in the viewer; growing to turns.most: see cut_turns",
+    ),
+    "episode/most_turns": Metric("turns of the step's longest episode", "below turns.most", "as episode/cut_turns"),
+    "episode/environment_tokens": Metric(
+        "mean tokens that the environment put between the turns of an episode; no loss is taken at them",
+        "moves slowly",
+        "running away: tools print too much; lower the domain's limit of output",
+    ),
+    "episode/cut_turns": Metric(
+        "share of episodes that reached turns.most of their domain",
+        "below 0.1",
+        "raise turns.most, or look in the viewer for calls that repeat",
+    ),
+    "episode/cut_tokens": Metric(
+        "share of episodes that reached max_response_tokens, or turn_tokens in one turn",
+        "below 0.1",
+        "as reward/overlong",
+    ),
+    "episode/cut_context": Metric(
+        "share of episodes that filled the engine's context",
+        "below 0.1",
+        "raise fleet.max_model_len, or limit what tools print",
+    ),
+    "episode/cut_time": Metric(
+        "share of episodes that reached turns.episode_s of their domain",
+        "0",
+        "slow tools, or too few engines for so many episodes; raise turns.episode_s",
     ),
     "groups/without_variance": Metric(
         "share of groups whose rewards are all equal, so that they give no gradient",

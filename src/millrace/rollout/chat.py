@@ -30,9 +30,7 @@ async def _chat(fleet: Fleet, body: Mapping[str, Any], limit: float) -> Any:
         except (RequestTimeout, EngineFailed, RequestRefused) as error:
             return error  # an outcome like another: whether to ask again is for the caller to say
 
-    replies: list[Any] = []
-    jobs = [Job("a chat request", 1, ask)]
-    await Dispatcher(fleet, jobs, lambda _n, reply, _url: replies.append(reply), capacity=NO_BOUND, limit=limit).run()
-    if isinstance(replies[0], Exception):
-        raise replies[0]
-    return replies[0]
+    reply, _ = await Dispatcher(fleet, capacity=NO_BOUND, limit=limit).submit(Job("a chat request", 1, ask))
+    if isinstance(reply, Exception):
+        raise reply
+    return reply

@@ -1,4 +1,8 @@
-"""Gives jobs to engines: each to the least loaded one that serves, and once more to another when an engine fails."""
+"""Gives jobs to engines: each to the least loaded one that serves, and once more to another when an engine fails.
+
+There is one dispatcher a fleet. Batches of answers, single turns of episodes and scoring share its queue, so that they
+go to the engines in the order they came in, and a job that fails for good costs only itself.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +11,7 @@ import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
-from typing import Generic, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 from millrace.rollout.client import EngineClient, EngineUnreachable, RequestAborted, RequestTimeout
 from millrace.rollout.fleet_health import Event, Overdue, Suspected
@@ -18,7 +22,7 @@ T = TypeVar("T")
 MAX_FAILURES = 4
 """So often one job may fail, each time perhaps with another engine, before the call that brought it fails."""
 POLL_SECONDS = 0.1
-"""How often engines that came back are looked for while requests are under way."""
+"""How often engines that came back are looked for while jobs wait."""
 
 
 class Pool(Protocol):
@@ -43,96 +47,143 @@ class Job(Generic[T]):
     call: Callable[[EngineClient], Awaitable[T]]
 
 
-class Dispatcher(Generic[T]):
-    """Runs jobs to their end. `on_result(job index, result, engine url)` is called as each one comes back."""
+@dataclass
+class _Ticket:
+    """A job on its way."""
 
-    def __init__(
-        self,
-        pool: Pool,
-        jobs: Sequence[Job[T]],
-        on_result: Callable[[int, T, str], None],
-        *,
-        capacity: int,
-        limit: float,
-    ) -> None:
-        self._pool = pool
-        self._jobs = jobs
-        self._on_result = on_result
-        self._capacity = capacity
-        self._limit = limit
-        self._waiting = deque(range(len(jobs)))
-        self._running: dict[asyncio.Task[T], tuple[int, Member]] = {}
-        self._failures = [0] * len(jobs)
+    job: Job[Any]
+    future: asyncio.Future[Any]
+    failures: int = 0
 
-    async def run(self) -> None:
-        """Raises RequestRefused, FleetError when a job failed too often, and what `engine_available` raises."""
+
+class Dispatcher:
+    """All methods are called in the fleet's thread.
+
+    Args:
+        capacity: sequences that an engine is given at one time.
+        limit: an engine none of whose jobs came back for so many seconds is reported when one of them times out.
+    """
+
+    def __init__(self, pool: Pool, *, capacity: int, limit: float) -> None:
+        self._pool, self._capacity, self._limit = pool, capacity, limit
+        self._waiting: deque[_Ticket] = deque()
+        self._running = 0
+        self._pump: asyncio.Task[None] | None = None
+
+    def submit(self, job: Job[T]) -> asyncio.Future[tuple[T, str]]:
+        """A future of the job's result and the URL of the engine that gave it; to cancel it takes the job back.
+
+        It fails with RequestRefused, with FleetError when the job failed too often, and with what `engine_available`
+        raises.
+        """
+        ticket = _Ticket(job, asyncio.get_running_loop().create_future())
+        self._waiting.append(ticket)
+        self._start_jobs()
+        return ticket.future
+
+    async def gather(self, jobs: Sequence[Job[T]], take: Callable[[int, T, str], None]) -> None:
+        """Run jobs to their end; `take(job index, result, engine url)` is called as each one comes back. When one
+        fails, the others are taken back."""
+
+        async def run(index: int, job: Job[T]) -> None:
+            result, url = await self.submit(job)
+            take(index, result, url)
+
+        tasks = [asyncio.ensure_future(run(index, job)) for index, job in enumerate(jobs)]
         try:
-            while self._waiting or self._running:
-                self._start_jobs()
-                if not self._running:
-                    await self._pool.engine_available()
-                    self._start_jobs()
-                    if not self._running:  # the engines that serve are full with another dispatcher's jobs
-                        await asyncio.sleep(POLL_SECONDS)
-                    continue
-                done, _ = await asyncio.wait(self._running, timeout=POLL_SECONDS, return_when=asyncio.FIRST_COMPLETED)
-                for task in done:
-                    self._finish(task)
+            await asyncio.gather(*tasks)
         finally:
-            await self._cancel_running()
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    def close(self) -> None:
+        """Wait for engines no more."""
+        if self._pump is not None:
+            self._pump.cancel()
 
     def _start_jobs(self) -> None:
         while self._waiting:
             free = [m for m in self._pool.members if m.serving and m.outstanding < self._capacity]
             if not free:
-                return
-            member = min(free, key=lambda m: m.outstanding)
-            index = self._waiting.popleft()
-            task = asyncio.ensure_future(self._jobs[index].call(member.client))
-            if not member.tasks:
-                member.progressed_at = time.monotonic()
-            member.tasks.add(task)
-            member.outstanding += self._jobs[index].sequences
-            self._running[task] = (index, member)
+                break
+            ticket = self._waiting.popleft()
+            if not ticket.future.done():
+                self._start(ticket, min(free, key=lambda m: m.outstanding))
+        if self._waiting and self._pump is None:
+            self._pump = asyncio.get_running_loop().create_task(self._wait_for_engines())
+            self._pump.add_done_callback(self._pump_ended)
 
-    def _finish(self, task: asyncio.Task[T]) -> None:
-        index, member = self._release(task)
+    def _start(self, ticket: _Ticket, member: Member) -> None:
+        task = asyncio.ensure_future(ticket.job.call(member.client))
+        if not member.tasks:
+            member.progressed_at = time.monotonic()
+        member.tasks.add(task)
+        member.outstanding += ticket.job.sequences
+        self._running += 1
+
+        def give_up(future: asyncio.Future[Any]) -> None:
+            if future.cancelled():
+                task.cancel()
+
+        ticket.future.add_done_callback(give_up)
+        task.add_done_callback(lambda _: ticket.future.remove_done_callback(give_up))
+        task.add_done_callback(lambda _: self._ended(task, ticket, member))
+
+    async def _wait_for_engines(self) -> None:
+        while self._waiting:
+            if not self._running:  # those that run end by themselves, or are taken from an engine that dies
+                await self._pool.engine_available()
+            self._start_jobs()
+            if self._waiting:
+                await asyncio.sleep(POLL_SECONDS)
+
+    def _pump_ended(self, pump: asyncio.Task[None]) -> None:
+        """No engine is to be had: that is the end of all that wait."""
+        self._pump = None
+        error = None if pump.cancelled() else pump.exception()
+        while error is not None and self._waiting:
+            ticket = self._waiting.popleft()
+            if not ticket.future.done():
+                ticket.future.set_exception(error)
+
+    def _ended(self, task: asyncio.Future[Any], ticket: _Ticket, member: Member) -> None:
+        member.tasks.discard(task)
+        member.outstanding -= ticket.job.sequences
+        self._running -= 1
+        if not ticket.future.done():
+            self._settle(task, ticket, member)
+        elif not task.cancelled():
+            task.exception()  # nobody asks for it any more
+        self._start_jobs()
+
+    def _settle(self, task: asyncio.Future[Any], ticket: _Ticket, member: Member) -> None:
         if task.cancelled():  # its engine died; the job is not to blame
-            self._waiting.appendleft(index)
+            self._waiting.appendleft(ticket)
             return
         error = task.exception()
         if error is None:
             member.progressed_at = time.monotonic()
-            self._on_result(index, task.result(), member.client.url)
+            ticket.future.set_result((task.result(), member.client.url))
         elif isinstance(error, RequestAborted):
-            self._waiting.appendleft(index)
+            self._waiting.appendleft(ticket)
         elif isinstance(error, EngineUnreachable | RequestTimeout):
-            self._retry(index, member, error)
+            self._retry(ticket, member, error)
         else:
-            raise error
+            ticket.future.set_exception(error)
 
-    def _retry(self, index: int, member: Member, error: EngineUnreachable | RequestTimeout) -> None:
+    def _retry(self, ticket: _Ticket, member: Member, error: EngineUnreachable | RequestTimeout) -> None:
         if isinstance(error, EngineUnreachable):
             self._pool.report(member, Suspected())
         elif time.monotonic() - member.progressed_at >= self._limit:
             self._pool.report(member, Overdue(f"none of its requests came back within {self._limit:g} s"))
-        self._failures[index] += 1
-        if self._failures[index] >= MAX_FAILURES:
-            raise FleetError(
-                f"{self._jobs[index].name} failed {MAX_FAILURES} times, last: {error}. If the answers are merely long, "
-                "raise fleet.request_timeout_s"
-            ) from error
-        self._waiting.appendleft(index)
-
-    def _release(self, task: asyncio.Task[T]) -> tuple[int, Member]:
-        index, member = self._running.pop(task)
-        member.tasks.discard(task)
-        member.outstanding -= self._jobs[index].sequences
-        return index, member
-
-    async def _cancel_running(self) -> None:
-        tasks = list(self._running)
-        for task in tasks:
-            task.cancel()
-            self._release(task)
-        await asyncio.gather(*tasks, return_exceptions=True)
+        ticket.failures += 1
+        if ticket.failures < MAX_FAILURES:
+            self._waiting.appendleft(ticket)
+            return
+        failed = FleetError(
+            f"{ticket.job.name} failed {MAX_FAILURES} times, last: {error}. If the answers are merely long, raise "
+            "fleet.request_timeout_s"
+        )
+        failed.__cause__ = error
+        ticket.future.set_exception(failed)

@@ -14,7 +14,6 @@ import secrets
 import threading
 import time
 from collections.abc import Callable, Coroutine, Sequence
-from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -23,8 +22,8 @@ import httpx
 
 from millrace.config.schema import FleetConfig
 from millrace.rollout.auth import TOKEN_VARIABLE
-from millrace.rollout.client import Answer, EngineClient
-from millrace.rollout.dispatch import Dispatcher, Job
+from millrace.rollout.client import EngineClient
+from millrace.rollout.dispatch import Dispatcher
 from millrace.rollout.engine import EngineProcess, EngineStartError, ExternalEngine
 from millrace.rollout.fleet_health import (
     Action,
@@ -39,6 +38,7 @@ from millrace.rollout.fleet_health import (
     SyncEnded,
     step,
 )
+from millrace.rollout.generation import Generation, Tally
 from millrace.rollout.member import Engine, FleetError, FleetLost, FleetNeedsSync, Member
 from millrace.rollout.placement import HERE, Seats
 from millrace.rollout.remote import RemoteEngine
@@ -54,21 +54,6 @@ WATCH_SECONDS = 0.1
 STARTUP_PROBE_SECONDS = 0.5
 WAIT_LOG_SECONDS = 10.0
 PORT_TRIES = 3
-
-
-@dataclass(frozen=True)
-class _Part:
-    """Answers `first`, `first + 1`, ... of one request: it may want more than an engine decodes at one time."""
-
-    request: Request
-    first: int
-    count: int
-
-
-@dataclass(frozen=True)
-class _Answered:
-    answers: tuple[Answer, ...]
-    engine: str
 
 
 class Fleet:
@@ -102,7 +87,9 @@ class Fleet:
         here = partial(EngineProcess, **named, token=self._token, device=device or engine_device())
         self._engines = _engines(config, seats, here, partial(RemoteEngine, **named))
         self._serves_checkpoint = False
-        self._kept: dict[_Part, _Answered] = {}
+        # Twice what an engine decodes at one time keeps its queue filled and leaves the rest to others.
+        self._dispatcher = Dispatcher(self, capacity=2 * config.max_num_seqs, limit=config.request_timeout_s)
+        self._generation = Generation(self._dispatcher, most=config.max_num_seqs, limit=config.request_timeout_s)
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread: threading.Thread | None = None
         self._watchers: list[asyncio.Task[None]] = []
@@ -137,24 +124,27 @@ class Fleet:
         where it stopped. Raises FleetLost, FleetError, RequestRefused.
         """
         future, progress = self.submit(requests)
-        return _follow(future, progress, on_progress)
+        return follow(future, progress, on_progress)
 
     def submit(
         self, requests: Sequence[Request]
     ) -> tuple[concurrent.futures.Future[list[list[Rollout]]], Callable[[], tuple[int, int, int]]]:
         """Begin to generate: a future of what `generate` returns, and a function that tells how far it is."""
-        parts = [part for request in requests for part in self._parts(request)]
-        counts = [0, sum(request.sampling.n for request in requests), 0]
-        future = self.begin(self._generate(requests, parts, counts))
-        return future, lambda: (counts[0], counts[1], counts[2])
+        tally = Tally(requests)
+        return self.begin(self._generation.batch(requests, self.version, tally)), tally.told
+
+    def submit_turn(self, request: Request) -> concurrent.futures.Future[Rollout]:
+        """Begin to generate one answer, beside all that is under way: a turn of an episode. Raises what `generate`
+        does, and keeps nothing."""
+        return self.begin(self._generation.one(request))
 
     def prompt_logprobs(self, tokens: Sequence[Sequence[int]]) -> list[list[float]]:
         """For each sequence log p of each token given those before it, at temperature 1; 0 for the first token."""
-        return self.call(self._prompt_logprobs(tokens))
+        return self.call(self._generation.prompt_logprobs(tokens))
 
     def submit_prompt_logprobs(self, tokens: Sequence[Sequence[int]]) -> concurrent.futures.Future[list[list[float]]]:
         """Begin to score: a future of what `prompt_logprobs` returns."""
-        return self.begin(self._prompt_logprobs(tokens))
+        return self.begin(self._generation.prompt_logprobs(tokens))
 
     @property
     def needs_sync(self) -> bool:
@@ -236,6 +226,7 @@ class Fleet:
             self._failure = task.exception()
 
     async def _shut_down(self) -> None:
+        self._dispatcher.close()
         for task in [*self._watchers, *self._restarts]:
             task.cancel()
         await asyncio.gather(*self._watchers, *self._restarts, return_exceptions=True)
@@ -366,74 +357,6 @@ class Fleet:
         if not any(member.serving for member in self.members):
             raise FleetNeedsSync(f"no engine holds synced weights ({self._states()}): push weights, then go on")
 
-    # ---- requests -------------------------------------------------------------------------------------------------
-
-    def _parts(self, request: Request) -> list[_Part]:
-        if request.sampling.temperature == 0:
-            return [_Part(request, 0, 1)]  # all answers are the same one
-        most = self.config.max_num_seqs
-        starts = range(0, request.sampling.n, most)
-        return [_Part(request, first, min(most, request.sampling.n - first)) for first in starts]
-
-    async def _generate(
-        self, requests: Sequence[Request], parts: Sequence[_Part], counts: list[int]
-    ) -> list[list[Rollout]]:
-        results = {part: kept for part in parts if (kept := self._still_valid(part))}
-        for part, answered in results.items():
-            _count(counts, part, answered)
-        missing = [part for part in parts if part not in results]
-
-        def take(index: int, answers: list[Answer], url: str) -> None:
-            results[missing[index]] = _Answered(tuple(answers), url)
-            _count(counts, missing[index], results[missing[index]])
-
-        jobs = [self._generation_job(part) for part in missing]
-        try:
-            await self._dispatch(jobs, take)
-        except FleetNeedsSync:
-            self._kept = results
-            raise
-        self._kept = {}
-        by_request: dict[Request, list[Rollout]] = {}
-        for part in parts:
-            by_request.setdefault(part.request, []).extend(_rollouts(part, results[part]))
-        return [by_request[request] for request in requests]
-
-    def _still_valid(self, part: _Part) -> _Answered | None:
-        """An answer kept from a call that broke off, if the weights are still those it was drawn with."""
-        kept = self._kept.get(part)
-        valid = kept is not None and all(answer.weight_version == self.version for answer in kept.answers)
-        return kept if valid else None
-
-    def _generation_job(self, part: _Part) -> Job[list[Answer]]:
-        asked = part.request.sampling
-        seed = None if asked.seed is None else asked.seed + part.first
-        sampling = replace(asked, n=part.count, seed=seed)
-        limit = self.config.request_timeout_s
-        return Job(
-            name=f"request {part.request.id!r}",
-            sequences=part.count,
-            call=lambda client: client.generate(part.request.prompt, sampling, limit),
-        )
-
-    async def _prompt_logprobs(self, tokens: Sequence[Sequence[int]]) -> list[list[float]]:
-        scores: dict[int, list[float]] = {}
-
-        def job(sequence: tuple[int, ...], index: int) -> Job[list[float]]:
-            limit = self.config.request_timeout_s
-            return Job(f"scoring of sequence {index}", 1, lambda client: client.prompt_logprobs(sequence, limit))
-
-        def take(index: int, values: list[float], url: str) -> None:
-            scores[index] = values
-
-        await self._dispatch([job(tuple(sequence), index) for index, sequence in enumerate(tokens)], take)
-        return [scores[index] for index in range(len(tokens))]
-
-    async def _dispatch(self, jobs: Sequence[Job[T]], take: Callable[[int, T, str], None]) -> None:
-        # Twice what an engine decodes at one time keeps its queue filled and leaves the rest to others.
-        capacity, limit = 2 * self.config.max_num_seqs, self.config.request_timeout_s
-        await Dispatcher(self, jobs, take, capacity=capacity, limit=limit).run()
-
 
 def _token(config: FleetConfig, seats: Seats) -> str:
     if not config.addresses:
@@ -464,31 +387,7 @@ def _engines(
     return [here(i, gpus=gpus[i * width : (i + 1) * width]) for i in range(config.engines)]
 
 
-def _count(counts: list[int], part: _Part, answered: _Answered) -> None:
-    copies = part.request.sampling.n if part.request.sampling.temperature == 0 else 1
-    counts[0] += copies * len(answered.answers)
-    counts[2] += copies * sum(len(answer.tokens) for answer in answered.answers)
-
-
-def _rollouts(part: _Part, answered: _Answered) -> list[Rollout]:
-    request = part.request
-    answers = answered.answers * (request.sampling.n if request.sampling.temperature == 0 else 1)
-    return [
-        Rollout(
-            request_id=request.id,
-            index=part.first + k,
-            prompt=request.prompt,
-            answer=answer.tokens,
-            rollout_logp=answer.logp,
-            finish_reason="stop" if answer.finish_reason == "stop" else "length",
-            weight_version=answer.weight_version,
-            engine=answered.engine,
-        )
-        for k, answer in enumerate(answers)
-    ]
-
-
-def _follow(
+def follow(
     future: concurrent.futures.Future[T], progress: Callable[[], tuple[int, int, int]], on_progress: Progress | None
 ) -> T:
     """Wait for a future in the caller's thread and report progress from there."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -28,15 +29,46 @@ class Request:
 
 @dataclass(frozen=True)
 class Rollout:
+    """An answer, or an episode of many turns: then `answer` goes on through all of them."""
+
     request_id: str
     index: int
     """Which of the request's n answers."""
     prompt: tuple[int, ...]
     answer: tuple[int, ...]
-    """Token ids that the engine sampled, the stop token included."""
+    """Token ids behind the prompt: those that the engine sampled, stop tokens included, and between the turns those of
+    the environment."""
     rollout_logp: tuple[float, ...]
-    """Log-prob of each answer token in the engine, at the sampling temperature."""
+    """Log-prob of each sampled token in the engine, at the sampling temperature; 0 at the environment's."""
     finish_reason: Literal["stop", "length"]
+    """Whether the policy ended the answer, or a limit of tokens did."""
     weight_version: int
+    """The oldest weights that a token was sampled with."""
     engine: str
-    """Base URL of the engine that answered."""
+    """Base URL of the engine that answered last."""
+    given: tuple[tuple[int, int], ...] = ()
+    """Where in `answer` the environment's tokens stand, [start, end) of each stretch, in order."""
+
+    def generated(self) -> list[bool]:
+        """Of each token of `answer` whether the policy generated it."""
+        mask = [True] * len(self.answer)
+        for start, end in self.given:
+            mask[start:end] = [False] * (end - start)
+        return mask
+
+    def spans(self) -> Iterator[tuple[int, int]]:
+        """The stretches [start, end) of `answer` that the policy generated: its turns, in order."""
+        begin = 0
+        for start, end in self.given:
+            yield begin, start
+            begin = end
+        yield begin, len(self.answer)
+
+    @property
+    def length(self) -> int:
+        """Tokens that the policy generated."""
+        return len(self.answer) - sum(end - start for start, end in self.given)
+
+    @property
+    def turns(self) -> int:
+        return len(self.given) + 1

@@ -7,15 +7,17 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, TimeoutError
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, get_args
 
 from millrace.config.schema import MopdStage, RlStage
 from millrace.data.curriculum import ChosenRows
 from millrace.data.sampler import MixedSampler
+from millrace.environments.base import Cut
 from millrace.errors import MillraceError
 from millrace.rollout.member import FleetNeedsSync
 from millrace.stages.context import StageContext
-from millrace.stages.episodes import Episode, EpisodePlayer, Group, Scored
+from millrace.stages.episodes import EpisodePlayer, Play
+from millrace.stages.groups import Episode, Group, Scored
 from millrace.stages.journal import RolloutJournal
 from millrace.stages.rlhf import comparison, judge_metrics
 
@@ -105,14 +107,21 @@ class GroupCollector:
         A stop that is asked for meanwhile waits too: what a checkpoint is to go on with must be on record. When all
         engines were lost the step is sampled later, with the weights they are given then.
         """
-        facts = self._ctx.control.on_main(self._wait_for_the_step_ahead)
-        if facts is not None:
-            step, state, metrics = facts
-            groups = self._ready[1].groups if self._ready else []
+        groups: list[Group] = []
+
+        def facts() -> tuple[int, dict[str, float], dict[str, Any]] | None:
+            if (ahead := self._wait_for_the_step_ahead()) is None:
+                return None
+            step, collected = ahead
+            groups.extend(collected.groups)  # too many to be sent to the other ranks
+            return step, collected.metrics, collected.sampler
+
+        if (found := self._ctx.control.on_main(facts)) is not None:
+            step, metrics, state = found
             self._sampler.load_state_dict(state)
             self._ready = step, Collected(groups, metrics, state)
 
-    def _wait_for_the_step_ahead(self) -> tuple[int, dict[str, Any], dict[str, float]] | None:
+    def _wait_for_the_step_ahead(self) -> tuple[int, Collected] | None:
         if self._ahead is None:
             return None
         (step, future), self._ahead = self._ahead, None
@@ -124,10 +133,7 @@ class GroupCollector:
             except TimeoutError:
                 seconds = time.monotonic() - began
                 self._ctx.say(f"{self._stage.name}: waiting for the rollouts of step {step + 1} for {seconds:.0f} s")
-        if collected is None:
-            return None
-        self._ready = step, collected
-        return step, collected.sampler, collected.metrics
+        return None if collected is None else (step, collected)
 
     def _sample_ahead(self, step: int, version: int) -> Collected | None:
         """Rank 0's work in its thread; None when all engines were lost."""
@@ -170,7 +176,7 @@ class GroupCollector:
         return found
 
     def _sample(
-        self, step: int, play: Callable[..., list[Group]], is_full: Callable[[Sequence[Group]], bool]
+        self, step: int, play: Callable[[Play], list[Group]], is_full: Callable[[Sequence[Group]], bool]
     ) -> tuple[list[Group], dict[str, float]]:
         stage = self._stage
         kept: list[Group] = []
@@ -180,7 +186,7 @@ class GroupCollector:
             drawn = self._sampler.next(stage.prompts_per_step)
             episodes = self._episodes(drawn, step, round_number)
             what = f"{stage.name} {step + 1}/{stage.steps} rollouts"
-            groups = play(episodes, stage.sampling, stage.samples_per_prompt, what, comparison(stage))
+            groups = play(Play(episodes, stage.sampling, stage.samples_per_prompt, what, comparison(stage)))
             groups = [self._penalise_overlong(group) for group in groups]
             played += groups
             kept += [group for group in groups if self._teaches(group)] if stage.dynamic_sampling else groups
@@ -225,13 +231,9 @@ class GroupCollector:
 
 
 def _zero_if_overlong(answer: Scored) -> Scored:
-    if answer.rollout.finish_reason != "length":
+    if answer.rollout.finish_reason != "length" or answer.reward.masked:
         return answer
     return dataclasses.replace(answer, reward=dataclasses.replace(answer.reward, value=0.0, reason="overlong"))
-
-
-def _length(answer: Scored) -> int:
-    return len(answer.rollout.answer)
 
 
 def drawn_text(domain: str, chosen: ChosenRows) -> str:
@@ -247,6 +249,7 @@ def drawn_text(domain: str, chosen: ChosenRows) -> str:
 
 
 def has_variance(group: Group) -> bool:
+    """Whether the rewards that count differ."""
     return len(set(group.rewards)) > 1
 
 
@@ -256,24 +259,42 @@ def rollout_metrics(groups: Sequence[Group]) -> dict[str, float]:
     n = len(answers)
     return {
         **_reward_metrics([group for group in groups if group.episode.scored]),
-        "reward/length": sum(map(_length, answers)) / n,
+        "reward/length": sum(answer.rollout.length for answer in answers) / n,
         "reward/overlong": sum(a.rollout.finish_reason == "length" for a in answers) / n,
+        "reward/masked": sum(answer.reward.masked for answer in answers) / n,
         "groups/played": float(len(groups)),
-        "tokens/sampled": float(sum(len(group.episode.prompt) for group in groups) + sum(map(_length, answers))),
+        "tokens/sampled": float(
+            sum(len(group.episode.prompt) for group in groups) + sum(len(answer.rollout.answer) for answer in answers)
+        ),
         **judge_metrics(groups),
+        **_turn_metrics([answer for group in groups if group.episode.turns for answer in group.answers]),
+    }
+
+
+def _turn_metrics(played: Sequence[Scored]) -> dict[str, float]:
+    """Of episodes of many turns; nothing without one."""
+    if not played:
+        return {}
+    n = len(played)
+    environment = sum(len(answer.rollout.answer) - answer.rollout.length for answer in played)
+    return {
+        "episode/turns": sum(answer.rollout.turns for answer in played) / n,
+        "episode/most_turns": float(max(answer.rollout.turns for answer in played)),
+        "episode/environment_tokens": environment / n,
+        **{f"episode/cut_{cut}": sum(answer.cut == cut for answer in played) / n for cut in get_args(Cut)},
     }
 
 
 def _reward_metrics(scored: Sequence[Group]) -> dict[str, float]:
-    if not scored:
-        return {}
     by_domain: dict[str, list[float]] = {}
     for group in scored:
         by_domain.setdefault(group.episode.domain, []).extend(group.rewards)
     rewards = [reward for rewards in by_domain.values() for reward in rewards]
+    if not rewards:
+        return {}
     return {
         "reward/mean": sum(rewards) / len(rewards),
         "reward/solved": sum(reward >= 1 for reward in rewards) / len(rewards),
         "groups/without_variance": sum(not has_variance(group) for group in scored) / len(scored),
-        **{f"reward/{domain}": sum(each) / len(each) for domain, each in sorted(by_domain.items())},
+        **{f"reward/{domain}": sum(each) / len(each) for domain, each in sorted(by_domain.items()) if each},
     }

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from millrace.evaluation.pass_rate import PassRate, pass_rate
 from millrace.stages.context import StageContext
-from millrace.stages.episodes import EpisodePlayer
+from millrace.stages.episodes import EpisodePlayer, Play
 
 
 def evaluate(ctx: StageContext, after: str) -> dict[str, PassRate]:
     """Sample answers to every domain's held-out prompts and score them. Collective; the same result on every rank.
+    Masked answers, and prompts that have no others, are left out.
 
     The seeds are the same each time, so that two rows of the matrix differ by the weights alone.
     """
@@ -26,5 +27,5 @@ def _evaluate_domain(ctx: StageContext, player: EpisodePlayer, name: str) -> Pas
     if domain := player.domains.get(name):
         prompts = min(len(domain.held_out), config.max_prompts or len(domain.held_out))
         episodes = [domain.episode(domain.held_out, i, seed=i * config.samples) for i in range(prompts)]
-    groups = player.play(episodes, config.sampling, config.samples, f"held-out {name}")
-    return ctx.control.on_main(lambda: pass_rate([group.rewards for group in groups]))
+    groups = player.play(Play(episodes, config.sampling, config.samples, f"held-out {name}"))
+    return ctx.control.on_main(lambda: pass_rate([group.rewards for group in groups if group.rewards]))

@@ -22,7 +22,7 @@ from millrace.config.changes import computing_keys
 from millrace.config.schema import Recipe
 from millrace.environments.base import Reward
 from millrace.rollout.types import Rollout
-from millrace.stages.episodes import Episode, Group, Scored
+from millrace.stages.groups import Episode, Group, Scored
 
 
 class RolloutJournal:
@@ -104,12 +104,15 @@ def _to_json(episode: Episode, answer: Scored) -> dict[str, Any]:
         "reward": answer.reward.value,
         "reason": answer.reward.reason,
         "details": dict(answer.reward.details),
+        "masked": answer.reward.masked,
+        "cut": answer.cut,
         "finish_reason": rollout.finish_reason,
         "weight_version": rollout.weight_version,
         "engine": rollout.engine,
         "prompt_tokens": list(rollout.prompt),
         "answer_tokens": list(rollout.answer),
         "rollout_logp": list(rollout.rollout_logp),
+        "given": [list(span) for span in rollout.given],
     }
 
 
@@ -125,5 +128,7 @@ def _from_json(line: Mapping[str, Any]) -> tuple[Episode, Scored]:
         finish_reason=line["finish_reason"],
         weight_version=line["weight_version"],
         engine=line["engine"],
+        given=tuple((start, end) for start, end in line["given"]),
     )
-    return episode, Scored(rollout, line["answer"], Reward(line["reward"], line["reason"], line["details"]))
+    reward = Reward(line["reward"], line["reason"], line["details"], line["masked"])
+    return episode, Scored(rollout, line["answer"], reward, line["cut"])

@@ -21,7 +21,7 @@ from millrace.megatron.divergence import Divergence, TeacherStates
 from millrace.stages.batches import answer_advantages, answers_batch
 from millrace.stages.collect import GroupCollector
 from millrace.stages.context import Progress, StageContext
-from millrace.stages.episodes import Group
+from millrace.stages.groups import Group
 from millrace.stages.rl import mismatch_guard
 from millrace.stages.sources import WeightSource
 from millrace.stages.teachers import Members, ResidentTeachers, ServedTeachers, TimeSharedTeachers, open_teachers

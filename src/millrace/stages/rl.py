@@ -18,7 +18,7 @@ from millrace.megatron.policy import Policy
 from millrace.stages.batches import answer_advantages, answers_batch
 from millrace.stages.collect import Collected, GroupCollector
 from millrace.stages.context import Progress, StageContext
-from millrace.stages.episodes import Group
+from millrace.stages.groups import Group
 
 ADDED = ("tokens", "micro_batches")
 """Metrics of an update of which a step has the sum."""

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 from millrace.config.schema import RlhfStage, SamplingStage
 from millrace.environments.base import Comparison
-from millrace.stages.episodes import Group
+from millrace.stages.groups import Group
 
 
 def comparison(stage: SamplingStage) -> Comparison | None:

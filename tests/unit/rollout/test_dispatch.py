@@ -45,16 +45,21 @@ def run(
     async def go() -> Pool:
         pool = Pool(count)
         jobs = [Job(f"job {n}", 1, call) for n, call in enumerate(calls)]
-        dispatcher = Dispatcher(
-            pool, jobs, lambda n, r, url: results.update({n: (r, url)}), capacity=capacity, limit=limit
-        )
+        dispatcher = Dispatcher(pool, capacity=capacity, limit=limit)
         try:
-            await dispatcher.run()
+            await dispatcher.gather(jobs, lambda n, r, url: results.update({n: (r, url)}))
         finally:
-            assert all(not member.tasks and member.outstanding == 0 for member in pool.members)
+            await until_idle(pool)
         return pool
 
     return results, asyncio.run(go())
+
+
+async def until_idle(pool: Pool) -> None:
+    """Jobs that were taken back leave their engines at once."""
+    for _ in range(5):
+        await asyncio.sleep(0)
+    assert all(not member.tasks and member.outstanding == 0 for member in pool.members)
 
 
 async def answer(client: EngineClient) -> str:
@@ -87,7 +92,7 @@ def test_a_call_waits_for_engines_that_are_full_with_the_jobs_of_another() -> No
     async def go() -> list[str]:
         pool, done = Pool(1), list[str]()
         calls = [
-            Dispatcher(pool, [Job("job", 1, answer)], lambda n, r, url: done.append(r), capacity=1, limit=5.0).run()
+            Dispatcher(pool, capacity=1, limit=5.0).gather([Job("job", 1, answer)], lambda n, r, url: done.append(r))
             for _ in range(3)
         ]
         await asyncio.wait_for(asyncio.gather(*calls), timeout=5.0)
@@ -153,3 +158,93 @@ def test_without_an_engine_that_serves_the_call_ends_and_says_so() -> None:
 
     with pytest.raises(FleetNeedsSync):
         run(1, [only_one])
+
+
+def test_a_job_that_comes_later_runs_beside_a_long_one_and_one_that_fails() -> None:
+    order: list[str] = []
+
+    def job(name: str, seconds: float, *, fails: bool = False) -> Job[str]:
+        async def call(client: EngineClient) -> str:
+            await asyncio.sleep(seconds)
+            order.append(name)
+            if fails:
+                raise RequestRefused(name)
+            return name
+
+        return Job(name, 1, call)
+
+    async def go() -> None:
+        pool = Pool(1)
+        dispatcher = Dispatcher(pool, capacity=4, limit=5.0)
+        batch = asyncio.ensure_future(dispatcher.gather([job("long", 0.2)], lambda n, r, url: None))
+        await asyncio.sleep(0.01)
+        bad = dispatcher.submit(job("bad", 0.01, fails=True))
+        assert await dispatcher.submit(job("turn", 0.02)) == ("turn", "http://0")
+        with pytest.raises(RequestRefused, match="bad"):
+            await bad
+        await batch
+        await until_idle(pool)
+
+    asyncio.run(go())
+    assert order == ["bad", "turn", "long"]
+
+
+def test_a_job_that_is_taken_back_leaves_its_place_to_the_next_one() -> None:
+    async def forever(client: EngineClient) -> str:
+        await asyncio.sleep(60)
+        return "never"
+
+    async def go() -> None:
+        pool = Pool(1)
+        dispatcher = Dispatcher(pool, capacity=1, limit=5.0)
+        running, waiting = (dispatcher.submit(Job(name, 1, forever)) for name in ("running", "waiting"))
+        last = dispatcher.submit(Job("last", 1, answer))
+        await asyncio.sleep(0.01)
+        waiting.cancel()
+        running.cancel()
+        assert (await asyncio.wait_for(last, 5.0))[0] == "done"
+        await until_idle(pool)
+
+    asyncio.run(go())
+
+
+def test_a_job_of_an_engine_that_dies_goes_to_one_that_comes_back_later() -> None:
+    async def go() -> None:
+        pool = Pool(1)
+        available = asyncio.Event()
+        pool.engine_available = available.wait  # type: ignore[method-assign]
+        dispatcher, calls = Dispatcher(pool, capacity=1, limit=5.0), list[str]()
+
+        async def call(client: EngineClient) -> str:
+            calls.append("call")
+            await asyncio.sleep(60 if len(calls) == 1 else 0)
+            return "done"
+
+        future = dispatcher.submit(Job("job", 1, call))
+        await asyncio.sleep(0.01)
+        pool.members[0].health = EngineHealth(State.DEAD)
+        for task in pool.members[0].tasks:
+            task.cancel()
+        await asyncio.sleep(0.01)
+        assert not future.done() and not pool.members[0].outstanding
+        pool.members[0].health = EngineHealth(State.SERVING)
+        available.set()
+        assert (await asyncio.wait_for(future, 5.0))[0] == "done" and len(calls) == 2
+
+    asyncio.run(go())
+
+
+def test_without_an_engine_all_that_wait_are_told_and_later_ones_ask_anew() -> None:
+    async def go() -> None:
+        pool = Pool(1)
+        pool.members[0].health = EngineHealth(State.STALE)
+        dispatcher = Dispatcher(pool, capacity=1, limit=5.0)
+        for _ in range(2):
+            futures = [dispatcher.submit(Job("job", 1, answer)) for _ in range(3)]
+            for future in futures:
+                with pytest.raises(FleetNeedsSync):
+                    await asyncio.wait_for(future, 5.0)
+        pool.members[0].health = EngineHealth(State.SERVING)
+        assert (await dispatcher.submit(Job("job", 1, answer)))[0] == "done"
+
+    asyncio.run(go())

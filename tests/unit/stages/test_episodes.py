@@ -11,7 +11,8 @@ from millrace.data.tokenizer import ChatTokenizer
 from millrace.environments.registry import make_environment
 from millrace.rollout.types import Rollout
 from millrace.stages.collect import drawn_text
-from millrace.stages.episodes import Domain, EpisodePlayer
+from millrace.stages.domains import Domain
+from millrace.stages.episodes import EpisodePlayer
 
 
 @pytest.fixture

@@ -13,13 +13,17 @@ RECIPE = Recipe(name="trial", run_dir="runs/trial", model=ModelConfig(path="base
 
 def test_what_is_read_back_trains_like_what_was_written(tmp_path):
     journal = RolloutJournal(tmp_path, "rl-math", RECIPE)
-    groups = [group([0.0, 1.0], name="1", version=4), group([1.0, 1.0], name="2", lengths=[3, 1], version=4)]
+    groups = [
+        group([0.0, 1.0], name="1", version=4),
+        group([1.0, 1.0], name="2", lengths=[3, 1], version=4),
+        group([0.1, 0.2], name="3", lengths=[7, 9], version=4, given=[(1, 2), (4, 6)], masked=[1], cut="turns"),
+    ]
     journal.write(3, {"weight_version": 4, "sampler": {"position": 2}}, groups)
     header, read = journal.read(3, weight_version=4)
     assert header["sampler"] == {"position": 2}
-    assert [g.rewards for g in read] == [[0.0, 1.0], [1.0, 1.0]]
+    assert [g.rewards for g in read] == [[0.0, 1.0], [1.0, 1.0], [0.1]]
     for ours, theirs in zip(groups, read, strict=True):
-        assert [a.rollout for a in ours.answers] == [a.rollout for a in theirs.answers]
+        assert ours.answers == theirs.answers
 
 
 def test_answers_of_other_weights_are_not_used(tmp_path):

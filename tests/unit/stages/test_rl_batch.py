@@ -2,8 +2,11 @@ import pytest
 import torch
 
 from millrace.config.schema import AdvantageConfig, MismatchConfig, PolicyLossConfig, RlStage
-from millrace.stages.collect import rollout_metrics
+from millrace.observe.metrics import METRICS
+from millrace.stages.batches import answer_advantages
+from millrace.stages.collect import has_variance, rollout_metrics
 from millrace.stages.rl import MismatchTooLarge, mismatch_guard, policy_batch, step_metrics
+from millrace.stages.verdicts import TooManyMasked, masked, require_unmasked
 
 from .answers import group
 
@@ -75,3 +78,62 @@ def test_a_step_of_several_updates_counts_all_its_tokens():
     updates = [{"loss": 1.0, "tokens": 30.0, "micro_batches": 2.0}, {"loss": 0.5, "tokens": 10.0, "micro_batches": 1.0}]
     assert step_metrics(updates) == {"loss": 0.75, "tokens": 40.0, "micro_batches": 3.0}
     assert step_metrics(updates[:1]) == updates[0]
+
+
+def test_tokens_of_the_environment_have_no_part_in_the_loss():
+    turns = group([0.0, 1.0], lengths=[6, 6], given=[(2, 4)])
+    batch = policy_batch([turns], stage(advantage=AdvantageConfig(scale="none")))
+    own = [0, 0, 0, 1, 1, 0, 0, 1, 1]
+    assert batch.streams["mask"].tolist() == own * 2
+    assert batch.streams["advantage"].tolist() == [-0.5 * each for each in own] + [0.5 * each for each in own]
+    torch.testing.assert_close(batch.streams["weight"], batch.streams["mask"] / 8)
+    assert batch.streams["rollout_logp"].tolist() == [0, 0, 0, -0.25, -0.5, 0, 0, -1.25, -1.5] * 2
+
+
+@pytest.mark.parametrize("baseline", ["mean", "leave_one_out"])
+def test_masked_answers_are_left_out_of_the_loss_and_of_the_baseline(baseline):
+    config = AdvantageConfig(baseline=baseline)
+    with_masked = group([1.0, 0.0, 1.0, 0.0], masked=[1])
+    advantages = answer_advantages([with_masked, group([0.0, 1.0])], config)
+    alone = answer_advantages([group([1.0, 1.0, 0.0])], config)
+    assert advantages[:4] == [alone[0], 0.0, alone[1], alone[2]]
+    assert advantages[4:] == answer_advantages([group([0.0, 1.0])], config)
+    batch = policy_batch([with_masked], stage(advantage=config))
+    per_answer = [mask.sum().item() for mask in batch.streams["mask"].split(batch.lengths.tolist())]
+    assert per_answer == [2, 0, 2, 2]
+
+
+def test_a_group_with_fewer_than_two_unmasked_answers_has_no_gradient():
+    for masked in ([0, 1, 2], [0, 1]):
+        lonely = group([1.0, 0.0, 1.0], masked=masked)
+        assert answer_advantages([lonely], AdvantageConfig()) == [0.0] * 3
+        assert not has_variance(lonely)
+    assert has_variance(group([1.0, 0.0, 1.0], masked=[2]))
+    assert not has_variance(group([1.0, 0.0, 1.0], masked=[1]))
+
+
+def test_metrics_tell_turns_cuts_and_masked_answers():
+    groups = [
+        group([1.0, 0.0], lengths=[6, 6], given=[(2, 4)], masked=[1], cut="turns"),
+        group([0.0, 0.0], lengths=[9, 9], given=[(1, 2), (3, 7)], finish="length", cut="context", domain="tools"),
+        group([1.0, 1.0], domain="if"),
+    ]
+    metrics = rollout_metrics(groups)
+    assert metrics["reward/mean"] == pytest.approx(3 / 5) and metrics["reward/math"] == 1.0
+    assert metrics["reward/masked"] == pytest.approx(1 / 6)
+    assert metrics["reward/length"] == pytest.approx((4 + 4 + 4 + 4 + 2 + 2) / 6)
+    assert metrics["tokens/sampled"] == 3 * 3 + 6 + 6 + 9 + 9 + 2 + 2
+    assert (metrics["episode/turns"], metrics["episode/most_turns"]) == (2.5, 3.0)
+    assert metrics["episode/environment_tokens"] == 3.5
+    assert (metrics["episode/cut_turns"], metrics["episode/cut_context"], metrics["episode/cut_time"]) == (0.5, 0.5, 0)
+    assert {name for name in metrics if name.startswith("episode/")} <= METRICS.keys()
+    assert not any(name.startswith("episode/") for name in rollout_metrics(groups[2:]))
+
+
+def test_a_batch_most_of_which_is_masked_stops_the_run_with_the_commonest_reason():
+    good, bad = group([1.0] * 4, masked=[0, 1]), group([1.0] * 4, masked=[0, 1, 2], domain="code")
+    require_unmasked("math", [good, bad], "rl 1/2 rollouts")
+    assert masked("math", [good, bad]) == "2 of 4 answers in math are masked, most often: correct"
+    assert masked("if", [good, bad]) is None
+    with pytest.raises(TooManyMasked, match=r"rl 1/2 rollouts: 3 of 4 answers in code are masked, most often: correct"):
+        require_unmasked("code", [good, bad], "rl 1/2 rollouts")

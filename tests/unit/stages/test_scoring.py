@@ -19,7 +19,8 @@ from millrace.observe.metrics import METRICS
 from millrace.rollout.types import Rollout
 from millrace.stages.collect import rollout_metrics
 from millrace.stages.control import Stopped
-from millrace.stages.episodes import Domain, EpisodePlayer
+from millrace.stages.domains import Domain
+from millrace.stages.episodes import EpisodePlayer
 from millrace.stages.rlhf import comparison
 
 STAGE = RlhfStage(name="rlhf", domains=("chat",), steps=1, think_length_weight=0.0, answer_length_weight=0.0)

@@ -1,8 +1,8 @@
 """Verification of programs: worker processes with a box each, a bounded queue before them, and a count of everything.
 
 A verdict is about the program alone. When a box fails, its run is tried again; when a worker dies or hangs, its program
-goes to another one; and when a program can be given no verdict at all the run stops with a sentence, because any score
-would be made up.
+goes to another one; and when a program can be given no verdict at all, SandboxError says so, because any score would be
+made up.
 """
 
 from __future__ import annotations
@@ -147,8 +147,8 @@ class CodeVerifier:
             else:
                 return verdict.result, lost
         raise SandboxError(
-            f"a program could not be tested in the sandbox (tier {self.tier}), {TRIES} times: {'; '.join(reasons)}. No "
-            "score was given; see that this machine has memory and processes left, then start again: the run resumes"
+            f"a program could not be tested in the sandbox (tier {self.tier}), {TRIES} times: {'; '.join(reasons)}. "
+            "See that this machine has memory and processes left"
         )
 
     def _count(self, report: dict[str, Any], lost: int, tests: int) -> None:

@@ -1,0 +1,104 @@
+"""Environments, policies and a slow way to lay out token streams, for the tests of episodes with many turns."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from tiny_checkpoints import IM_END
+
+from millrace.environments.base import Cut, Observation, Reward
+from millrace.rollout.types import Request, Rollout
+
+SPECIAL = {"<|endoftext|>": 256, "<|im_start|>": 257, "<|im_end|>": 258}
+END_OF_TEXT = 256
+
+
+def slow_tokens(text: str) -> list[int]:
+    """Ids of the byte tokenizer, letter by letter."""
+    ids: list[int] = []
+    for piece in re.split(r"(<\|[a-z_]+\|>)", text):
+        ids += [SPECIAL[piece]] if piece in SPECIAL else list(piece.encode())
+    return ids
+
+
+@dataclass
+class Turn:
+    """What a scripted policy generates, and what a scripted environment says to it: its tool results, a reward, or
+    something that goes wrong."""
+
+    tokens: list[int]
+    reply: Any
+    """Texts of tool results, a Reward, an exception to raise, or seconds to sleep before a reward of 1."""
+
+
+class ScriptedEnvironment:
+    """Rows are scripts: {"script": [Turn, ...]}."""
+
+    required_fields: Sequence[str] = ()
+
+    def __init__(self) -> None:
+        self.closed = self.opened = 0
+
+    def validate(self, row: Mapping[str, Any]) -> str | None:
+        return None
+
+    def reset(self, row: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+        return [{"role": "user", "content": row.get("prompt", "go")}]
+
+    def tools(self, row: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
+        return [{"type": "function", "function": {"name": "now", "parameters": {"type": "object", "properties": {}}}}]
+
+    async def open(self, row: Mapping[str, Any]) -> ScriptedSession:
+        self.opened += 1
+        return ScriptedSession(self, row["script"])
+
+    async def close(self) -> None: ...
+
+
+@dataclass
+class ScriptedSession:
+    environment: ScriptedEnvironment
+    script: Sequence[Turn]
+    heard: list[str] = field(default_factory=list)
+
+    async def step(self, answer: str) -> Observation | Reward:
+        reply = self.script[len(self.heard)].reply
+        self.heard.append(answer)
+        if isinstance(reply, Exception):
+            raise reply
+        if isinstance(reply, int | float):
+            await asyncio.sleep(reply)
+            return Reward(1.0, "slept")
+        return reply if isinstance(reply, Reward) else Observation([{"role": "tool", "content": t} for t in reply])
+
+    async def cut(self, by: Cut) -> Reward:
+        return Reward(0.25, f"cut by {by}")
+
+    async def close(self) -> None:
+        self.environment.closed += 1
+
+
+@dataclass
+class ScriptedPolicy:
+    """Answers as an engine does: cut at the request's limit. Keeps what it was asked."""
+
+    script: Sequence[Turn]
+    seconds: float = 0.0
+    asked: list[Request] = field(default_factory=list)
+
+    async def __call__(self, request: Request) -> Rollout:
+        tokens = self.script[len(self.asked)].tokens
+        self.asked.append(request)
+        await asyncio.sleep(self.seconds)
+        kept = tuple(tokens[: request.sampling.max_tokens])
+        logp = tuple(-0.5 - 0.001 * place for place in range(len(kept)))
+        reason = "stop" if len(kept) == len(tokens) else "length"
+        return Rollout(request.id, 0, request.prompt, kept, logp, reason, 7, "http://engine")
+
+
+def spoken(text: str, end: int = IM_END) -> list[int]:
+    return [*slow_tokens(text), end]
