@@ -13,6 +13,7 @@ from millrace.environments.code import CodeEnvironment
 from millrace.environments.genrm import GenrmEnvironment
 from millrace.environments.instruction_following import InstructionFollowingEnvironment
 from millrace.environments.judge import Judge
+from millrace.environments.long_context import LongContextEnvironment
 from millrace.environments.math import MathEnvironment
 from millrace.environments.mcqa import McqaEnvironment
 from millrace.environments.python_tool import PythonToolEnvironment
@@ -44,8 +45,13 @@ def make_environment(config: DomainConfig, judges: Mapping[str, Judge] | None = 
             answers = MathEnvironment(verify_timeout_s=config.verify_timeout_s, workers=workers)
             return PythonToolEnvironment(config.python, config.sandbox, answers)
         case "genrm":
-            if config.judge is None or config.judge not in (judges or {}):
-                raise ConfigError(f"the environment genrm needs the judge {config.judge}, which was not started")
-            assert judges is not None
-            return GenrmEnvironment(judges[config.judge])
+            return GenrmEnvironment(_judge(config, judges or {}))
+        case "long_context":
+            return LongContextEnvironment(_judge(config, judges or {}))
     raise ConfigError(f"the environment {config.environment} is not built yet; `millrace check` names what is")
+
+
+def _judge(config: DomainConfig, judges: Mapping[str, Judge]) -> Judge:
+    if config.judge is None or config.judge not in judges:
+        raise ConfigError(f"the environment {config.environment} needs the judge {config.judge}, which was not started")
+    return judges[config.judge]

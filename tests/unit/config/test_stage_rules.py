@@ -239,8 +239,8 @@ def test_the_other_environments_of_the_paper_are_accepted(cascade_file: Path, en
             "sandbox: {wall_over_cpu: 0.5}}",
             "domains.format.sandbox.wall_over_cpu is 0.5, so that wall time ends before cpu_s; set 1 or more",
         ),
-        ("domains.chat.judge=null", "domains.chat.judge is required: the entry of `judges` that compares the answers"),
-        ("domains.math.judge=genrm", "domains.math.judge is genrm, but only the environment genrm asks a judge"),
+        ("domains.chat.judge=null", "domains.chat.judge is required: the entry of `judges` that judges the answers"),
+        ("domains.math.judge=genrm", "domains.math.judge is genrm, but math asks no judge; leave it out"),
         ("domains.chat.judge=genrn", "judge is genrn, which is not among the judges (did you mean genrm?)"),
         ("judges={}", "domains.chat.judge is genrm, which is not among the judges (there are: none)"),
         (
