@@ -17,7 +17,7 @@ RECIPES = sorted(path.relative_to(ROOT / "recipes") for path in (ROOT / "recipes
 WHOLE = [path for path in RECIPES if path.parts[0] != "base"]
 CASCADE, CLUSTER = Path("nemotron-cascade-2/cascade.yaml"), Path("nemotron-cascade-2/cluster-h200.yaml")
 QWEN3 = Path("qwen3/cascade-8b.yaml")
-UNBUILT = ["swe_agentless", "swe_agentic"]
+UNBUILT = ["swe_agentic"]
 
 
 @pytest.fixture
@@ -69,6 +69,7 @@ def test_everything_that_is_missing_is_listed_in_one_go(elsewhere: Path) -> None
         "model.path",
         "judges.genrm.model",
         "judges.equivalence.model",
+        "judges.repair.model",
         "domains.workplace_assistant.tables",
     ]
     assert unbuilt(problems) == UNBUILT
@@ -79,8 +80,8 @@ def test_everything_that_is_missing_is_listed_in_one_go(elsewhere: Path) -> None
 def test_with_all_files_present_only_the_environments_that_are_not_built_are_named(elsewhere: Path, name: Path) -> None:
     problems = check_recipe(with_files(name, NANO))
     assert unbuilt(problems) == UNBUILT and len(problems) == len(UNBUILT)
-    (agentless,) = [p for p in problems if "swe_agentless" in p]
-    assert "take it out with domains.swe_agentless=null and the domain out of swe-agentless" in agentless
+    (agentic,) = [p for p in problems if "swe_agentic" in p]
+    assert "take it out with domains.swe_agentic=null and the domain out of swe-agentic" in agentic
 
 
 def test_the_model_has_the_parameters_of_its_report(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-JUDGED = ("genrm", "long_context")
+JUDGED = ("genrm", "long_context", "swe_agentless")
 """Environments that ask a judge."""
 BUILT_IN_TEMPLATES = ("nemotron",)
 """Chat templates that Millrace ships, by the names that `model.chat_template` takes."""
@@ -350,6 +350,9 @@ class DomainConfig:
     tables: str | None = None
     """workplace_assistant: folder of CSV tables that rows refer to, with NeMo-Gym's names and columns; when absent the
     office that Millrace generates, for which `millrace data tools` writes rows."""
+    mask_unless_above: float | None = None
+    """Leave all answers to a training prompt out of the loss unless one of them has a reward above this: among answers
+    that are all bad, the least bad is no example. null trains on every prompt."""
     pass_rates: str | None = None
     """JSONL file of the training prompts' pass rates, as `millrace data passrate` writes it; a stage's `curriculum`
     reads it."""

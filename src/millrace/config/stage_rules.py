@@ -246,7 +246,6 @@ def _optimizer(optimizer: OptimizerConfig, key: str, steps: int | None) -> Probl
 
 
 UNBUILT = {
-    "swe_agentless": "a judge compares the patch with a reference",
     "swe_agentic": "its episodes have many turns in containers",
 }
 """Environments of the paper that are not built yet, and what each one is."""
@@ -278,6 +277,8 @@ def domain_problems(recipe: Recipe) -> Problems:
             yield f"{key}.judge is required: the entry of `judges` that judges the answers"
         if domain.environment not in JUDGED and domain.judge is not None:
             yield f"{key}.judge is {domain.judge}, but {domain.environment} asks no judge; leave it out"
+        if domain.environment == "genrm" and domain.mask_unless_above is not None:
+            yield f"{key}.mask_unless_above is set, but rewards of genrm only rank the answers of a group; leave it out"
         if domain.tables is not None and domain.environment != "workplace_assistant":
             yield f"{key}.tables is set, but {domain.environment} has no tables; leave it out"
         yield from _sandbox(domain, f"{key}.sandbox")

@@ -203,7 +203,7 @@ def _text(reply: Any) -> str | None:
 
 def parse_judgement(text: str) -> Judgement | None:
     """The last JSON object of the final text as a judgement; None where there is none, or a number is out of range."""
-    found = _last_object(final_text(text)[-LONGEST_OBJECT:])
+    found = last_object(text)
     if found is None:
         return None
     score_1, score_2 = _number(found.get("score_1"), 5), _number(found.get("score_2"), 5)
@@ -220,7 +220,9 @@ def _number(value: Any, highest: int) -> float | None:
     return float(value)
 
 
-def _last_object(text: str) -> dict[str, Any] | None:
+def last_object(text: str) -> dict[str, Any] | None:
+    """The last JSON object near the end of the final text."""
+    text = final_text(text)[-LONGEST_OBJECT:]
     decoder, found, at = json.JSONDecoder(), None, text.find("{")
     while at >= 0:
         try:

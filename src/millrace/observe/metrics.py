@@ -122,6 +122,11 @@ METRICS: dict[str, Metric] = {
         "below 0.5",
         "dynamic_sampling: true, or other data",
     ),
+    "groups/hopeless": Metric(
+        "share of groups that are left out of the loss because no reward is above their domain's mask_unless_above",
+        "below 0.5, falls",
+        "easier prompts, or a lower bound",
+    ),
     "groups/played": Metric(
         "groups sampled for the step, dropped ones included",
         "near prompts_per_step",
