@@ -617,6 +617,31 @@ def tools(
     _write_rows(out, [task.row(offer) for task in tasks], held_out)
 
 
+@data.command("long-context")
+def long_context(
+    out: OutFolder,
+    tokenizer: Annotated[Path, typer.Option(metavar="HF_FOLDER", help="Checkpoint whose tokenizer counts.")],
+    seed: DataSeed = 1,
+    train: TrainRows = 1000,
+    held_out: HeldOutRows = 128,
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens of a prompt, at most.")] = 32000,
+    needed: Annotated[int, typer.Option(min=1, help="Documents that a question takes.")] = 5,
+) -> None:
+    """Write questions over many documents for the environment long_context.
+
+    Prompts are filled with documents that the question does not need up to the length; the chat template comes on top.
+    The same seed writes the same rows.
+
+    Example: `millrace data long-context data/long --tokenizer models/Qwen3-8B --tokens 30000`
+    """
+    from millrace.data.tokenizer import ChatTokenizer
+    from millrace.environments.long_context_tasks import make_rows
+
+    encode = ChatTokenizer(tokenizer).encode
+    rows = make_rows(lambda text: len(encode(text)), seed=seed, rows=train + held_out, tokens=tokens, needed=needed)
+    _write_rows(out, list(rows), held_out)
+
+
 @app.command()
 def doctor() -> None:
     """Say what is installed and usable here, and what each absence costs. Exit code 0: the laptop path works.

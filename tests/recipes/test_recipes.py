@@ -17,7 +17,7 @@ RECIPES = sorted(path.relative_to(ROOT / "recipes") for path in (ROOT / "recipes
 WHOLE = [path for path in RECIPES if path.parts[0] != "base"]
 CASCADE, CLUSTER = Path("nemotron-cascade-2/cascade.yaml"), Path("nemotron-cascade-2/cluster-h200.yaml")
 QWEN3 = Path("qwen3/cascade-8b.yaml")
-UNBUILT = ["long_context", "swe_agentless", "swe_agentic"]
+UNBUILT = ["swe_agentic"]
 
 
 @pytest.fixture
@@ -68,6 +68,8 @@ def test_everything_that_is_missing_is_listed_in_one_go(elsewhere: Path) -> None
     assert [p.split(":")[0] for p in folders] == [
         "model.path",
         "judges.genrm.model",
+        "judges.equivalence.model",
+        "judges.repair.model",
         "domains.workplace_assistant.tables",
     ]
     assert unbuilt(problems) == UNBUILT
@@ -78,8 +80,8 @@ def test_everything_that_is_missing_is_listed_in_one_go(elsewhere: Path) -> None
 def test_with_all_files_present_only_the_environments_that_are_not_built_are_named(elsewhere: Path, name: Path) -> None:
     problems = check_recipe(with_files(name, NANO))
     assert unbuilt(problems) == UNBUILT and len(problems) == len(UNBUILT)
-    (long_context,) = [p for p in problems if "long_context" in p]
-    assert "take it out with domains.long_context=null and the domain out of long-context" in long_context
+    (agentic,) = [p for p in problems if "swe_agentic" in p]
+    assert "take it out with domains.swe_agentic=null and the domain out of swe-agentic" in agentic
 
 
 def test_the_model_has_the_parameters_of_its_report(tmp_path: Path) -> None:

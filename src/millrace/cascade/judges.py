@@ -53,7 +53,7 @@ class ServedEndpoint:
 
 @dataclass(frozen=True)
 class Judges:
-    """What a run knows of its judges; empty on every rank but the first, and in a run without a genrm domain."""
+    """What a run knows of its judges; empty on every rank but the first, and in a run without a judged domain."""
 
     by_name: Mapping[str, Judge]
     fleets: Mapping[str, Fleet]
@@ -75,7 +75,7 @@ class Judges:
 
 
 def start_judges(recipe: Recipe, run_dir: Path) -> Judges:
-    """Start the judges that the recipe's genrm domains name, on rank 0; returns at once."""
+    """Start the judges that the recipe's domains name, on rank 0; returns at once."""
     if int(os.environ.get("RANK", "0")) != 0:
         return Judges({}, {}, {})
     judges: dict[str, Judge] = {}

@@ -20,7 +20,7 @@ from millrace.config.errors import ConfigError
 from millrace.config.graph import nearest
 from millrace.config.model_shape import ModelShape
 from millrace.config.rules import require_runnable
-from millrace.config.schema import EvaluateStage, ParallelConfig, Recipe
+from millrace.config.schema import JUDGED, EvaluateStage, ParallelConfig, Recipe
 from millrace.config.stage_rules import WITH_TURNS
 from millrace.data.tokenizer import ChatTokenizer
 from millrace.environments.registry import make_environment
@@ -50,6 +50,8 @@ def measuring_recipe(recipe: Recipe, domain: str, model: Path | None) -> Recipe:
         raise ConfigError(f"{key} is not in the recipe{nearest(domain, recipe.domains)}")
     if recipe.domains[domain].environment == "genrm":
         raise ConfigError(f"{key}: a judge compares its answers with each other, so that no prompt has a pass rate")
+    if recipe.domains[domain].environment in JUDGED:
+        raise ConfigError(f"{key}: a judge scores its answers, and judges are not started for pass rates")
     if recipe.fleet.addresses:
         raise ConfigError(
             "fleet.addresses names servers that already run, with weights that nobody here knows; set "

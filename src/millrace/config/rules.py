@@ -38,7 +38,8 @@ NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 
 PROMPT_FIELDS = ("prompt", "responses_create_params")
 CODE_PROMPT_FIELDS = (*PROMPT_FIELDS, "question", "question_content")
-"""Where a row holds its prompt: Millrace's own field, or NeMo-Gym's."""
+SWE_PROMPT_FIELDS = (*PROMPT_FIELDS, "original_prompt")
+"""Where a row holds its prompt: Millrace's own field, or NeMo-Gym's, or those of its data set."""
 
 Problems = Iterator[str]
 
@@ -345,7 +346,7 @@ def _files(recipe: Recipe) -> Problems:
             for file in stage.data:
                 yield from _data_file(f"stages.{stage.name}.data", Path(file), "messages")
     for name, domain in recipe.domains.items():
-        fields = CODE_PROMPT_FIELDS if domain.environment == "code" else PROMPT_FIELDS
+        fields = {"code": CODE_PROMPT_FIELDS, "swe_agentless": SWE_PROMPT_FIELDS}.get(domain.environment, PROMPT_FIELDS)
         yield from _data_file(f"domains.{name}.train", Path(domain.train), *fields)
         yield from _data_file(f"domains.{name}.held_out", Path(domain.held_out), *fields)
         if domain.environment == "genrm" and Path(domain.held_out).is_file():

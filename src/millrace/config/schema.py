@@ -11,6 +11,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+JUDGED = ("genrm", "long_context", "swe_agentless")
+"""Environments that ask a judge."""
 BUILT_IN_TEMPLATES = ("nemotron",)
 """Chat templates that Millrace ships, by the names that `model.chat_template` takes."""
 
@@ -243,8 +245,9 @@ class JudgeConfig:
     api_key_variable: str | None = None
     """Environment variable that holds the endpoint's API key; none is sent when absent."""
     form: Literal["roles", "prompt"] = "roles"
-    """How two answers are shown: as messages of the roles response_1 and response_2 behind the conversation, which
-    NVIDIA's GenRM is trained on, or written out in one user message, which any instruction-following model reads."""
+    """genrm: how two answers are shown: as messages of the roles response_1 and response_2 behind the conversation,
+    which NVIDIA's GenRM is trained on, or written out in one user message, which any instruction-following model
+    reads."""
     temperature: float = 0.6
     """Sampling temperature of a verdict."""
     top_p: float = 0.95
@@ -254,7 +257,8 @@ class JudgeConfig:
     timeout_s: float = 600.0
     """How long one verdict may take."""
     retries: int = 2
-    """Further tries of a verdict that failed or could not be parsed; after the last one default scores are taken."""
+    """Further tries of a verdict that failed or could not be parsed; after the last one genrm
+    takes default scores, and the others mask the answer."""
     concurrency: int = 64
     """Most verdicts that are asked for at one time."""
     engine: FleetConfig = field(default_factory=FleetConfig)
@@ -345,7 +349,8 @@ class DomainConfig:
     """Prompts in the chat template's thinking form, or in its non-thinking form; as the template does by itself when
     absent. A row's own `thinking` goes before. Held-out prompts are asked in the same form."""
     judge: str | None = None
-    """genrm: the entry of `judges` that compares answers."""
+    """genrm, long_context, swe_agentless: the entry of `judges` that compares answers with one another, with the right
+    one, or with the right repair."""
     sandbox: SandboxConfig = field(default_factory=SandboxConfig)
     """code, python_tool: where programs are run, in which languages (code), and under which limits."""
     turns: TurnsConfig = field(default_factory=TurnsConfig)
@@ -355,6 +360,9 @@ class DomainConfig:
     tables: str | None = None
     """workplace_assistant: folder of CSV tables that rows refer to, with NeMo-Gym's names and columns; when absent the
     office that Millrace generates, for which `millrace data tools` writes rows."""
+    mask_unless_above: float | None = None
+    """Leave all answers to a training prompt out of the loss unless one of them has a reward above this: among answers
+    that are all bad, the least bad is no example. null trains on every prompt."""
     pass_rates: str | None = None
     """JSONL file of the training prompts' pass rates, as `millrace data passrate` writes it; a stage's `curriculum`
     reads it."""
@@ -651,7 +659,7 @@ class Recipe:
     domains: dict[str, DomainConfig] = field(default_factory=dict)
     """The domains by name."""
     judges: dict[str, JudgeConfig] = field(default_factory=dict)
-    """Judges by name; the genrm domains name theirs."""
+    """Judges by name; the domains that are judged name theirs."""
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     observe: ObserveConfig = field(default_factory=ObserveConfig)
     stages: tuple[StageConfig, ...]
@@ -666,6 +674,6 @@ class Recipe:
 
     @property
     def judges_used(self) -> dict[str, JudgeConfig]:
-        """The judges that a genrm domain names: those that run as long as the run does."""
-        named = {domain.judge for domain in self.domains.values() if domain.environment == "genrm"}
+        """The judges that a judged domain names: those that run as long as the run does."""
+        named = {domain.judge for domain in self.domains.values() if domain.environment in JUDGED}
         return {name: judge for name, judge in self.judges.items() if name in named}

@@ -9,6 +9,7 @@ from pathlib import Path
 from millrace.config.checkpoint_files import checkpoint_problems
 from millrace.config.graph import nearest
 from millrace.config.schema import (
+    JUDGED,
     DomainConfig,
     EvaluateStage,
     GateConfig,
@@ -245,8 +246,6 @@ def _optimizer(optimizer: OptimizerConfig, key: str, steps: int | None) -> Probl
 
 
 UNBUILT = {
-    "long_context": "a judge compares the answer with a reference",
-    "swe_agentless": "a judge compares the patch with a reference",
     "swe_agentic": "its episodes have many turns in containers",
 }
 """Environments of the paper that are not built yet, and what each one is."""
@@ -276,10 +275,12 @@ def domain_problems(recipe: Recipe) -> Problems:
             )
         if domain.grading == "fraction" and domain.environment not in ("instruction_following", "code"):
             yield f"{key}.grading is fraction, but an answer in {domain.environment} is right or wrong; use binary"
-        if domain.environment == "genrm" and domain.judge is None:
-            yield f"{key}.judge is required: the entry of `judges` that compares the answers"
-        if domain.environment != "genrm" and domain.judge is not None:
-            yield f"{key}.judge is {domain.judge}, but only the environment genrm asks a judge; leave it out"
+        if domain.environment in JUDGED and domain.judge is None:
+            yield f"{key}.judge is required: the entry of `judges` that judges the answers"
+        if domain.environment not in JUDGED and domain.judge is not None:
+            yield f"{key}.judge is {domain.judge}, but {domain.environment} asks no judge; leave it out"
+        if domain.environment == "genrm" and domain.mask_unless_above is not None:
+            yield f"{key}.mask_unless_above is set, but rewards of genrm only rank the answers of a group; leave it out"
         if domain.tables is not None and domain.environment != "workplace_assistant":
             yield f"{key}.tables is set, but {domain.environment} has no tables; leave it out"
         yield from _sandbox(domain, f"{key}.sandbox")
@@ -372,7 +373,13 @@ def _judged_answers(name: str, recipe: Recipe) -> Iterator[tuple[str, int, int]]
     """Who shows answers to a judge, how many at one time, and of how many tokens each."""
     domains = {domain for domain, config in recipe.domains.items() if config.judge == name}
     for stage in recipe.stages:
-        if isinstance(stage, RlhfStage) and domains & set(stage.domains):
-            yield f"stages.{stage.name}", 2, stage.sampling.max_response_tokens
+        if isinstance(stage, SamplingStage) and domains & (set(stage.domains) - _taught_without_a_judge(stage, recipe)):
+            yield f"stages.{stage.name}", 2 if isinstance(stage, RlhfStage) else 1, stage.sampling.max_response_tokens
     if domains:  # held out, an answer is compared with the reference of its row
         yield "evaluation", 1, recipe.evaluation.sampling.max_response_tokens
+
+
+def _taught_without_a_judge(stage: SamplingStage, recipe: Recipe) -> set[str]:
+    """Domains whose answers a judge compares with one another, which nobody asks for where a teacher speaks of them."""
+    taught = stage.teachers if isinstance(stage, MopdStage) else ()
+    return {name for name in taught if name in recipe.domains and recipe.domains[name].environment == "genrm"}

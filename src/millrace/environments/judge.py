@@ -1,10 +1,11 @@
-"""A judge: a language model behind an OpenAI-compatible endpoint that compares two answers.
+"""A judge: a language model behind an OpenAI-compatible endpoint that is asked for verdicts.
 
-A verdict is the last JSON object of the judge's final text: score_1 and score_2 from 1 to 5, and a ranking from 1 (the
-first answer is far better) to 6 (the second one is). A try fails when nothing comes back within its limit, when the
-server is broken, and when the text holds no such object; it is repeated with another seed. A verdict that no try has
-brought stands undecided and is counted. A judge that decides nothing any more ends the run instead: rewards of lengths
-alone would teach the policy to be short.
+An environment asks a question and says how its verdict is read from the reply. Where two answers are compared it is the
+last JSON object of the judge's final text: score_1 and score_2 from 1 to 5, and a ranking from 1 (the first answer is
+far better) to 6 (the second one is). A try fails when nothing comes back within its limit, when the server is broken,
+and when the text holds no verdict; it is repeated with another seed. A verdict that no try has brought stands undecided
+and is counted. A judge that decides nothing any more ends the run instead: rewards of lengths alone would teach the
+policy to be short.
 
 The seed of a try follows from what is asked, so the same answers get the same verdicts.
 """
@@ -16,9 +17,9 @@ import hashlib
 import json
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Generic, Literal, Protocol, TypeVar
 
 import httpx
 
@@ -33,7 +34,9 @@ RETRY_SECONDS = 0.5
 """Pause before the second try of a request that failed; it doubles with each further one."""
 MOST_UNDECIDED = 64
 """So many verdicts in a row that no try has brought, and the judge counts as lost."""
-WAY_OUT_OF_UNPARSABLE = "raise its max_tokens if replies are cut, set its form to the other one, or take another judge"
+WAY_OUT_OF_UNPARSABLE = (
+    "raise its max_tokens if replies are cut, set its form to the other one (genrm), or take another one"
+)
 LONGEST_OBJECT = 4096
 """Characters at the end of a text in which its verdict is looked for."""
 
@@ -75,10 +78,34 @@ class Verdict:
     """That its tries took, without the wait for a free place."""
 
 
+T = TypeVar("T")
+
+
 @dataclass(frozen=True)
-class _Try:
+class Asked(Generic[T]):
+    """What became of one question to a judge."""
+
+    value: T | None
+    """The verdict; None where no try brought one."""
     outcome: Outcome
-    judgement: Judgement | None = None
+    reason: str
+    """Why there is none."""
+    seconds: float
+
+    def details(self) -> dict[str, float]:
+        """The tally that stands with an answer on record, and by which verdicts are counted."""
+        return {
+            "verdicts": 1.0,
+            "failed": float(self.outcome == "failed"),
+            "unparsable": float(self.outcome == "unparsable"),
+            "seconds": self.seconds,
+        }
+
+
+@dataclass(frozen=True)
+class _Try(Generic[T]):
+    outcome: Outcome
+    value: T | None = None
     reason: str = ""
     again: bool = True
     """Whether another try may end otherwise."""
@@ -99,24 +126,32 @@ class Judge:
         Raises:
             JudgeError: the endpoint refuses Millrace, or many verdicts in a row stand undecided.
         """
-        messages = judge_messages(self._config.form, conversation, first, second)
+        asked = await self.ask(judge_messages(self._config.form, conversation, first, second), parse_judgement)
+        return Verdict(asked.value or UNDECIDED, asked.outcome, asked.seconds)
+
+    async def ask(self, messages: Sequence[Message], read: Callable[[str], T | None]) -> Asked[T]:
+        """A verdict, as `read` finds it in the judge's text; None there stands for a text without one.
+
+        Raises:
+            JudgeError: the endpoint refuses Millrace, or many verdicts in a row stand undecided.
+        """
         seconds = 0.0
         for attempt in range(self._config.retries + 1):
             async with self._places:
                 began = time.monotonic()
-                tried = await self._try(messages, attempt)
+                tried = await self._try(messages, read, attempt)
                 seconds += time.monotonic() - began
-            if tried.judgement is not None or not tried.again:
+            if tried.value is not None or not tried.again:
                 break
             if tried.outcome == "failed" and attempt < self._config.retries:
                 await asyncio.sleep(RETRY_SECONDS * 2**attempt)
         self._count(tried)
-        return Verdict(tried.judgement or UNDECIDED, tried.outcome, seconds)
+        return Asked(tried.value, tried.outcome, tried.reason, seconds)
 
     async def close(self) -> None:
         await self._endpoint.close()
 
-    async def _try(self, messages: Sequence[Message], attempt: int) -> _Try:
+    async def _try(self, messages: Sequence[Message], read: Callable[[str], T | None], attempt: int) -> _Try[T]:
         try:
             reply = await self._endpoint.chat(self._body(messages, attempt), self._config.timeout_s)
             text = _text(reply)
@@ -126,10 +161,10 @@ class Judge:
             return _Try("failed", reason=str(error), again=False)
         if text is None:
             return _Try("unparsable", reason=f"its reply was cut at max_tokens {self._config.max_tokens}")
-        judgement = parse_judgement(text)
-        if judgement is None:
+        value = read(text)
+        if value is None:
             return _Try("unparsable", reason=f"its reply holds no verdict: {text[-200:]!r}")
-        return _Try("judged", judgement)
+        return _Try("judged", value)
 
     def _body(self, messages: Sequence[Message], attempt: int) -> dict[str, Any]:
         return {
@@ -141,8 +176,8 @@ class Judge:
             "seed": _seed(messages, attempt),
         }
 
-    def _count(self, tried: _Try) -> None:
-        if tried.judgement is not None:
+    def _count(self, tried: _Try[Any]) -> None:
+        if tried.value is not None:
             self._in_a_row.clear()
             return
         self._in_a_row[tried.outcome] += 1
@@ -168,7 +203,7 @@ def _text(reply: Any) -> str | None:
 
 def parse_judgement(text: str) -> Judgement | None:
     """The last JSON object of the final text as a judgement; None where there is none, or a number is out of range."""
-    found = _last_object(final_text(text)[-LONGEST_OBJECT:])
+    found = last_object(text)
     if found is None:
         return None
     score_1, score_2 = _number(found.get("score_1"), 5), _number(found.get("score_2"), 5)
@@ -185,7 +220,9 @@ def _number(value: Any, highest: int) -> float | None:
     return float(value)
 
 
-def _last_object(text: str) -> dict[str, Any] | None:
+def last_object(text: str) -> dict[str, Any] | None:
+    """The last JSON object near the end of the final text."""
+    text = final_text(text)[-LONGEST_OBJECT:]
     decoder, found, at = json.JSONDecoder(), None, text.find("{")
     while at >= 0:
         try:

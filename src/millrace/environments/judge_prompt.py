@@ -1,8 +1,9 @@
-"""How a judge is shown a conversation and two answers to it."""
+"""How a judge is shown what it judges."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import hashlib
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 from millrace.environments.base import Message
@@ -44,3 +45,11 @@ def judge_messages(
         return [*conversation, *answers]
     turns = "\n\n".join(f"[{message['role'].upper()}]\n{message['content']}" for message in conversation)
     return [{"role": "user", "content": INSTRUCTIONS.format(conversation=turns, first=first, second=second)}]
+
+
+def sections(texts: Mapping[str, str]) -> str:
+    """Texts by their titles, each between marks that none of them can hold: their number is a hash of all texts."""
+    mark = hashlib.sha256("\0".join(texts.values()).encode()).hexdigest()[:8]
+    return "\n\n".join(
+        f"[{title.upper()} {mark}]\n{text}\n[END OF {title.upper()} {mark}]" for title, text in texts.items()
+    )

@@ -13,10 +13,12 @@ from millrace.environments.code import CodeEnvironment
 from millrace.environments.genrm import GenrmEnvironment
 from millrace.environments.instruction_following import InstructionFollowingEnvironment
 from millrace.environments.judge import Judge
+from millrace.environments.long_context import LongContextEnvironment
 from millrace.environments.math import MathEnvironment
 from millrace.environments.mcqa import McqaEnvironment
 from millrace.environments.python_tool import PythonToolEnvironment
 from millrace.environments.structured_outputs import StructuredOutputsEnvironment
+from millrace.environments.swe_agentless import SweAgentlessEnvironment
 from millrace.environments.workplace_assistant import WorkplaceEnvironment
 
 MOST_WORKERS = 16
@@ -38,14 +40,21 @@ def make_environment(config: DomainConfig, judges: Mapping[str, Judge] | None = 
             return InstructionFollowingEnvironment(grading=config.grading)
         case "code":
             return CodeEnvironment(config.sandbox, grading=config.grading)
+        case "workplace_assistant":
+            return WorkplaceEnvironment(None if config.tables is None else Path(config.tables))
         case "python_tool":
             answers = MathEnvironment(verify_timeout_s=config.verify_timeout_s, workers=workers)
             return PythonToolEnvironment(config.python, config.sandbox, answers)
-        case "workplace_assistant":
-            return WorkplaceEnvironment(None if config.tables is None else Path(config.tables))
         case "genrm":
-            if config.judge is None or config.judge not in (judges or {}):
-                raise ConfigError(f"the environment genrm needs the judge {config.judge}, which was not started")
-            assert judges is not None
-            return GenrmEnvironment(judges[config.judge])
+            return GenrmEnvironment(_judge(config, judges or {}))
+        case "long_context":
+            return LongContextEnvironment(_judge(config, judges or {}))
+        case "swe_agentless":
+            return SweAgentlessEnvironment(_judge(config, judges or {}))
     raise ConfigError(f"the environment {config.environment} is not built yet; `millrace check` names what is")
+
+
+def _judge(config: DomainConfig, judges: Mapping[str, Judge]) -> Judge:
+    if config.judge is None or config.judge not in judges:
+        raise ConfigError(f"the environment {config.environment} needs the judge {config.judge}, which was not started")
+    return judges[config.judge]

@@ -122,6 +122,11 @@ METRICS: dict[str, Metric] = {
         "below 0.5",
         "dynamic_sampling: true, or other data",
     ),
+    "groups/hopeless": Metric(
+        "share of groups that are left out of the loss because no reward is above their domain's mask_unless_above",
+        "below 0.5, falls",
+        "easier prompts, or a lower bound",
+    ),
     "groups/played": Metric(
         "groups sampled for the step, dropped ones included",
         "near prompts_per_step",
@@ -148,17 +153,18 @@ METRICS: dict[str, Metric] = {
     ),
     "kl": Metric("mean KL estimate to the reference, nats", "below 0.1", "raise kl.coefficient"),
     "judge/verdicts": Metric(
-        "comparisons of two answers in this step",
+        "comparisons of two answers in this step, or answers that were judged alone",
         "RLHF, all pairs in both orders: G (G - 1) for a group of G finished answers",
         "fewer: answers were cut or empty, which nobody compares; see reward/overlong",
     ),
     "judge/failed": Metric(
-        "share of the verdicts that no try brought a reply to, so that they stand undecided: scores 3, ranking 3.5",
+        "share of the verdicts that no try brought a reply to; comparisons then stand undecided (scores 3, ranking "
+        "3.5), and answers that are judged alone are masked",
         "0",
         "the judge's log; a longer timeout_s or lower concurrency; answers longer than its max_model_len",
     ),
     "judge/unparsable": Metric(
-        "share of the verdicts whose last try held no valid JSON object or was cut at max_tokens; they stand undecided",
+        "share of the verdicts whose last try held no verdict or was cut at max_tokens; otherwise as judge/failed",
         "below 0.01",
         "raise max_tokens of the judge; another form (roles, prompt) or judge",
     ),

@@ -181,6 +181,7 @@ class GroupCollector:
         stage = self._stage
         kept: list[Group] = []
         played: list[Group] = []
+        hopeless = 0
         rounds = stage.dynamic_sampling_max_rounds if stage.dynamic_sampling else 1
         for round_number in range(rounds):
             drawn = self._sampler.next(stage.prompts_per_step)
@@ -189,7 +190,9 @@ class GroupCollector:
             groups = play(Play(episodes, stage.sampling, stage.samples_per_prompt, what, comparison(stage)))
             groups = [self._penalise_overlong(group) for group in groups]
             played += groups
-            kept += [group for group in groups if self._teaches(group)] if stage.dynamic_sampling else groups
+            trained = [self._mask_hopeless(group) for group in groups]
+            hopeless += sum(group is not before for group, before in zip(trained, groups, strict=True))
+            kept += [group for group in trained if self._teaches(group)] if stage.dynamic_sampling else trained
             if is_full(kept):
                 break
         if self._ctx.control.is_main and len(kept) < self._least_groups:
@@ -197,7 +200,8 @@ class GroupCollector:
                 f"{stage.name}: in {rounds} rounds of {stage.prompts_per_step} prompts only {len(kept)} groups had "
                 "answers of different reward, so there is nothing to learn from; use harder or easier prompts"
             )
-        return kept[: stage.prompts_per_step], rollout_metrics(played) if played else {}
+        metrics = {**rollout_metrics(played), "groups/hopeless": hopeless / len(played)} if played else {}
+        return kept[: stage.prompts_per_step], metrics
 
     def _teaches(self, group: Group) -> bool:
         """Whether a group has a gradient: from its teacher, or from rewards that differ."""
@@ -224,10 +228,23 @@ class GroupCollector:
         domain = self._player.domains[name]
         return domain.episode(domain.train, row, seed, scored=not (name in self._taught and domain.compares))
 
+    def _mask_hopeless(self, group: Group) -> Group:
+        """What a teacher speaks of needs no reward."""
+        taught = group.episode.domain in self._taught
+        return mask_hopeless(group, None if taught else self._player.domains[group.episode.domain].mask_unless_above)
+
     def _penalise_overlong(self, group: Group) -> Group:
         if self._stage.overlong != "zero_reward":
             return group
         return dataclasses.replace(group, answers=tuple(map(_zero_if_overlong, group.answers)))
+
+
+def mask_hopeless(group: Group, least: float | None) -> Group:
+    """The group with all answers masked, unless one has a reward above `least`."""
+    if least is None or any(reward > least for reward in group.rewards):
+        return group
+    masked = (dataclasses.replace(each, reward=dataclasses.replace(each.reward, masked=True)) for each in group.answers)
+    return dataclasses.replace(group, answers=tuple(masked))
 
 
 def _zero_if_overlong(answer: Scored) -> Scored:

@@ -28,6 +28,7 @@ class Domain:
         self.name, self.environment = name, environment
         self._system, self._tokenizer, self._pass_rates = config.system_prompt, tokenizer, config.pass_rates
         self._thinking, self.turns = config.thinking, config.turns
+        self.mask_unless_above = config.mask_unless_above
 
         def check(row: Mapping[str, Any]) -> str | None:
             return environment.validate(row) or form_problem(row)

@@ -7,7 +7,7 @@ stage says beyond `type: rl` is how the comparisons make a reward, which is here
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from millrace.config.schema import RlhfStage, SamplingStage
 from millrace.environments.base import Comparison
@@ -30,21 +30,24 @@ def comparison(stage: SamplingStage) -> Comparison | None:
 
 
 def judge_metrics(groups: Sequence[Group]) -> dict[str, float]:
-    """What the judge did for these groups; nothing where they are not such as a judge compares."""
-    judged = [a.reward.details for group in groups for a in group.answers if "r_base" in a.reward.details]
-    compared = [details for details in judged if details["verdicts"]]
-    if not compared:
+    """What judges did for these groups; nothing where nobody judges them."""
+    judged = [a.reward.details for group in groups for a in group.answers if "verdicts" in a.reward.details]
+    asked = [details for details in judged if details["verdicts"]]
+    compared = [details for details in asked if "r_base" in details]
+    if not asked:
         return {"judge/verdicts": 0.0} if judged else {}
-    seen = sum(details["verdicts"] for details in compared)
 
-    def share(name: str) -> float:
-        return sum(details[name] for details in compared) / seen
+    def share(name: str, of: Sequence[Mapping[str, float]]) -> float:
+        return sum(details[name] for details in of) / sum(details["verdicts"] for details in of)
 
-    return {
-        "judge/verdicts": seen / 2,  # each is on record with both of its answers
-        "judge/failed": share("failed"),
-        "judge/unparsable": share("unparsable"),
-        "judge/first_wins": share("first_wins"),
-        "judge/seconds": share("seconds"),
-        "judge/score": sum(details["r_base"] for details in compared) / len(compared),
+    metrics = {
+        # A comparison is on record with both of its answers.
+        "judge/verdicts": sum(details["verdicts"] / (2 if "r_base" in details else 1) for details in asked),
+        "judge/failed": share("failed", asked),
+        "judge/unparsable": share("unparsable", asked),
+        "judge/seconds": share("seconds", asked),
     }
+    if not compared:
+        return metrics
+    score = sum(details["r_base"] for details in compared) / len(compared)
+    return {**metrics, "judge/first_wins": share("first_wins", compared), "judge/score": score}

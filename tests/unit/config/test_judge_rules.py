@@ -43,7 +43,7 @@ def test_a_judged_recipe_is_sound_and_takes_kl_to_the_stages_start(judged: Path)
     [
         ("domains.chat.judge=k", "domains.chat.judge is k, which is not among the judges"),
         ("domains.chat.judge=null", "domains.chat.judge is required"),
-        ("domains.math.judge=j", "only the environment genrm asks a judge"),
+        ("domains.math.judge=j", "domains.math.judge is j, but math asks no judge; leave it out"),
         ("judges.j.url='http://a/v1'", "judges.j needs exactly one of model and url, but both are given"),
         ("judges.unused.url=a", "judges.unused.url is 'a', which is not a URL"),
         ("judges.j.model=nowhere", "judges.j.model: the folder"),
@@ -85,3 +85,16 @@ def test_held_out_rows_need_a_reference_and_training_rows_do_not(judged: Path) -
 
 def test_only_the_judges_that_a_genrm_domain_names_are_used(judged: Path) -> None:
     assert list(load_recipe(judged, ()).judges_used) == ["j"]
+
+
+def test_a_question_over_documents_is_judged_and_trained_alone(judged: Path) -> None:
+    (judged.parent / "long.jsonl").write_text('{"prompt": "hello", "answer": "hi"}\n')
+    (judged.parent / "long-held.jsonl").write_text('{"prompt": "hello", "answer": "hi"}\n')
+    domain = "domains.long={environment: long_context, train: long.jsonl, held_out: long-held.jsonl, judge: j}"
+    stage = "stages=[{type: rl, name: read, domains: [long], steps: 2, sampling: {max_response_tokens: 64}}]"
+    assert check(judged, domain, stage) == []
+    assert set(load_recipe(judged, (domain, "domains.chat.judge=unused")).judges_used) == {"j", "unused"}
+    (problem,) = check(judged, domain.replace(", judge: j", ""), stage)
+    assert problem == "domains.long.judge is required: the entry of `judges` that judges the answers"
+    (problem,) = check(judged, domain, stage, "judges.j.engine.max_model_len=128")
+    assert "about 1 x stages.read.sampling.max_response_tokens 64 takes up to 128 tokens" in problem

@@ -224,6 +224,7 @@ def test_the_other_environments_of_the_paper_are_accepted(cascade_file: Path, en
     ("override", "message"),
     [
         ("domains.math.grading=fraction", "domains.math.grading is fraction, but an answer in math is right or wrong"),
+        ("domains.chat.mask_unless_above=0.5", "domains.chat.mask_unless_above is set, but rewards of genrm only rank"),
         ("domains.math.tables=.", "domains.math.tables is set, but math has no tables; leave it out"),
         ("domains.math.sandbox.cpu_s=2", "domains.math.sandbox is set, but math runs no programs; leave it out"),
         ("domains.math.turns.most=2", "domains.math.turns is set, but an episode in math ends with its first answer"),
@@ -261,8 +262,8 @@ def test_the_other_environments_of_the_paper_are_accepted(cascade_file: Path, en
             "sandbox: {wall_over_cpu: 0.5}}",
             "domains.format.sandbox.wall_over_cpu is 0.5, so that wall time ends before cpu_s; set 1 or more",
         ),
-        ("domains.chat.judge=null", "domains.chat.judge is required: the entry of `judges` that compares the answers"),
-        ("domains.math.judge=genrm", "domains.math.judge is genrm, but only the environment genrm asks a judge"),
+        ("domains.chat.judge=null", "domains.chat.judge is required: the entry of `judges` that judges the answers"),
+        ("domains.math.judge=genrm", "domains.math.judge is genrm, but math asks no judge; leave it out"),
         ("domains.chat.judge=genrn", "judge is genrn, which is not among the judges (did you mean genrm?)"),
         ("judges={}", "domains.chat.judge is genrm, which is not among the judges (there are: none)"),
         (

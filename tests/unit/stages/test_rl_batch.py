@@ -4,7 +4,7 @@ import torch
 from millrace.config.schema import AdvantageConfig, MismatchConfig, PolicyLossConfig, RlStage
 from millrace.observe.metrics import METRICS
 from millrace.stages.batches import answer_advantages
-from millrace.stages.collect import has_variance, rollout_metrics
+from millrace.stages.collect import has_variance, mask_hopeless, rollout_metrics
 from millrace.stages.rl import MismatchTooLarge, mismatch_guard, policy_batch, step_metrics
 from millrace.stages.verdicts import TooManyMasked, masked, require_unmasked
 
@@ -137,3 +137,20 @@ def test_a_batch_most_of_which_is_masked_stops_the_run_with_the_commonest_reason
     assert masked("if", [good, bad]) is None
     with pytest.raises(TooManyMasked, match=r"rl 1/2 rollouts: 3 of 4 answers in code are masked, most often: correct"):
         require_unmasked("code", [good, bad], "rl 1/2 rollouts")
+
+
+@pytest.mark.parametrize(
+    ("rewards", "least", "hopeless"),
+    [([0.0, 0.5], 0.5, True), ([0.0, 0.6], 0.5, False), ([0.0, 0.0], None, False), ([1.0, 1.0], 1.0, True)],
+)
+def test_a_prompt_without_one_good_answer_is_left_out_of_the_loss(rewards, least, hopeless):
+    settled = mask_hopeless(group(rewards), least)
+    assert [answer.reward.masked for answer in settled.answers] == [hopeless] * 2
+    assert [answer.reward.value for answer in settled.answers] == rewards
+    batch = policy_batch([settled, group([0.0, 1.0])], stage())
+    assert batch.streams["mask"].sum() == (4 if hopeless else 8)
+
+
+def test_a_good_answer_that_is_masked_saves_no_prompt():
+    settled = mask_hopeless(group([0.0, 0.2, 1.0], masked=[2]), 0.5)
+    assert all(answer.reward.masked for answer in settled.answers)

@@ -1,0 +1,1 @@
+"""Software engineering without execution: files in memory, edits of them, prompts."""
