@@ -65,11 +65,11 @@ def kernels_in_use(
     if (reason := _why_plain(shape, dtype)) is None:
         yield f"layers: Transformer Engine {_version('transformer-engine')}"
     else:
-        yield f"layers: plain torch, which is slower and has no FP8, for {reason}"
+        yield f"layers: plain torch, slower and without FP8: {reason}"
     if shape.mamba is not None:
         if scans_in_torch():
             missing = " and ".join(p for p in ("mamba-ssm", "causal-conv1d") if _version(p) is None)
-            yield f"Mamba-2 layers: a scan in plain torch, several times slower, for {missing} is not installed"
+            yield f"Mamba-2 layers: a scan in plain torch, several times slower than {missing}, which would do it"
         else:
             yield f"Mamba-2 layers: mamba-ssm {_version('mamba-ssm')}"
     yield f"Adam: {_adam()}"
@@ -86,7 +86,7 @@ def _adam() -> str:
     if package != "millrace":
         return f"fused, of {'Transformer Engine' if package == 'transformer_engine' else 'Apex'}"
     unrelated = "; the installed apex is an unrelated package of that name" if is_unrelated_apex() else ""
-    return f"torch's fused kernel, for neither Transformer Engine nor NVIDIA's Apex is here{unrelated}"
+    return f"torch's fused kernel; neither Transformer Engine nor NVIDIA's Apex is here{unrelated}"
 
 
 def _version(package: str) -> str | None:

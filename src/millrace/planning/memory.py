@@ -88,7 +88,8 @@ class MemoryModel:
         self.on_cpu = recipe.trainer.device == "cpu" or not cluster.node.gpus
         self.engines_on_cpu = not cluster.node.gpus
         self.gpu = int(cluster.node.gpu_memory_gib * GIB) if cluster.node.gpus else 0
-        self.fused = not self.on_cpu and not _has_local_layers(shape) if fused is None else fused
+        has_such = recipe.model.dtype != "float32" and not _has_local_layers(shape)
+        self.fused = not self.on_cpu and has_such if fused is None else fused
 
     @cached_property
     def trainer(self) -> tuple[Role, ...]:
