@@ -124,7 +124,7 @@ def _same(value: Any, given: Any) -> bool:
 
 
 def choose_tests(catching: Sequence[set[int]], candidates: int) -> list[int]:
-    """Candidates of which every mistake fails one, the first of them most mistakes; filled up to TESTS."""
+    """Candidates such that each mistake fails one of them, those that catch most first; filled up to TESTS."""
     chosen: list[int] = []
     while open_mistakes := [caught for caught in catching if caught.isdisjoint(chosen)]:
         chosen.append(max(range(candidates), key=lambda j: sum(j in caught for caught in open_mistakes)))
