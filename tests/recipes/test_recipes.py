@@ -17,7 +17,7 @@ RECIPES = sorted(path.relative_to(ROOT / "recipes") for path in (ROOT / "recipes
 WHOLE = [path for path in RECIPES if path.parts[0] != "base"]
 CASCADE, CLUSTER = Path("nemotron-cascade-2/cascade.yaml"), Path("nemotron-cascade-2/cluster-h200.yaml")
 QWEN3 = Path("qwen3/cascade-8b.yaml")
-UNBUILT = ["workplace_assistant", "long_context", "swe_agentless", "swe_agentic"]
+UNBUILT = ["workplace_assistant", "long_context", "swe_agentless"]
 
 
 @pytest.fixture

@@ -23,6 +23,7 @@ from millrace.config.schema import (
     SandboxConfig,
     SftStage,
     StageConfig,
+    SweAgenticConfig,
     TurnsConfig,
 )
 from millrace.config.urls import holds_credentials, http_problem
@@ -248,7 +249,6 @@ UNBUILT = {
     "workplace_assistant": "its episodes have many turns with tools",
     "long_context": "a judge compares the answer with a reference",
     "swe_agentless": "a judge compares the patch with a reference",
-    "swe_agentic": "its episodes have many turns in containers",
 }
 """Environments of the paper that are not built yet, and what each one is."""
 
@@ -320,6 +320,10 @@ def _sandbox(domain: DomainConfig, key: str) -> Problems:
 def _turns(domain: DomainConfig, key: str) -> Problems:
     if domain.environment not in WITH_TURNS and domain.turns != TurnsConfig():
         yield f"{key}.turns is set, but an episode in {domain.environment} ends with its first answer; leave it out"
+    if domain.environment == "swe_agentic":
+        yield from _swe_agentic(domain, key)
+    elif domain.swe != SweAgenticConfig():
+        yield f"{key}.swe is set, but {domain.environment} has no agent; leave it out"
     if domain.environment != "python_tool":
         if domain.python != PythonToolConfig():
             yield f"{key}.python is set, but {domain.environment} has no Python tool; leave it out"
@@ -327,6 +331,23 @@ def _turns(domain: DomainConfig, key: str) -> Problems:
         yield (
             f"{key}.turns.step_s is {domain.turns.step_s:g}, but calls of the Python tool in one turn may take "
             f"python.all_calls_s {domain.python.all_calls_s:g} s; raise the one or lower the other"
+        )
+
+
+def _swe_agentic(domain: DomainConfig, key: str) -> Problems:
+    swe = domain.swe
+    if swe.container == "bubblewrap" and swe.repositories is None:
+        yield f"{key}.swe.repositories is required with container bubblewrap: the folder of the rows' repositories"
+    if swe.container == "bubblewrap" and swe.images is not None:
+        yield f"{key}.swe.images is set, but container bubblewrap runs in no image; leave it out"
+    if swe.container == "apptainer" and swe.repositories is not None:
+        yield f"{key}.swe.repositories is set, but an image of container apptainer holds its own; leave it out"
+    if swe.images is not None and "{instance_id}" not in swe.images:
+        yield f"{key}.swe.images is {swe.images}, the same for every row; put {{instance_id}} into it"
+    if domain.turns.step_s <= max(swe.tests_s, swe.command_s):
+        yield (
+            f"{key}.turns.step_s is {domain.turns.step_s:g}, but a step may take swe.tests_s {swe.tests_s:g} s or "
+            f"swe.command_s {swe.command_s:g} s; raise the one or lower the others"
         )
 
 

@@ -16,6 +16,7 @@ from millrace.environments.math import MathEnvironment
 from millrace.environments.mcqa import McqaEnvironment
 from millrace.environments.python_tool import PythonToolEnvironment
 from millrace.environments.structured_outputs import StructuredOutputsEnvironment
+from millrace.environments.swe_agentic import SweAgenticEnvironment
 
 MOST_WORKERS = 16
 """Verifier processes of one domain; more would only idle, a comparison takes milliseconds."""
@@ -39,6 +40,8 @@ def make_environment(config: DomainConfig, judges: Mapping[str, Judge] | None = 
         case "python_tool":
             answers = MathEnvironment(verify_timeout_s=config.verify_timeout_s, workers=workers)
             return PythonToolEnvironment(config.python, config.sandbox, answers)
+        case "swe_agentic":
+            return SweAgenticEnvironment(config.swe)
         case "genrm":
             if config.judge is None or config.judge not in (judges or {}):
                 raise ConfigError(f"the environment genrm needs the judge {config.judge}, which was not started")

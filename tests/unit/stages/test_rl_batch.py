@@ -104,8 +104,8 @@ def test_masked_answers_are_left_out_of_the_loss_and_of_the_baseline(baseline):
 
 
 def test_a_group_with_fewer_than_two_unmasked_answers_has_no_gradient():
-    for masked in ([0, 1, 2], [0, 1]):
-        lonely = group([1.0, 0.0, 1.0], masked=masked)
+    for out in ([0, 1, 2], [0, 1]):
+        lonely = group([1.0, 0.0, 1.0], masked=out)
         assert answer_advantages([lonely], AdvantageConfig()) == [0.0] * 3
         assert not has_variance(lonely)
     assert has_variance(group([1.0, 0.0, 1.0], masked=[2]))
