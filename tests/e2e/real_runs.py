@@ -44,7 +44,7 @@ def write_rows(path: Path, rows: list[dict]) -> None:
 def write_recipe(
     world: Path, name: str, *, stages: list[dict], domains: bool | dict, fleet: dict | None = None, **keys
 ) -> Path:
-    """`domains` are the recipe's, or whether it has the one of `write_world`; `fleet` has keys beside the usual ones."""
+    """`domains` are the recipe's, or whether it has that of `write_world`; `fleet` has keys beside the usual ones."""
     recipe = {
         "name": name,
         "run_dir": str(world / "runs" / name),

@@ -17,7 +17,6 @@ RECIPES = sorted(path.relative_to(ROOT / "recipes") for path in (ROOT / "recipes
 WHOLE = [path for path in RECIPES if path.parts[0] != "base"]
 CASCADE, CLUSTER = Path("nemotron-cascade-2/cascade.yaml"), Path("nemotron-cascade-2/cluster-h200.yaml")
 QWEN3 = Path("qwen3/cascade-8b.yaml")
-UNBUILT = ["swe_agentic"]
 
 
 @pytest.fixture
@@ -39,15 +38,11 @@ def with_files(name: Path, config: dict, *overrides: str) -> Recipe:
     return recipe
 
 
-def unbuilt(problems: list[str]) -> list[str]:
-    return [problem.split(".")[1] for problem in problems if "which is not built yet" in problem]
-
-
 @pytest.mark.parametrize("name", WHOLE, ids=str)
-def test_every_recipe_loads_and_lacks_nothing_but_files_and_environments(elsewhere: Path, name: Path) -> None:
+def test_every_recipe_loads_and_lacks_nothing_but_files(elsewhere: Path, name: Path) -> None:
     recipe = load(name)
     problems = check_recipe(recipe)
-    rest = [p for p in problems if "does not exist" not in p and "which is not built yet" not in p]
+    rest = [p for p in problems if "does not exist" not in p]
     assert rest == []
     copy = elsewhere / "resolved.yaml"
     copy.write_text(dump_recipe(recipe))
@@ -72,16 +67,12 @@ def test_everything_that_is_missing_is_listed_in_one_go(elsewhere: Path) -> None
         "judges.repair.model",
         "domains.workplace_assistant.tables",
     ]
-    assert unbuilt(problems) == UNBUILT
-    assert len(problems) == len(data) + len(folders) + len(UNBUILT)
+    assert len(problems) == len(data) + len(folders)
 
 
 @pytest.mark.parametrize("name", [CASCADE, CLUSTER], ids=str)
-def test_with_all_files_present_only_the_environments_that_are_not_built_are_named(elsewhere: Path, name: Path) -> None:
-    problems = check_recipe(with_files(name, NANO))
-    assert unbuilt(problems) == UNBUILT and len(problems) == len(UNBUILT)
-    (agentic,) = [p for p in problems if "swe_agentic" in p]
-    assert "take it out with domains.swe_agentic=null and the domain out of swe-agentic" in agentic
+def test_with_all_files_present_nothing_is_missing(elsewhere: Path, name: Path) -> None:
+    assert check_recipe(with_files(name, NANO)) == []
 
 
 def test_the_model_has_the_parameters_of_its_report(tmp_path: Path) -> None:
@@ -138,10 +129,9 @@ def test_the_recipe_for_qwen3_is_sound_when_its_files_are_there(elsewhere: Path)
     assert ["rlhf-teacher", "1024"] in [row[-2:] for row in rows], "64 prompts of 8 pairs in both orders"
 
 
-def test_a_domain_that_is_not_built_is_taken_out_by_null(elsewhere: Path) -> None:
-    out = [f"domains.{name}=null" for name in UNBUILT]
-    recipe = with_files(CASCADE, NANO, *out, "stages=[{type: evaluate, name: measure}]")
-    assert check_recipe(recipe) == []
+def test_a_domain_is_taken_out_by_null(elsewhere: Path) -> None:
+    recipe = with_files(CASCADE, NANO, "domains.code=null", "stages=[{type: evaluate, name: measure}]")
+    assert check_recipe(recipe) == [] and "code" not in recipe.domains
 
 
 @pytest.mark.parametrize("command", ["check", "plan"])

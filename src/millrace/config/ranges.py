@@ -31,6 +31,7 @@ from millrace.config.schema import (
     SamplingConfig,
     SamplingStage,
     SftStage,
+    SweAgenticConfig,
     TrainerConfig,
     TurnsConfig,
 )
@@ -87,6 +88,10 @@ RANGES: dict[type, dict[str, Range]] = {
     TurnsConfig: {
         **dict.fromkeys(("most", "turn_tokens"), _COUNT),
         **dict.fromkeys(("episode_s", "step_s", "open_s"), _POSITIVE),
+    },
+    SweAgenticConfig: {
+        **dict.fromkeys(("at_once", "output_characters", "memory_mb", "processes", "file_mb"), _COUNT),
+        **dict.fromkeys(("command_s", "tests_s"), _POSITIVE),
     },
     PythonToolConfig: {
         **dict.fromkeys(("calls", "output_characters"), _COUNT),

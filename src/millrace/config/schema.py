@@ -322,6 +322,31 @@ class PythonToolConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SweAgenticConfig:
+    container: Literal["apptainer", "bubblewrap"] = "apptainer"
+    """What commands and tests run in: an image for each row, or, on a laptop, a box with this machine's own programs
+    below /usr."""
+    images: str | None = None
+    """Path or name of a row's image, with {instance_id} in it; the row's docker_image when absent (apptainer)."""
+    repositories: str | None = None
+    """Folder with the rows' git repositories, each named as the row's `repo`, / written as __ (bubblewrap)."""
+    at_once: int | None = None
+    """Episodes that are open at one time; as many as there are processors when absent."""
+    command_s: float = 120.0
+    """Wall time of a command of the agent."""
+    tests_s: float = 900.0
+    """Wall time of the tests; `turns.step_s` must be longer."""
+    output_characters: int = 16000
+    """Output that the policy is shown of a command, its beginning and its end."""
+    memory_mb: int = 4096
+    """Memory of a command in MiB: of each process, or of the whole container."""
+    processes: int = 256
+    """Processes and threads of a command."""
+    file_mb: int = 1024
+    """Largest file of a command in MiB."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class DomainConfig:
     environment: Literal[
         "math",
@@ -363,6 +388,8 @@ class DomainConfig:
     mask_unless_above: float | None = None
     """Leave all answers to a training prompt out of the loss unless one of them has a reward above this: among answers
     that are all bad, the least bad is no example. null trains on every prompt."""
+    swe: SweAgenticConfig = field(default_factory=SweAgenticConfig)
+    """Containers, repositories and limits of the agent (swe_agentic)."""
     pass_rates: str | None = None
     """JSONL file of the training prompts' pass rates, as `millrace data passrate` writes it; a stage's `curriculum`
     reads it."""

@@ -24,6 +24,7 @@ from millrace.config.schema import (
     SandboxConfig,
     SftStage,
     StageConfig,
+    SweAgenticConfig,
     TurnsConfig,
 )
 from millrace.config.urls import holds_credentials, http_problem
@@ -245,12 +246,6 @@ def _optimizer(optimizer: OptimizerConfig, key: str, steps: int | None) -> Probl
         yield f"{key}.warmup_steps {optimizer.warmup_steps} is more than {what} ({length}); lower it"
 
 
-UNBUILT = {
-    "swe_agentic": "its episodes have many turns in containers",
-}
-"""Environments of the paper that are not built yet, and what each one is."""
-
-
 WITH_TURNS = ("python_tool", "workplace_assistant", "swe_agentic")
 """Environments whose episodes have many turns."""
 RUN_PROGRAMS = ("code", "python_tool")
@@ -266,13 +261,6 @@ def domain_problems(recipe: Recipe) -> Problems:
     """Every broken rule of domains, judges and the evaluation."""
     for name, domain in recipe.domains.items():
         key = f"domains.{name}"
-        if domain.environment in UNBUILT:
-            wanting = [s.name for s in recipe.stages if isinstance(s, SamplingStage) and name in s.domains]
-            where = f" and the domain out of {', '.join(wanting)}" if wanting else ""
-            yield (
-                f"{key}.environment is {domain.environment}, which is not built yet ({UNBUILT[domain.environment]}); "
-                f"take it out with {key}=null{where}"
-            )
         if domain.grading == "fraction" and domain.environment not in ("instruction_following", "code"):
             yield f"{key}.grading is fraction, but an answer in {domain.environment} is right or wrong; use binary"
         if domain.environment in JUDGED and domain.judge is None:
@@ -322,6 +310,10 @@ def _sandbox(domain: DomainConfig, key: str) -> Problems:
 def _turns(domain: DomainConfig, key: str) -> Problems:
     if domain.environment not in WITH_TURNS and domain.turns != TurnsConfig():
         yield f"{key}.turns is set, but an episode in {domain.environment} ends with its first answer; leave it out"
+    if domain.environment == "swe_agentic":
+        yield from _swe_agentic(domain, key)
+    elif domain.swe != SweAgenticConfig():
+        yield f"{key}.swe is set, but {domain.environment} has no agent; leave it out"
     if domain.environment != "python_tool":
         if domain.python != PythonToolConfig():
             yield f"{key}.python is set, but {domain.environment} has no Python tool; leave it out"
@@ -329,6 +321,23 @@ def _turns(domain: DomainConfig, key: str) -> Problems:
         yield (
             f"{key}.turns.step_s is {domain.turns.step_s:g}, but calls of the Python tool in one turn may take "
             f"python.all_calls_s {domain.python.all_calls_s:g} s; raise the one or lower the other"
+        )
+
+
+def _swe_agentic(domain: DomainConfig, key: str) -> Problems:
+    swe = domain.swe
+    if swe.container == "bubblewrap" and swe.repositories is None:
+        yield f"{key}.swe.repositories is required with container bubblewrap: the folder of the rows' repositories"
+    if swe.container == "bubblewrap" and swe.images is not None:
+        yield f"{key}.swe.images is set, but container bubblewrap runs in no image; leave it out"
+    if swe.container == "apptainer" and swe.repositories is not None:
+        yield f"{key}.swe.repositories is set, but an image of container apptainer holds its own; leave it out"
+    if swe.images is not None and "{instance_id}" not in swe.images:
+        yield f"{key}.swe.images is {swe.images}, the same for every row; put {{instance_id}} into it"
+    if domain.turns.step_s <= max(swe.tests_s, swe.command_s):
+        yield (
+            f"{key}.turns.step_s is {domain.turns.step_s:g}, but a step may take swe.tests_s {swe.tests_s:g} s or "
+            f"swe.command_s {swe.command_s:g} s; raise the one or lower the others"
         )
 
 

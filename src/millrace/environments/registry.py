@@ -18,6 +18,7 @@ from millrace.environments.math import MathEnvironment
 from millrace.environments.mcqa import McqaEnvironment
 from millrace.environments.python_tool import PythonToolEnvironment
 from millrace.environments.structured_outputs import StructuredOutputsEnvironment
+from millrace.environments.swe_agentic import SweAgenticEnvironment
 from millrace.environments.swe_agentless import SweAgentlessEnvironment
 from millrace.environments.workplace_assistant import WorkplaceEnvironment
 
@@ -45,13 +46,14 @@ def make_environment(config: DomainConfig, judges: Mapping[str, Judge] | None = 
         case "python_tool":
             answers = MathEnvironment(verify_timeout_s=config.verify_timeout_s, workers=workers)
             return PythonToolEnvironment(config.python, config.sandbox, answers)
+        case "swe_agentic":
+            return SweAgenticEnvironment(config.swe)
         case "genrm":
             return GenrmEnvironment(_judge(config, judges or {}))
         case "long_context":
             return LongContextEnvironment(_judge(config, judges or {}))
         case "swe_agentless":
             return SweAgentlessEnvironment(_judge(config, judges or {}))
-    raise ConfigError(f"the environment {config.environment} is not built yet; `millrace check` names what is")
 
 
 def _judge(config: DomainConfig, judges: Mapping[str, Judge]) -> Judge:

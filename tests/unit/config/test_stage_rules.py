@@ -5,7 +5,6 @@ import pytest
 
 from millrace.config.loading import load_recipe
 from millrace.config.rules import check_recipe
-from millrace.config.stage_rules import UNBUILT
 
 MOPD = "stages.distil"
 SERVED = f"{MOPD}.placement=served {MOPD}.teacher_engine.max_model_len=257"
@@ -204,18 +203,9 @@ def test_pass_rates_are_looked_at_before_the_run(cascade_file: Path) -> None:
     assert wrong.endswith("math.jsonl:1 has no field 'pass_rate'")
 
 
-@pytest.mark.parametrize("environment", UNBUILT)
-def test_an_environment_that_is_not_built_is_named_with_the_stages_that_want_it(
-    cascade_file: Path, environment: str
-) -> None:
-    (problem,) = check(cascade_file, f"domains.format.environment={environment}")
-    assert problem == (
-        f"domains.format.environment is {environment}, which is not built yet ({UNBUILT[environment]}); "
-        "take it out with domains.format=null and the domain out of distil"
-    )
-
-
-@pytest.mark.parametrize("environment", ["mcqa", "structured_outputs", "code", "python_tool", "workplace_assistant"])
+@pytest.mark.parametrize(
+    "environment", ["mcqa", "structured_outputs", "code", "python_tool", "workplace_assistant", "swe_agentic"]
+)
 def test_the_other_environments_of_the_paper_are_accepted(cascade_file: Path, environment: str) -> None:
     assert check(cascade_file, f"domains.format.environment={environment}") == []
 

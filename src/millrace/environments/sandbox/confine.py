@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 from millrace.environments.sandbox import kernel
 from millrace.environments.sandbox.run import Limits
-from millrace.environments.sandbox.syscall_filter import build_filter
+from millrace.environments.sandbox.syscall_filter import Profile, build_filter
 
 NOBODY = 65534
 """Who a supervisor that is root becomes, and who everybody is in the box."""
@@ -126,7 +126,7 @@ def _allow(rules: int, path: str, access: int) -> None:
         os.close(beneath)
 
 
-def refuse_calls(pid: int, *, processes: bool = False) -> None:
+def refuse_calls(pid: int, *, profile: Profile = "program") -> None:
     """The last step: from here on the filter holds."""
     kernel.no_new_privileges()
-    kernel.install_filter(build_filter(pid, processes=processes))
+    kernel.install_filter(build_filter(pid, profile))

@@ -1,7 +1,7 @@
-"""What is not Python in the box: the compiler, and the programs that it made.
+"""What is not Python in the box: the compiler, the programs that it made, and commands.
 
-Both replace the interpreter in the process that has already given everything up; filter, limits and the process's
-number stay. Only the compiler may start processes.
+They replace the interpreter in the process that has already given everything up; filter, limits and the process's
+number stay. Programs may not start processes.
 """
 
 from __future__ import annotations
@@ -26,6 +26,16 @@ def compile_source(source: str) -> NoReturn:
         file.write(source)
     _signals_as_at_start()
     os.execve("/bin/sh", ["sh", "-c", COMMAND], ENVIRONMENT)
+
+
+def run_command(argv: list[str]) -> NoReturn:
+    """Become a command that may do all that its box allows."""
+    _signals_as_at_start()
+    try:
+        os.execvpe(argv[0], argv, {**ENVIRONMENT, "HOME": "/tmp", "TMPDIR": "/tmp", "LC_ALL": "C.UTF-8"})
+    except OSError as error:
+        os.write(2, f"{argv[0]}: {error}".encode())
+        os._exit(NOT_STARTED)
 
 
 def run_binary(file: int) -> NoReturn:

@@ -65,7 +65,13 @@ class Binary(NamedTuple):
     content: bytes
 
 
-Work = Program | Batch | CppProgram | Binary
+class Command(NamedTuple):
+    """A command with all that it starts, for boxes that have a folder to work in."""
+
+    argv: tuple[str, ...]
+
+
+Work = Program | Batch | CppProgram | Binary | Command
 """What a box runs."""
 
 

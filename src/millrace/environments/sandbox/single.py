@@ -18,7 +18,7 @@ from millrace.environments.sandbox.collect import STARTED
 from millrace.environments.sandbox.confine import allow_files_only, arrange, become_nobody, refuse_calls, set_limits
 from millrace.environments.sandbox.namespaces import DEVICES, SCRATCH, SYSTEM_FILES, SYSTEM_FOLDERS, interpreter_folder
 from millrace.environments.sandbox.run import Limits
-from millrace.environments.sandbox.work import FIRST_FILE, do_work, starts_processes
+from millrace.environments.sandbox.work import FIRST_FILE, compiles, do_work, filter_of
 
 
 def main() -> NoReturn:
@@ -27,8 +27,8 @@ def main() -> NoReturn:
     sys.path.pop(0)  # the way to Millrace itself
     with open(job, "rb") as file:
         header = json.loads(file.read())
-    compiles = starts_processes(header["work"])
-    if compiles:
+    writes = compiles(header["work"])
+    if writes:
         os.chdir(SCRATCH if scratch == "-" else int(scratch))
     arrange([0, 1, 2, started, *files])
     if how == "landlock":
@@ -37,11 +37,11 @@ def main() -> NoReturn:
             kernel.lock_privileges()
             kernel.drop_capabilities()
         readable = (*SYSTEM_FOLDERS, *SYSTEM_FILES, interpreter_folder())
-        allow_files_only(readable, DEVICES, writable="." if compiles else None)
+        allow_files_only(readable, DEVICES, writable="." if writes else None)
     kernel.die_with_parent(signal.SIGKILL)
     set_limits(Limits(**header["limits"]), header["processes"])
     if how != "none":
-        refuse_calls(os.getpid(), processes=compiles)
+        refuse_calls(os.getpid(), profile=filter_of(header["work"]))
     os.write(3, STARTED)
     os.close(3)
     do_work(header["work"], range(FIRST_FILE, FIRST_FILE + len(files)))

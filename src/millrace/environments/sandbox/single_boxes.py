@@ -31,7 +31,7 @@ from millrace.environments.sandbox.namespaces import (
 from millrace.environments.sandbox.run import COMPILER_BYTES, Limits, Run, SandboxFault, Work
 from millrace.environments.sandbox.syscall_filter import filter_problem
 from millrace.environments.sandbox.wire import work_to_wire
-from millrace.environments.sandbox.work import starts_processes
+from millrace.environments.sandbox.work import compiles
 
 PACKAGE = Path(__file__).parent
 
@@ -59,7 +59,7 @@ class _SingleBox:
             raise SandboxFault(f"the tier {self.name} has no scratch folder; only the zygote has")
         header, contents = work_to_wire(work)
         job = {"work": header, "limits": limits._asdict(), "processes": self._processes(limits)}
-        with self._folder(starts_processes(header)) as scratch:
+        with self._folder(compiles(header)) as scratch:
             return self._run(job, [stdin, json.dumps(job).encode(), self._code, *contents], scratch, limits)
 
     def _run(self, job: dict[str, Any], contents: list[bytes], scratch: int | None, limits: Limits) -> Run:
@@ -68,7 +68,7 @@ class _SingleBox:
         files = [memory_file(content) for content in contents]
         given, job_file, code, *others = files
         words = [job_file, started_in, "-" if scratch is None else scratch, *others]
-        command = self._command(code, [self.how, *map(str, words)], compiles=starts_processes(job["work"]))
+        command = self._command(code, [self.how, *map(str, words)], compiling=compiles(job["work"]))
         passed = [job_file, started_in, code, *others, *([] if scratch is None else [scratch])]
         try:
             process = _popen(command, given, out_in, err_in, passed, drop=self.drop and leaves_root())
@@ -107,7 +107,7 @@ class _SingleBox:
             finally:
                 os.close(descriptor)
 
-    def _command(self, code: int, arguments: list[str], *, compiles: bool) -> list[str]:
+    def _command(self, code: int, arguments: list[str], *, compiling: bool) -> list[str]:
         """What is started: `single` with these arguments, with its code in the descriptor `code`."""
         return [*interpreter_command(self.interpreter, f"/proc/self/fd/{code}", "single"), *arguments]
 
@@ -155,9 +155,9 @@ class BubblewrapBox(_SingleBox):
         """Each box brings its own."""
         yield None
 
-    def _command(self, code: int, arguments: list[str], *, compiles: bool) -> list[str]:
+    def _command(self, code: int, arguments: list[str], *, compiling: bool) -> list[str]:
         inner = [*interpreter_command(self.interpreter, "/box/code.zip", "single"), *arguments]
-        return [self._bwrap, *_bubblewrap_options(code, compiles=compiles), "--", *inner]
+        return [self._bwrap, *_bubblewrap_options(code, tmp_bytes=COMPILER_BYTES if compiling else 0), "--", *inner]
 
 
 class OpenBox(_SingleBox):
@@ -204,7 +204,9 @@ def _open_to_all(file: str) -> bool:
     return all(os.stat(path).st_mode & 0o001 for path in (Path(file), *Path(file).parents))
 
 
-def _bubblewrap_options(code: int, *, compiles: bool = False) -> list[str]:
+def _bubblewrap_options(code: int, *, tmp_bytes: int = 0, bound: Sequence[str] = (), start: str = "/") -> list[str]:
+    """`tmp_bytes` may be written to /tmp. `bound` is how a folder of the host is bound (--bind or --ro-bind), its path
+    and where it is seen; `start` is where programs start."""
     options = ["--unshare-all", "--unshare-user", "--uid", str(NOBODY), "--gid", str(NOBODY), "--cap-drop", "ALL"]
     options += ["--die-with-parent", "--new-session", "--hostname", "box"]
     for folder in SYSTEM_FOLDERS:
@@ -218,9 +220,10 @@ def _bubblewrap_options(code: int, *, compiles: bool = False) -> list[str]:
         options += ["--ro-bind-try", file, file]
     for device in DEVICES:
         options += ["--dev-bind", device, device]
-    options += ["--size", str(COMPILER_BYTES), "--tmpfs", SCRATCH] if compiles else ["--dir", SCRATCH]
+    options += ["--size", str(tmp_bytes), "--tmpfs", SCRATCH] if tmp_bytes else ["--dir", SCRATCH]
+    options += bound
     options += ["--dir", "/box", "--perms", "0444", "--ro-bind-data", str(code), "/box/code.zip"]
-    return [*options, "--remount-ro", "/", "--chdir", "/"]
+    return [*options, "--remount-ro", "/", "--chdir", start]
 
 
 def _bundle() -> bytes:

@@ -10,6 +10,9 @@ from __future__ import annotations
 import errno
 import os
 import struct
+from typing import Literal
+
+Profile = Literal["program", "compiler", "commands"]
 
 MACHINE = "x86_64"
 AUDIT_ARCH = 0xC000003E
@@ -35,7 +38,6 @@ TGKILL, PRLIMIT, SCHED_SETAFFINITY = 234, 302, 203
 
 REFUSED = {
     # processes
-    "kill": 62, "tkill": 200, "rt_sigqueueinfo": 129, "rt_tgsigqueueinfo": 297,
     "ptrace": 101, "process_vm_readv": 310, "process_vm_writev": 311, "kcmp": 312, "setpriority": 141,
     "sched_setparam": 142, "sched_setscheduler": 144, "sched_setattr": 314, "ioprio_set": 251,
     "personality": 135, "setns": 308, "unshare": 272, "acct": 163,
@@ -46,10 +48,6 @@ REFUSED = {
     "mount": 165, "umount2": 166, "pivot_root": 155, "chroot": 161, "swapon": 167, "swapoff": 168, "mknod": 133,
     "mknodat": 259, "quotactl": 179, "name_to_handle_at": 303, "open_by_handle_at": 304, "fanotify_init": 300,
     "fanotify_mark": 301, "uselib": 134, "ustat": 136, "sysfs": 139,
-    # what Landlock leaves open to the owner of a file
-    "chmod": 90, "fchmod": 91, "fchmodat": 268, "chown": 92, "fchown": 93, "lchown": 94, "fchownat": 260,
-    "setxattr": 188, "lsetxattr": 189, "fsetxattr": 190, "removexattr": 197, "lremovexattr": 198,
-    "fremovexattr": 199, "utime": 132, "utimes": 235, "futimesat": 261, "utimensat": 280, "truncate": 76,
     # memory beside the address space
     "memfd_create": 319, "shmget": 29, "shmat": 30, "shmctl": 31, "shmdt": 67, "semget": 64, "semop": 65,
     "semctl": 66, "semtimedop": 220, "msgget": 68, "msgsnd": 69, "msgrcv": 70, "msgctl": 71, "mq_open": 240,
@@ -64,6 +62,13 @@ REFUSED = {
     "lookup_dcookie": 212, "nfsservctl": 180, "vhangup": 153, "_sysctl": 156,
 }  # fmt: skip
 
+SIGNALS = {"kill": 62, "tkill": 200, "rt_sigqueueinfo": 129, "rt_tgsigqueueinfo": 297}
+OWN_FILES = {
+    "chmod": 90, "fchmod": 91, "fchmodat": 268, "chown": 92, "fchown": 93, "lchown": 94, "fchownat": 260,
+    "setxattr": 188, "lsetxattr": 189, "fsetxattr": 190, "removexattr": 197, "lremovexattr": 198,
+    "fremovexattr": 199, "utime": 132, "utimes": 235, "futimesat": 261, "utimensat": 280, "truncate": 76,
+}  # fmt: skip
+"""What Landlock leaves open to the owner of a file."""
 STARTING = {"fork": 57, "vfork": 58}
 LEAVING_THE_GROUP = {"setpgid": 109, "setsid": 112}
 
@@ -78,10 +83,13 @@ def filter_problem() -> str | None:
     return None if machine == MACHINE else f"its list of system calls is for {MACHINE}, and this machine is {machine}"
 
 
-def build_filter(pid: int, *, processes: bool = False) -> bytes:
-    """The filter of the process `pid` (as it sees itself): it may send signals to its own threads and set its own
-    limits, and do neither to others. With `processes` it may start others, which stay in its group, so that one signal
-    ends them all. Eight bytes an instruction."""
+def build_filter(pid: int, profile: Profile = "program") -> bytes:
+    """The filter of the process `pid` (as it sees itself), eight bytes an instruction.
+
+    A program may send signals to its own threads and set its own limits, and do neither to others. A compiler may start
+    processes, which stay in its group, so that one signal ends them all. Commands are for boxes with processes, network
+    and files of their own: they may signal one another and own their files.
+    """
     refuse = _return(REFUSE | errno.EPERM)
     unknown = _return(REFUSE | errno.ENOSYS)
     code = [_load(ARCH), _jump(JUMP_EQUAL, AUDIT_ARCH, 1, 0), _return(KILL), _load(NUMBER)]
@@ -89,18 +97,27 @@ def build_filter(pid: int, *, processes: bool = False) -> bytes:
     code += [_jump(JUMP_GREATER_EQUAL, LAST_OLD_CALL + 1, 0, len(LATER_CALLS) + 1)]
     code += [_jump(JUMP_EQUAL, call, len(LATER_CALLS) - place, 0) for place, call in enumerate(LATER_CALLS)]
     code += [unknown]
-    refused = REFUSED | (LEAVING_THE_GROUP if processes else STARTING)
-    for call in refused.values():
+    for call in _refused(profile).values():
         code += [_jump(JUMP_EQUAL, call, 0, 1), refuse]
-    code += _when(CLONE, _clone_rules(refuse, processes=processes))
+    code += _when(CLONE, _clone_rules(refuse, threads_only=profile == "program"))
     code += _when(IOCTL, _refuse_requests(TERMINAL_REQUESTS + OWNER_REQUESTS, refuse))
     code += _when(FCNTL, _refuse_requests(OWNER_COMMANDS, refuse))
     code += _when(PRCTL, [_load(_argument(0)), _jump(JUMP_EQUAL, PR_SET_PDEATHSIG, 1, 0), _return(ALLOW), refuse])
-    for call in (PRLIMIT, SCHED_SETAFFINITY):
-        code += _when(call, _allow_targets((0, pid), refuse))
-    code += _when(TGKILL, _allow_targets((pid,), refuse))
+    if profile != "commands":
+        for call in (PRLIMIT, SCHED_SETAFFINITY):
+            code += _when(call, _allow_targets((0, pid), refuse))
+        code += _when(TGKILL, _allow_targets((pid,), refuse))
     code += [_return(ALLOW)]
     return b"".join(code)
+
+
+def _refused(profile: Profile) -> dict[str, int]:
+    match profile:
+        case "program":
+            return REFUSED | SIGNALS | OWN_FILES | STARTING
+        case "compiler":
+            return REFUSED | SIGNALS | OWN_FILES | LEAVING_THE_GROUP
+    return REFUSED
 
 
 def _load(offset: int) -> bytes:
@@ -125,10 +142,10 @@ def _when(call: int, block: list[bytes]) -> list[bytes]:
     return [_jump(JUMP_EQUAL, call, 0, len(block)), *block]
 
 
-def _clone_rules(refuse: bytes, *, processes: bool) -> list[bytes]:
-    """No namespaces, and threads only unless `processes` may be started, which then are children."""
+def _clone_rules(refuse: bytes, *, threads_only: bool) -> list[bytes]:
+    """No namespaces; processes, where they are allowed, are children."""
     flags = _load(_argument(0))
-    if processes:
+    if not threads_only:
         return [flags, _jump(JUMP_ANY_BIT, CLONE_NEW | CLONE_PARENT, 0, 1), refuse, _return(ALLOW)]
     code = [flags, _jump(JUMP_ANY_BIT, CLONE_NEW, 1, 0), _jump(JUMP_ANY_BIT, CLONE_THREAD, 1, 0)]
     return [*code, refuse, _return(ALLOW)]

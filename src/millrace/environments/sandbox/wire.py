@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from itertools import accumulate
 from typing import Any
 
-from millrace.environments.sandbox.run import Batch, Binary, CppProgram, Program, Run, Work
+from millrace.environments.sandbox.run import Batch, Binary, Command, CppProgram, Program, Run, Work
 
 LENGTHS = struct.Struct("=II")
 
@@ -56,6 +56,8 @@ def work_to_wire(work: Work) -> tuple[dict[str, Any], list[bytes]]:
             return {"kind": "binary"}, [content]
         case CppProgram(source):
             return {"kind": "compile", "source": source}, []
+        case Command(argv):
+            return {"kind": "command", "argv": list(argv)}, []
         case Program():
             return {"kind": "program", "program": work._asdict()}, []
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
-from millrace.environments.sandbox.native import compile_source, run_binary
+from millrace.environments.sandbox.native import compile_source, run_binary, run_command
 from millrace.environments.sandbox.program import run_batch, run_program
 from millrace.environments.sandbox.run import Program
+from millrace.environments.sandbox.syscall_filter import Profile
 
 FIRST_FILE = 4
 """Descriptor of the first file that a work brings along; 3 is the pipe for the start."""
@@ -18,6 +19,8 @@ def do_work(header: Mapping[str, Any], files: Sequence[int]) -> NoReturn:
     match header["kind"]:
         case "compile":
             compile_source(header["source"])
+        case "command":
+            run_command(header["argv"])
         case "binary":
             run_binary(files[0])
         case "batch":
@@ -25,6 +28,12 @@ def do_work(header: Mapping[str, Any], files: Sequence[int]) -> NoReturn:
     run_program(Program(**header["program"]))
 
 
-def starts_processes(header: Mapping[str, Any]) -> bool:
-    """Whether the work is one that consists of several processes."""
+def compiles(header: Mapping[str, Any]) -> bool:
+    """Whether the work needs a folder to compile in, and processes."""
     return bool(header["kind"] == "compile")
+
+
+def filter_of(header: Mapping[str, Any]) -> Profile:
+    """What the work may ask the kernel for."""
+    profiles: Mapping[str, Profile] = {"compile": "compiler", "command": "commands"}
+    return profiles.get(header["kind"], "program")

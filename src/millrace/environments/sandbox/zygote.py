@@ -26,7 +26,7 @@ from millrace.environments.sandbox.namespaces import enter_box, mount_scratch
 from millrace.environments.sandbox.program import WARM_MODULES
 from millrace.environments.sandbox.run import COMPILER_BYTES, Limits, Run, SandboxFault
 from millrace.environments.sandbox.wire import cut, receive, run_to_wire, send
-from millrace.environments.sandbox.work import FIRST_FILE, do_work, starts_processes
+from millrace.environments.sandbox.work import FIRST_FILE, compiles, do_work, filter_of
 
 OWN_PROCESSES = 4
 """Processes that the kernel counts with the program's threads: launcher, zygote, keeper, and the first thread."""
@@ -75,7 +75,7 @@ def _keep(channel: socket.socket, header: dict[str, Any], files: bytes) -> NoRet
     try:
         kernel.die_with_parent(signal.SIGKILL)
         limits = Limits(**header["limits"])
-        if starts_processes(header["work"]):
+        if compiles(header["work"]):
             limits = limits._replace(scratch_bytes=COMPILER_BYTES)
         try:
             answer, payload = run_to_wire(_start(header["work"], cut(files, header["sizes"]), limits))
@@ -112,7 +112,7 @@ def _become_program(work: dict[str, Any], limits: Limits, descriptors: list[int]
         kernel.drop_capabilities()
         set_limits(limits, limits.processes + OWN_PROCESSES)
         gc.enable()
-        refuse_calls(os.getpid(), processes=starts_processes(work))
+        refuse_calls(os.getpid(), profile=filter_of(work))
         os.write(3, STARTED)
         os.close(3)
     except BaseException as error:  # noqa: BLE001, reported by what is not written to `started`
