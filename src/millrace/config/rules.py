@@ -37,9 +37,13 @@ from millrace.config.urls import holds_credentials
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 
 PROMPT_FIELDS = ("prompt", "responses_create_params")
-CODE_PROMPT_FIELDS = (*PROMPT_FIELDS, "question", "question_content")
-SWE_PROMPT_FIELDS = (*PROMPT_FIELDS, "original_prompt")
-"""Where a row holds its prompt: Millrace's own field, or NeMo-Gym's, or those of its data set."""
+"""Where a row holds its prompt: Millrace's own field, or NeMo-Gym's."""
+MORE_PROMPT_FIELDS = {
+    "code": ("question", "question_content"),
+    "swe_agentless": ("original_prompt",),
+    "swe_agentic": ("problem_statement",),
+}
+"""The same in the data sets that an environment reads besides."""
 
 Problems = Iterator[str]
 
@@ -346,7 +350,7 @@ def _files(recipe: Recipe) -> Problems:
             for file in stage.data:
                 yield from _data_file(f"stages.{stage.name}.data", Path(file), "messages")
     for name, domain in recipe.domains.items():
-        fields = {"code": CODE_PROMPT_FIELDS, "swe_agentless": SWE_PROMPT_FIELDS}.get(domain.environment, PROMPT_FIELDS)
+        fields = (*PROMPT_FIELDS, *MORE_PROMPT_FIELDS.get(domain.environment, ()))
         yield from _data_file(f"domains.{name}.train", Path(domain.train), *fields)
         yield from _data_file(f"domains.{name}.held_out", Path(domain.held_out), *fields)
         if domain.environment == "genrm" and Path(domain.held_out).is_file():
