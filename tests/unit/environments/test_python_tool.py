@@ -1,8 +1,11 @@
 """The Python tool in every sandbox that can be made here: what the policy is shown, its limits, and the reward."""
 
 import asyncio
+import subprocess
+import sys
 import time
 
+import psutil
 import pytest
 
 from millrace.config.schema import PythonToolConfig, SandboxConfig
@@ -145,6 +148,30 @@ def test_nothing_is_left_of_a_session_that_is_closed_in_the_middle_of_a_call(tie
 
     process = asyncio.run(go())
     assert process.returncode is not None
+
+
+HOLDER = """
+import asyncio, sys
+from millrace.environments.sandbox.interpreter import Interpreter, Limits, SessionLauncher
+
+async def hold():
+    interpreter = Interpreter(SessionLauncher(sys.argv[1]), Limits())
+    await interpreter.call("1", 10)
+    print(interpreter._process.pid, flush=True)
+    await interpreter.call("while True: pass", 100)
+
+asyncio.run(hold())
+"""
+
+
+def test_a_session_ends_with_the_process_that_holds_it_however_that_ends(tier):
+    holder = subprocess.Popen([sys.executable, "-c", HOLDER, tier], stdout=subprocess.PIPE, text=True)
+    session = psutil.Process(int(holder.stdout.readline()))
+    tree = [session, *session.children(recursive=True)]
+    holder.kill()
+    holder.communicate()
+    _, alive = psutil.wait_procs(tree, timeout=10)
+    assert not [process for process in alive if process.status() != psutil.STATUS_ZOMBIE]
 
 
 def test_many_sessions_run_beside_each_other():
