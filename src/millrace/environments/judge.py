@@ -35,7 +35,7 @@ RETRY_SECONDS = 0.5
 MOST_UNDECIDED = 64
 """So many verdicts in a row that no try has brought, and the judge counts as lost."""
 WAY_OUT_OF_UNPARSABLE = (
-    "raise its max_tokens if replies are cut, set its form to the other one (genrm), or take another one"
+    "raise its max_tokens if replies are cut, for genrm set its form to the other one, or take another judge"
 )
 LONGEST_OBJECT = 4096
 """Characters at the end of a text in which its verdict is looked for."""

@@ -46,7 +46,10 @@ Give your reasons briefly, then end with one JSON object and nothing behind it:
 
 TASKS = ("repair", "localisation")
 HIGHEST = 10
+MOST_EDITS = 200
+"""Edits of an answer that are still applied."""
 MOST_NAMED = 5
+"""Paths of an answer that count, the first ones."""
 CONTEXT_LINES = 6
 """Lines around a change that the judge sees."""
 LAST_FENCE = re.compile(r"```[^\n]*\n(.*?)```", re.DOTALL)
@@ -96,7 +99,10 @@ class SweAgentlessEnvironment:
     async def _repair(self, row: Mapping[str, Any], transcript: Sequence[Message], text: str) -> Reward:
         files = {path: content.replace("\r\n", "\n") for path, content in files_of(row).items()}
         try:
-            repaired = apply_edits(files, parse_edits(text))
+            edits = parse_edits(text)
+            if len(edits) > MOST_EDITS:
+                raise NotParsed(f"more than {MOST_EDITS} edits in the answer")
+            repaired = apply_edits(files, edits)
         except NotParsed as error:
             return _unasked(0.0, str(error), parsed=False, applied=False)
         except EditError as error:

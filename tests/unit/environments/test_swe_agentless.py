@@ -29,7 +29,7 @@ ROW = {
 
 
 def repair(new, old="    return width + height"):
-    return f"<think>hm</think>### shapes.py\n<<<<<<< SEARCH\n{old}\n=======\n{new}\n>>>>>>> REPLACE"
+    return f"<think>hm</think>\n### shapes.py\n<<<<<<< SEARCH\n{old}\n=======\n{new}\n>>>>>>> REPLACE"
 
 
 def environment(url, **options):
@@ -57,6 +57,13 @@ def score(url, answer, row=ROW, **options):
         (repair("    return width + height"), 0.0, "nothing was changed", 1.0, 1.0),
         ("I would multiply.", 0.0, "no edit in the answer", 0.0, 0.0),
         (repair("x").replace("</think>", ""), 0.0, "no edit in the answer", 0.0, 0.0),
+        (
+            repair("x") + repair("\nx").partition("</think>")[2] * 200,
+            0.0,
+            "more than 200 edits in the answer",
+            0.0,
+            0.0,
+        ),
         (repair("x", old="    return a"), 0.0, "edit 1 does not apply: what it replaces is not in shapes.py", 1.0, 0.0),
     ],
 )

@@ -102,7 +102,6 @@ def test_diffs_create_remove_and_move_files():
         ("@@ -1 +1 @@\n-a\n+b\n", "a hunk without the name of its file above"),
         ("--- /dev/null\n+++ /dev/null\n@@ -1 +1 @@\n-a\n+b\n", "a diff without a file"),
         ("--- /dev/null\n+++ b/a\n@@ -1 +1 @@\n-a\n+b\n", "a diff of a new file with old lines in it"),
-        ("### a.py\n" + "<<<<<<< SEARCH\na\n=======\nb\n>>>>>>> REPLACE\n" * 201, "more than 200 edits in the answer"),
     ],
 )
 def test_what_cannot_be_read_is_said(text, reason):

@@ -27,9 +27,6 @@ HUNK = re.compile(r"@@ -\d+(?:,(\d+))? \+(\d+)(?:,\d+)? @@")
 FENCE, DIFF_FENCES = "```", ("```diff", "```patch")
 NOWHERE = "/dev/null"
 
-MOST_EDITS = 200
-"""Edits of an answer that are still applied."""
-
 
 class EditError(Exception):
     """No edit can be read, or one does not apply. Its text becomes the reward's reason."""
@@ -66,8 +63,6 @@ def parse_edits(text: str) -> list[Edit]:
         edits = [edit for part in _fenced(lines) or [lines] for edit in _diff(part)]
     if not edits:
         raise NotParsed("no edit in the answer")
-    if len(edits) > MOST_EDITS:
-        raise NotParsed(f"more than {MOST_EDITS} edits in the answer")
     return edits
 
 
