@@ -104,7 +104,7 @@ def test_a_stage_with_a_tool_that_was_killed_and_resumed_ends_where_an_undisturb
 
     ours, theirs = exported(world / "runs" / "whole"), exported(run_dir)
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
-    metrics = {row["step"]: row for row in read_metrics(run_dir) if row["stage"] == "tool"}
+    metrics = {row["step"]: row for row in read_metrics(run_dir / "metrics.jsonl") if row["stage"] == "tool"}
     assert any(row["grad_norm"] > 0 for row in metrics.values()), "equal weights say something only if they moved"
     assert all(row["mismatch/mean"] < 1e-4 for row in metrics.values())
     assert all(row["episode/turns"] > 1 and row["reward/masked"] == 0 for row in metrics.values())
