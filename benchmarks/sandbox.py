@@ -100,11 +100,10 @@ async def _serve(tier: str, workers: int, arguments: argparse.Namespace) -> None
     if any(outcome.failure for outcome in outcomes):
         raise SystemExit(f"{tier}: {next(outcome.failure for outcome in outcomes if outcome.failure)}")
     rate, load = programs / seconds, os.getloadavg()[0]
-    _say(
-        f"{tier:12} {workers} workers: {programs} {arguments.language} programs of {tests} tests, "
-        f"{at_once} to a process, in {seconds:.1f} s: {rate:.1f} programs and {rate * tests:.0f} tests a second; {workers / rate:.2f} s of a core "
-        f"to a program (the paper's: {PAPER_CORE_S:.0f}); load {load:.1f}"
-    )
+    what = f"{programs} {arguments.language} programs of {tests} tests, {at_once} to a process"
+    speed = f"{rate:.1f} programs and {rate * tests:.0f} tests a second; {workers / rate:.2f} s of a core to a program"
+    paper = f"the paper's: {PAPER_CORE_S:.0f}"
+    _say(f"{tier:12} {workers} workers: {what}, in {seconds:.1f} s: {speed} ({paper}); load {load:.1f}")
 
 
 def _say(line: str) -> None:
