@@ -41,7 +41,8 @@ def write_rows(path: Path, rows: list[dict]) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
-def write_recipe(world: Path, name: str, *, stages: list[dict], domains: bool, **keys) -> Path:
+def write_recipe(world: Path, name: str, *, stages: list[dict], domains: bool | dict, **keys) -> Path:
+    """`domains` are the recipe's, or whether it has the one of `write_world`."""
     recipe = {
         "name": name,
         "run_dir": str(world / "runs" / name),
@@ -54,15 +55,12 @@ def write_recipe(world: Path, name: str, *, stages: list[dict], domains: bool, *
         **keys,
     }
     if domains:
-        recipe["domains"] = {
-            "if": {
-                "environment": "instruction_following",
-                "train": "train.jsonl",
-                "held_out": "held_out.jsonl",
-            }
-        }
-        recipe["fleet"] = {"dtype": "float32", "max_model_len": 256, "max_num_seqs": 32, "kv_cache_bytes": 67108864}
-        recipe["evaluation"] = {"every": 2, "samples": 2, "sampling": {"max_response_tokens": 8}}
+        files = {"train": "train.jsonl", "held_out": "held_out.jsonl"}
+        plain = {"if": {"environment": "instruction_following", **files}}
+        fleet = {"dtype": "float32", "max_model_len": 256, "max_num_seqs": 32, "kv_cache_bytes": 67108864}
+        evaluation = {"every": 2, "samples": 2, "sampling": {"max_response_tokens": 8}}
+        recipe["domains"] = plain if domains is True else domains
+        recipe |= {"fleet": fleet, "evaluation": evaluation} | keys
     path = world / f"{name}.yaml"
     path.write_text(yaml.safe_dump(recipe, sort_keys=False), encoding="utf-8")
     return path

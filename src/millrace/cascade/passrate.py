@@ -21,6 +21,7 @@ from millrace.config.graph import nearest
 from millrace.config.model_shape import ModelShape
 from millrace.config.rules import require_runnable
 from millrace.config.schema import EvaluateStage, ParallelConfig, Recipe
+from millrace.config.stage_rules import WITH_TURNS
 from millrace.data.tokenizer import ChatTokenizer
 from millrace.environments.registry import make_environment
 from millrace.evaluation.pass_rate import pass_rate
@@ -152,7 +153,8 @@ def _settings(recipe: Recipe, samples: int) -> dict[str, Any]:
         "verify_timeout_s": domain.verify_timeout_s,
         "train": domain.train,
         "train_sha256": hashlib.sha256(Path(domain.train).read_bytes()).hexdigest(),
-        "turns": dataclasses.asdict(domain.turns),
+        **({"turns": dataclasses.asdict(domain.turns)} if domain.environment in WITH_TURNS else {}),
+        **({"python": dataclasses.asdict(domain.python)} if domain.environment == "python_tool" else {}),
         "samples": samples,
         **dataclasses.asdict(recipe.evaluation.sampling),
     }

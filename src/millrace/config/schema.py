@@ -395,7 +395,8 @@ class SamplingConfig:
     top_p: float = 1.0
     """Nucleus sampling threshold."""
     max_response_tokens: int = 1024
-    """Longest answer in tokens; an answer that reaches it is overlong."""
+    """Longest answer in tokens; an answer that reaches it is overlong. In an episode of many turns: tokens of all its
+    turns together."""
 
 
 @dataclass(frozen=True, kw_only=True)

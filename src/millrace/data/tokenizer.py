@@ -110,28 +110,33 @@ class ChatTokenizer:
         opened = _OPENED.search(self.decode(prompt[-_OPENING_TOKENS:], skip_special=False))
         return opened.group() if opened else ""
 
-    def render_observation(
-        self,
-        opening: Messages,
-        observation: Messages,
-        *,
-        tools: Tools | None = None,
-        thinking: bool | None = None,
-    ) -> list[int]:
-        """Ids that stand between the end-of-turn token of an assistant's turn and where its next turn begins.
+    def render_observation(self, observation: Messages, *, thinking: bool | None = None) -> list[int]:
+        """Ids that stand between the end-of-turn token of an assistant's turn and where its next turn begins, with
+        `observation` between the two.
 
         They are rendered as a difference, behind an assistant's message that is a mere mark: what a policy wrote is
         never rendered, and so neither tokenised again nor rewritten. A template that drops the reasoning of earlier
-        turns once the user speaks drops none here.
-
-        Args:
-            opening: the messages that opened the conversation.
-            observation: what came behind the assistant's turn.
-            tools, thinking: as the prompt was rendered.
+        turns once the user speaks drops none here. What opened the conversation is left out, which is much of the time
+        where there are many tools; `require_observations` tells whether a template minds.
 
         Raises:
             DataError: the template refuses the messages, or does not render them behind the assistant's.
         """
+        ids = self.encode(self._end_of_turn + self._between([_probe("user")], observation, None, thinking))
+        return ids[ids.index(self.end_of_turn_id) + 1 :]
+
+    def require_observations(self, opening: Messages, *, tools: Tools | None, thinking: bool | None) -> None:
+        """Raises DataError when a conversation that was opened so cannot go on through `render_observation`."""
+        observation = [{"role": "tool", "content": _PROBE_CONTENT}]
+        plain = self._between([_probe("user")], observation, None, thinking)
+        if self._between(opening, observation, tools, thinking) != plain:
+            raise DataError(
+                f"{self._where} renders a tool's result otherwise when the conversation has tools or a system message, "
+                "which episodes of many turns do not know; name another one with model.chat_template"
+            )
+
+    def _between(self, opening: Messages, observation: Messages, tools: Tools | None, thinking: bool | None) -> str:
+        """The text from behind the end of an assistant's turn to the beginning of its next one."""
         mark = _PROBE_CONTENT
         while any(mark in str(message) for message in observation):
             mark += "x"
@@ -144,8 +149,7 @@ class ChatTokenizer:
                 f"{self._where} does not keep an assistant's turn, ended by {self._end_of_turn}, before what follows "
                 "it, so that episodes of many turns cannot go on behind it; name another one with model.chat_template"
             )
-        ids = self.encode(self._end_of_turn + between)
-        return ids[ids.index(self.end_of_turn_id) + 1 :]
+        return between
 
     def render_conversation(
         self, messages: Messages, *, tools: Tools | None = None, thinking: bool | None = None

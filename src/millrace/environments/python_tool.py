@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import math
 import os
+import resource
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -52,6 +53,7 @@ class PythonToolEnvironment:
     def __init__(self, config: PythonToolConfig, sandbox: SandboxConfig, answers: MathEnvironment) -> None:
         """`answers` judges the final answers."""
         self.answers, self.config = answers, config
+        allow_many_files()
         self.launcher = SessionLauncher(choose_tier(sandbox.tier))
         self.limits = Limits(
             cpu_s=math.ceil(config.all_calls_s),
@@ -81,6 +83,13 @@ class PythonToolEnvironment:
 
     async def close(self) -> None:
         await self.answers.close()
+
+
+def allow_many_files() -> None:
+    """Each open session takes two descriptors, and thousands may be open."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 class PythonToolSession:

@@ -1,7 +1,8 @@
 """Gives jobs to engines: each to the least loaded one that serves, and once more to another when an engine fails.
 
-There is one dispatcher a fleet. Batches of answers, single turns of episodes and scoring share its queue, so that they
-go to the engines in the order they came in, and a job that fails for good costs only itself.
+There is one dispatcher a fleet, for batches of answers, single turns of episodes and scoring. They go to the engines in
+the order they came in, but turns before all others: an episode has many of them, one after the other, while a batch is
+done when its last job is. A job that fails for good costs only itself.
 """
 
 from __future__ import annotations
@@ -53,7 +54,12 @@ class _Ticket:
 
     job: Job[Any]
     future: asyncio.Future[Any]
+    queue: deque[_Ticket]
+    """Where it waits."""
     failures: int = 0
+
+    def again(self) -> None:
+        self.queue.appendleft(self)
 
 
 class Dispatcher:
@@ -66,18 +72,20 @@ class Dispatcher:
 
     def __init__(self, pool: Pool, *, capacity: int, limit: float) -> None:
         self._pool, self._capacity, self._limit = pool, capacity, limit
-        self._waiting: deque[_Ticket] = deque()
+        self._turns: deque[_Ticket] = deque()
+        self._others: deque[_Ticket] = deque()
         self._running = 0
         self._pump: asyncio.Task[None] | None = None
 
-    def submit(self, job: Job[T]) -> asyncio.Future[tuple[T, str]]:
+    def submit(self, job: Job[T], *, turn: bool = False) -> asyncio.Future[tuple[T, str]]:
         """A future of the job's result and the URL of the engine that gave it; to cancel it takes the job back.
 
         It fails with RequestRefused, with FleetError when the job failed too often, and with what `engine_available`
         raises.
         """
-        ticket = _Ticket(job, asyncio.get_running_loop().create_future())
-        self._waiting.append(ticket)
+        queue = self._turns if turn else self._others
+        ticket = _Ticket(job, asyncio.get_running_loop().create_future(), queue)
+        queue.append(ticket)
         self._start_jobs()
         return ticket.future
 
@@ -101,6 +109,11 @@ class Dispatcher:
         """Wait for engines no more."""
         if self._pump is not None:
             self._pump.cancel()
+
+    @property
+    def _waiting(self) -> deque[_Ticket]:
+        """Where the next job comes from; empty when none waits."""
+        return self._turns or self._others
 
     def _start_jobs(self) -> None:
         while self._waiting:
@@ -159,14 +172,14 @@ class Dispatcher:
 
     def _settle(self, task: asyncio.Future[Any], ticket: _Ticket, member: Member) -> None:
         if task.cancelled():  # its engine died; the job is not to blame
-            self._waiting.appendleft(ticket)
+            ticket.again()
             return
         error = task.exception()
         if error is None:
             member.progressed_at = time.monotonic()
             ticket.future.set_result((task.result(), member.client.url))
         elif isinstance(error, RequestAborted):
-            self._waiting.appendleft(ticket)
+            ticket.again()
         elif isinstance(error, EngineUnreachable | RequestTimeout):
             self._retry(ticket, member, error)
         else:
@@ -179,7 +192,7 @@ class Dispatcher:
             self._pool.report(member, Overdue(f"none of its requests came back within {self._limit:g} s"))
         ticket.failures += 1
         if ticket.failures < MAX_FAILURES:
-            self._waiting.appendleft(ticket)
+            ticket.again()
             return
         failed = FleetError(
             f"{ticket.job.name} failed {MAX_FAILURES} times, last: {error}. If the answers are merely long, raise "

@@ -80,7 +80,7 @@ class Generation:
     async def one(self, request: Request) -> Rollout:
         """The one answer to a request, whatever else is under way; nothing of it is kept."""
         part = Part(request, 0, 1)
-        answers, url = await self._dispatcher.submit(self._job(part))
+        answers, url = await self._dispatcher.submit(self._job(part), turn=True)
         return _rollouts(part, Answered(tuple(answers), url))[0]
 
     async def prompt_logprobs(self, tokens: Sequence[Sequence[int]]) -> list[list[float]]:

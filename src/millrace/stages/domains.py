@@ -16,9 +16,6 @@ from millrace.environments.base import Environment, GroupEnvironment, TurnEnviro
 from millrace.environments.gym_rows import plain_row
 from millrace.stages.groups import Episode
 
-TOOL_RESULT = {"role": "tool", "content": "done"}
-"""What the chat template is tried with."""
-
 
 class Domain:
     """A domain's environment with its two data sets."""
@@ -42,7 +39,7 @@ class Domain:
         self.held_out = PromptDataset(config.held_out, alone, check, plain_row)
         if isinstance(environment, TurnEnvironment) and len(self.train):
             first = self.episode(self.train, 0, seed=0)
-            tokenizer.render_observation(first.messages, [TOOL_RESULT], tools=first.tools, thinking=first.thinking)
+            tokenizer.require_observations(first.messages, tools=self._tools(first.row), thinking=first.thinking)
 
     def _tools(self, row: Mapping[str, Any]) -> Sequence[Mapping[str, Any]] | None:
         return self.environment.tools(row) if isinstance(self.environment, TurnEnvironment) else row.get("tools")
@@ -71,7 +68,6 @@ class Domain:
             prompt=tuple(prompt),
             seed=seed,
             scored=scored,
-            tools=tools,
             thinking=thinking,
             turns=isinstance(self.environment, TurnEnvironment),
             opening=self._tokenizer.answer_opening(prompt),

@@ -24,8 +24,6 @@ class Episode:
     seed: int
     scored: bool = True
     """Whether its answers are given rewards; where a teacher alone speaks of them, they may do without."""
-    tools: Sequence[Mapping[str, Any]] | None = None
-    """The functions that the chat template offered in the prompt."""
     thinking: bool | None = None
     """The form of the chat template that the prompt was rendered in."""
     turns: bool = False

@@ -14,6 +14,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import logging
+import sys
 from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -60,7 +61,12 @@ class TurnEpisode:
     _answer: list[int] = field(default_factory=list)
     _logp: list[float] = field(default_factory=list)
     _given: list[tuple[int, int]] = field(default_factory=list)
-    _turns: list[Rollout] = field(default_factory=list)
+    _turns: int = 0
+    _sampled: int = 0
+    """Tokens that the policy generated so far."""
+    _version: int = sys.maxsize
+    _last: Rollout | None = None
+    """The last turn; all of them, each with its prompt, would be too much to keep."""
 
     async def play(self, environment: TurnEnvironment) -> Scored:
         """To its end. What the environment does wrong is a masked reward; raises what the fleet raises."""
@@ -91,10 +97,10 @@ class TurnEpisode:
 
     async def _generate(self, deadline: float) -> Cut | None:
         """The policy's turn; the limit that ended it, or None."""
-        sampling, turn = self.rules.sampling, len(self._turns)
+        sampling, turn = self.rules.sampling, self._turns
         prompt = (*self.episode.prompt, *self._answer)
         room = self.rules.context - len(prompt)
-        left = sampling.max_response_tokens - self._sampled()
+        left = sampling.max_response_tokens - self._sampled
         left = min(left, self.rules.limits.turn_tokens or left)
         request = Request(
             f"{self.episode.request_id}/{self.index}/{turn}",
@@ -112,7 +118,9 @@ class TurnEpisode:
                 rollout = await self.ask(request)
         except TimeoutError:
             return "time"
-        self._turns.append(rollout)
+        self._turns, self._last = turn + 1, rollout
+        self._sampled += len(rollout.answer)
+        self._version = min(self._version, rollout.weight_version)
         self._answer += rollout.answer
         self._logp += rollout.rollout_logp
         if rollout.finish_reason == "length":
@@ -121,11 +129,11 @@ class TurnEpisode:
 
     def _observe(self, observation: Observation, deadline: float) -> Cut | None:
         """Put the environment's tokens behind the policy's, unless a limit leaves no room for another turn."""
-        if len(self._turns) >= self.rules.limits.most:
+        if self._turns >= self.rules.limits.most:
             return "turns"
         if asyncio.get_running_loop().time() >= deadline:
             return "time"
-        if self._sampled() >= self.rules.sampling.max_response_tokens:
+        if self._sampled >= self.rules.sampling.max_response_tokens:
             return "tokens"
         tokens = self._tokens_of(observation)
         begin = len(self._answer)
@@ -140,18 +148,12 @@ class TurnEpisode:
         end = self.tokenizer.end_of_turn_id
         # A turn may end with another stop token; then its end stands here, where the policy did not put it.
         ended = [] if self._answer[-1:] == [end] else [end]
-        episode = self.episode
-        return ended + self.tokenizer.render_observation(
-            episode.messages, observation.messages, tools=episode.tools, thinking=episode.thinking
-        )
-
-    def _sampled(self) -> int:
-        return sum(len(turn.answer) for turn in self._turns)
+        return ended + self.tokenizer.render_observation(observation.messages, thinking=self.episode.thinking)
 
     def _last_text(self) -> str:
         """What the policy wrote in its last turn, with what of it stood in the prompt."""
-        opening = self.tokenizer.answer_opening(self._turns[-1].prompt)
-        return opening + self.tokenizer.decode(self._turns[-1].answer)
+        assert self._last is not None, "called behind a turn"
+        return self.tokenizer.answer_opening(self._last.prompt) + self.tokenizer.decode(self._last.answer)
 
     async def _close(self, session: Session) -> None:
         try:
@@ -170,8 +172,8 @@ class TurnEpisode:
             answer=tuple(self._answer),
             rollout_logp=tuple(self._logp),
             finish_reason="length" if cut in ("tokens", "context") else "stop",
-            weight_version=min((turn.weight_version for turn in self._turns), default=0),
-            engine=self._turns[-1].engine if self._turns else "",
+            weight_version=self._version if self._last else 0,
+            engine=self._last.engine if self._last else "",
             given=tuple(self._given),
         )
         return Scored(rollout, self.episode.opening + self.tokenizer.decode(rollout.answer), reward, cut)

@@ -215,7 +215,7 @@ def test_an_environment_that_is_not_built_is_named_with_the_stages_that_want_it(
     )
 
 
-@pytest.mark.parametrize("environment", ["mcqa", "structured_outputs", "code"])
+@pytest.mark.parametrize("environment", ["mcqa", "structured_outputs", "code", "python_tool"])
 def test_the_other_environments_of_the_paper_are_accepted(cascade_file: Path, environment: str) -> None:
     assert check(cascade_file, f"domains.format.environment={environment}") == []
 
@@ -225,6 +225,19 @@ def test_the_other_environments_of_the_paper_are_accepted(cascade_file: Path, en
     [
         ("domains.math.grading=fraction", "domains.math.grading is fraction, but an answer in math is right or wrong"),
         ("domains.math.sandbox.cpu_s=2", "domains.math.sandbox is set, but math runs no programs; leave it out"),
+        ("domains.math.turns.most=2", "domains.math.turns is set, but an episode in math ends with its first answer"),
+        ("domains.math.python.calls=2", "domains.math.python is set, but math has no Python tool; leave it out"),
+        (
+            "domains.format={environment: python_tool, train: math.jsonl, held_out: held-out.jsonl, "
+            "turns: {open_s: 0}}",
+            "domains.format.turns.open_s is 0.0; it must be above 0",
+        ),
+        (
+            "domains.format={environment: python_tool, train: math.jsonl, held_out: held-out.jsonl, "
+            "turns: {step_s: 600}}",
+            "domains.format.turns.step_s is 600, but calls of the Python tool in one turn may take python.all_calls_s "
+            "600 s; raise the one or lower the other",
+        ),
         (
             "domains.format={environment: code, train: math.jsonl, held_out: held-out.jsonl, sandbox: {cpu_s: 0}}",
             "domains.format.sandbox.cpu_s is 0.0; it must be above 0",

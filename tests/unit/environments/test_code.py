@@ -66,6 +66,12 @@ def test_answers_are_rewarded_by_all_tests():
     assert (found[2].details["tests_passed"], found[2].details["tests_run"], found[2].details["tests"]) == (2, 3, 4)
 
 
+def test_an_answer_that_the_sandbox_can_give_no_verdict_on_is_masked(monkeypatch):
+    monkeypatch.setattr("millrace.environments.sandbox.service.CHECK", "os:abort")
+    (found,) = score(environment("code"), (STREAMS, block(ADD)))
+    assert found.masked and found.value == 0 and found.reason.startswith("no verdict: a program could not be tested")
+
+
 def test_the_fraction_counts_every_test():
     env = environment("code", grading="fraction")
     found = score(env, (STREAMS, block(ADD)), (STREAMS, block(HALF)), (STREAMS, block("print('x')")))

@@ -8,7 +8,14 @@ from tokenizers import Tokenizer
 from millrace.algorithms.advantages import group_advantages as reference_advantages
 from millrace.config.schema import AdvantageConfig
 from millrace.observe.report.record import read_run
-from millrace.observe.report.rollouts import Bounds, evenly, group_advantages, rollout_data, spread_over_domains
+from millrace.observe.report.rollouts import (
+    Bounds,
+    evenly,
+    group_advantages,
+    rollout_data,
+    spread_over_domains,
+    turn_of_each_token,
+)
 from millrace.observe.report.tokens import token_texts
 
 
@@ -114,3 +121,32 @@ def test_a_tokenizer_beside_a_checkpoint_serves_as_well(run_dir):
 def test_steps_that_lie_ahead_of_a_rewound_stage_are_not_shown(tmp_path):
     run_dir = write_sample_run(tmp_path, until="if-rl")
     assert [step["step"] for step in stage(rollout_data(read_run(run_dir)), "if-rl")["steps"]] == [1, 6, 11]
+
+
+def test_turns_are_told_apart_and_the_environments_tokens_have_no_numbers(run_dir):
+    file = run_dir / "rollouts" / "mopd" / "step-000000.jsonl"
+    header, first, *others = map(json.loads, file.read_text().splitlines())
+    streams = file.with_suffix(".streams.jsonl")
+    stream_header, teacher, *more = map(json.loads, streams.read_text().splitlines())
+    first |= {"given": [[2, 5]], "masked": True, "cut": "turns"}
+    teacher["teacher_logp"] = teacher["teacher_logp"][:2] + teacher["teacher_logp"][5:]
+    file.write_text("".join(json.dumps(line) + "\n" for line in (header, first, *others)))
+    streams.write_text("".join(json.dumps(line) + "\n" for line in (stream_header, teacher, *more)))
+    answer = stage(rollout_data(read_run(run_dir)), "mopd")["steps"][0]["groups"][0]["answers"][0]
+    length = answer["length"]
+    assert answer["turn"] == turn_of_each_token(length, [[2, 5]]) == [1, 1, 0, 0, 0] + [2] * (length - 5)
+    for name in ("sampled", "teacher"):
+        assert [value is None for value in answer[name]] == [not turn for turn in answer["turn"]]
+    assert answer["teacher"][5] == pytest.approx(teacher["teacher_logp"][2], abs=1e-3)
+    assert (answer["turns"], answer["masked"], answer["cut"]) == (2, True, "turns")
+
+
+def test_a_masked_answer_is_no_part_of_the_baseline_of_the_others(run_dir):
+    file = run_dir / "rollouts" / "if-rl" / "step-000000.jsonl"
+    header, first, *others = map(json.loads, file.read_text().splitlines())
+    first["masked"] = True
+    file.write_text("".join(json.dumps(line) + "\n" for line in (header, first, *others)))
+    file.with_suffix(".streams.jsonl").unlink(missing_ok=True)
+    answers = stage(rollout_data(read_run(run_dir)), "if-rl")["steps"][0]["groups"][0]["answers"]
+    alone = group_advantages([answer["reward"] for answer in answers[1:]], AdvantageConfig())
+    assert [answer["advantage"] for answer in answers] == pytest.approx([0.0, *alone], abs=1e-3)

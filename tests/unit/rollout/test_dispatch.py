@@ -248,3 +248,24 @@ def test_without_an_engine_all_that_wait_are_told_and_later_ones_ask_anew() -> N
         assert (await dispatcher.submit(Job("job", 1, answer)))[0] == "done"
 
     asyncio.run(go())
+
+
+def test_turns_go_before_a_batch_that_came_first() -> None:
+    order: list[str] = []
+
+    def job(name: str) -> Job[str]:
+        async def call(client: EngineClient) -> str:
+            order.append(name)
+            await asyncio.sleep(0.01)
+            return name
+
+        return Job(name, 1, call)
+
+    async def go() -> None:
+        dispatcher = Dispatcher(Pool(1), capacity=1, limit=5.0)
+        batch = [dispatcher.submit(job(f"batch {n}")) for n in range(3)]
+        turns = [dispatcher.submit(job(f"turn {n}"), turn=True) for n in range(2)]
+        await asyncio.gather(*batch, *turns)
+
+    asyncio.run(go())
+    assert order == ["batch 0", "turn 0", "turn 1", "batch 1", "batch 2"]

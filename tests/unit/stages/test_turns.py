@@ -39,7 +39,7 @@ def episode(tokenizer, script, *, thinking=None, prompt="go"):
     messages, tools = environment.reset(row), environment.tools(row)
     tokens = tuple(tokenizer.render_prompt(messages, tools=tools, thinking=thinking))
     opening = tokenizer.answer_opening(tokens)
-    return Episode("7", "d", row, messages, tokens, 5, tools=tools, thinking=thinking, turns=True, opening=opening)
+    return Episode("7", "d", row, messages, tokens, 5, thinking=thinking, turns=True, opening=opening)
 
 
 def play(tokenizer, script, rules=ROOMY, *, thinking=None, seconds=0.0, index=0):
@@ -202,7 +202,23 @@ def test_a_template_that_rewrites_the_turn_before_a_tool_result_is_refused(tmp_p
     )
     tokenizer = open_tokenizer(tmp_path / "merging", merging)
     with pytest.raises(DataError, match="does not keep an assistant's turn, ended by"):
-        tokenizer.render_observation([{"role": "user", "content": "go"}], [{"role": "tool", "content": "done"}])
+        tokenizer.render_observation([{"role": "tool", "content": "done"}])
+
+
+def test_a_template_that_renders_tool_results_by_the_tools_is_refused(tmp_path):
+    counting = CHATML.replace("{{ m['content'] }}", "{{ m['content'] }}{% if m.role == 'tool' %}{{ tools }}{% endif %}")
+    tokenizer = open_tokenizer(tmp_path / "counting", counting)
+    opening, tools = [{"role": "user", "content": "go"}], [{"name": "now", "parameters": {}}]
+    tokenizer.require_observations(opening, tools=None, thinking=None)
+    with pytest.raises(DataError, match="renders a tool's result otherwise when the conversation has tools"):
+        tokenizer.require_observations(opening, tools=tools, thinking=None)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_the_templates_of_the_field_render_results_alike_whatever_opened_the_conversation(tokenizers, form):
+    opening = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "go"}]
+    tools = ScriptedEnvironment().tools({})
+    tokenizers[form].require_observations(opening, tools=tools, thinking=FORMS[form][1])
 
 
 def test_each_turn_of_each_answer_has_its_own_seed_and_a_replay_the_same(tokenizers):

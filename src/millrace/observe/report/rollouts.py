@@ -144,7 +144,8 @@ def _group(
 ) -> dict[str, Any]:
     first = group[0][0]
     config = stage.config.advantage if isinstance(stage.config, SamplingStage) else AdvantageConfig()
-    advantages = group_advantages([answer["reward"] for answer, _ in group], config)
+    counted = iter(group_advantages([answer["reward"] for answer, _ in group if not answer.get("masked")], config))
+    advantages = [0.0 if answer.get("masked") else next(counted) for answer, _ in group]
     shown = list(zip(group, advantages, strict=True))[: bounds.answers]
     return {
         "domain": first["domain"],
@@ -195,6 +196,9 @@ def _answer(
         "details": _details(answer.get("details"), bounds.characters),
         "finish": answer["finish_reason"],
         "length": length,
+        "masked": bool(answer.get("masked")),
+        "cut": answer.get("cut"),
+        "turns": len(answer.get("given", ())) + 1,
     }
     given = streams.get("advantage", advantage)
     if tokenizer is None:
@@ -205,13 +209,42 @@ def _answer(
     ids = answer["answer_tokens"]
     tail = ids[length - (len(keep) - head) :]
     texts = token_texts(tokenizer, ids[:head]) + token_texts(tokenizer, tail)
-    numbers = {"advantage": given, "sampled": answer.get("rollout_logp"), "teacher": streams.get("teacher_logp")}
+    turns = turn_of_each_token(length, answer.get("given", ()))
+    teacher = streams.get("teacher_logp")
+    numbers = {
+        "advantage": given if isinstance(given, list) or len(set(turns)) < 2 else [given if n else None for n in turns],
+        "sampled": _at_turns(answer.get("rollout_logp"), turns),
+        "teacher": None if teacher is None else _spread(teacher, turns),
+    }
     return {
         **shown,
         "tokens": texts,
         "head": head,
+        **({"turn": [turns[place] for place in keep]} if len(set(turns)) > 1 else {}),
         **{name: _kept(values, keep) for name, values in numbers.items() if values is not None},
     }
+
+
+def turn_of_each_token(length: int, given: Sequence[Sequence[int]]) -> list[int]:
+    """The number of the policy's turn that each of an answer's tokens belongs to, from 1; 0 for the environment's."""
+    turns, turn, begin = list[int](), 1, 0
+    for start, end in given:
+        turns += [turn] * (start - begin) + [0] * (end - start)
+        turn, begin = turn + 1, end
+    return turns + [turn] * (length - begin)
+
+
+def _at_turns(values: Sequence[float] | None, turns: Sequence[int]) -> list[float | None] | None:
+    """The numbers of an answer's tokens, none at the environment's."""
+    if values is None:
+        return None
+    return [value if turn else None for value, turn in zip(values, turns, strict=False)]
+
+
+def _spread(values: Sequence[float], turns: Sequence[int]) -> list[float | None]:
+    """Numbers that the policy's tokens alone have, at the places of those tokens."""
+    own = iter(values)
+    return [next(own, None) if turn else None for turn in turns]
 
 
 def _kept(values: float | Sequence[float | None], keep: Sequence[int]) -> float | list[float | None]:

@@ -21,7 +21,7 @@
     const teacher = at(answer.teacher, i), student = at(answer.sampled, i);
     return teacher === null || teacher === undefined || student === null || student === undefined ? null : teacher - student;
   };
-  const isRight = (answer) => answer.reward >= 1;
+  const isRight = (answer) => !answer.masked && answer.reward >= 1;
 
   const fill = (select, options) => {
     const before = select.value;
@@ -79,6 +79,7 @@
 
   const told = (answer, i) => {
     const lines = [`${JSON.stringify(answer.tokens[i])}  token ${i < answer.head ? i + 1 : answer.length - answer.tokens.length + i + 1} of ${answer.length}`];
+    if (answer.turn) lines.push(answer.turn[i] ? `turn ${answer.turn[i]}` : "the environment's: no part in the loss");
     const add = (name, value) => { if (value !== null && value !== undefined) lines.push(`${name} ${value > 0 && name !== "probability" ? "+" : ""}${showNumber(value)}`); };
     add("advantage", at(answer.advantage, i));
     add("student log-prob", at(answer.sampled, i));
@@ -101,9 +102,11 @@
     const body = make("pre", { tabindex: "0", role: "group", "aria-label": "Answer. Arrow keys go from token to token." });
     answer.tokens.forEach((text, i) => {
       if (i === answer.head && answer.length > answer.tokens.length) body.append(make("span", { class: "cut" }, `\n… ${(answer.length - answer.tokens.length).toLocaleString("en")} tokens left out …\n`));
+      const turn = answer.turn?.[i];
+      if (answer.turn && turn !== answer.turn[i - 1]) body.append(make("span", { class: "speaker" }, `${i ? "\n" : ""}${turn ? `turn ${turn}` : "environment"}\n`));
       const value = valueOf(answer, i, colour);
       const style = paint(value, scale, colour), low = colour !== "sampled" && value < -0.2 * scale;
-      body.append(make("span", { class: `tok${low ? " low" : ""}${text === "" ? " tiny" : ""}`, style, "data-i": i }, tokenText(text)));
+      body.append(make("span", { class: `tok${low ? " low" : ""}${text === "" ? " tiny" : ""}${turn === 0 ? " given" : ""}`, style, "data-i": i }, tokenText(text)));
     });
     readTokens(body, answer);
     return body;
@@ -132,7 +135,11 @@
   const answerCard = (answer, colour, scale) => {
     const right = isRight(answer);
     const single = Array.isArray(answer.advantage) ? [] : [make("span", {}, `advantage ${showNumber(answer.advantage)}`)];
-    const line = make("div", { class: "facts-line" }, make("b", {}, `${right ? "✓" : "✕"} reward ${showNumber(answer.reward)}`), make("span", {}, answer.reason), ...single, make("span", {}, `${answer.length} tokens`), make("span", {}, answer.finish === "length" ? "cut off at the length limit" : `finish: ${answer.finish}`));
+    const said = (text) => make("span", {}, text);
+    const verdict = answer.masked ? "– masked: left out of loss and baseline" : `${right ? "✓" : "✕"} reward ${showNumber(answer.reward)}`;
+    const turns = answer.turns > 1 ? [said(`${answer.turns} turns`)] : [];
+    const ending = answer.cut ? `ended by the limit of ${answer.cut}` : answer.finish === "length" ? "cut off at the length limit" : `finish: ${answer.finish}`;
+    const line = make("div", { class: "facts-line" }, make("b", {}, verdict), said(answer.reason), ...single, ...turns, said(`${answer.length} tokens`), said(ending));
     const body = answer.tokens ? tokensOf(answer, colour, scale) : make("pre", {}, answer.text);
     const more = answer.details ? [make("details", {}, make("summary", { class: "note" }, "details of the verdict"), make("pre", { class: "details" }, answer.details))] : [];
     return make("article", { class: `answer${right ? " right" : ""}` }, line, body, ...more);
