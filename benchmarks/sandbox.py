@@ -1,27 +1,33 @@
 """What a sandboxed test costs: `python -m benchmarks.sandbox [--runs 100] [--programs 400] [--tests 5]`.
 
 First one run at a time, the tiers and a bare interpreter taking turns: median and quartiles of the milliseconds from
-the call to the result, for a program that adds two numbers. Then whole programs through the service, with one worker
-and with two: programs and tests a second, all passing, so that nothing stops early.
+the call to the result, for a program that adds two numbers (`--runs 0` leaves this out). Then whole programs through
+the service, with one worker and with two: programs and tests a second, all passing, so that nothing stops early; and
+the seconds of a core that a program took, next to those of the paper's verifier, whose programs and tests are others:
+427 s for 2,048 programs on 384 cores.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from statistics import quantiles
 
 from millrace.environments.sandbox.boxes import INTERPRETER_OPTIONS, Box, Unavailable
-from millrace.environments.sandbox.run import Limits, Program
+from millrace.environments.sandbox.cpp import compiler_limits
+from millrace.environments.sandbox.run import CppProgram, Limits, Program
 from millrace.environments.sandbox.service import Case, CodeVerifier
 from millrace.environments.sandbox.tiers import TIERS, open_tier
 
 ADD = "print(sum(map(int, input().split())))"
+ADD_CPP = "#include <iostream>\nint main() { long a, b; std::cin >> a >> b; std::cout << a + b << '\\n'; }"
 LIMITS = Limits()
+PAPER_CORE_S = 427 * 384 / 2048
 WARM_UP = 5
 
 
@@ -30,19 +36,24 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=100)
     parser.add_argument("--programs", type=int, default=400)
     parser.add_argument("--tests", type=int, default=5)
+    parser.add_argument("--tiers", nargs="+", choices=list(TIERS), default=list(TIERS))
+    parser.add_argument("--workers", nargs="+", type=int, default=[1, 2])
+    parser.add_argument("--language", choices=("python", "cpp"), default="python")
+    parser.add_argument("--tests-per-process", type=int, default=1)
     arguments = parser.parse_args()
-    boxes = _boxes()
-    _race(boxes, arguments.runs)
+    boxes = _boxes(arguments.tiers)
+    if arguments.runs:
+        _race(boxes, arguments.runs)
     for box in boxes.values():
         box.close()
     for tier in boxes:
-        for workers in (1, 2):
-            asyncio.run(_serve(tier, workers, arguments.programs, arguments.tests))
+        for workers in arguments.workers:
+            asyncio.run(_serve(tier, workers, arguments))
 
 
-def _boxes() -> dict[str, Box]:
+def _boxes(tiers: Sequence[str]) -> dict[str, Box]:
     boxes = {}
-    for name in TIERS:
+    for name in tiers:
         try:
             boxes[name] = open_tier(name)
         except Unavailable as error:
@@ -75,18 +86,24 @@ def _bare() -> bytes:
     return subprocess.run(command, input=b"1 2\n", capture_output=True, env={}, check=True).stdout
 
 
-async def _serve(tier: str, workers: int, programs: int, tests: int) -> None:
-    verifier = CodeVerifier(tier=tier, workers=workers)
+async def _serve(tier: str, workers: int, arguments: argparse.Namespace) -> None:
+    programs, tests, at_once = arguments.programs, arguments.tests, arguments.tests_per_process
+    compiler = compiler_limits(cpu_s=10, wall_s=60, memory_bytes=1 << 30) if arguments.language == "cpp" else None
+    program = Program(ADD) if compiler is None else CppProgram(ADD_CPP)
+    verifier = CodeVerifier(tier=tier, workers=workers, compiler=compiler, tests_per_process=at_once)
     cases = [Case(f"{n} 1\n", f"{n + 1}\n") for n in range(tests)]
-    await asyncio.gather(*(verifier.verify(Program(ADD), cases, LIMITS) for _ in range(2 * workers)))
+    await asyncio.gather(*(verifier.verify(program, cases, LIMITS) for _ in range(2 * workers)))
     begin = time.perf_counter()
-    outcomes = await asyncio.gather(*(verifier.verify(Program(ADD), cases, LIMITS) for _ in range(programs)))
+    outcomes = await asyncio.gather(*(verifier.verify(program, cases, LIMITS) for _ in range(programs)))
     seconds = time.perf_counter() - begin
     await verifier.close()
     if any(outcome.failure for outcome in outcomes):
         raise SystemExit(f"{tier}: {next(outcome.failure for outcome in outcomes if outcome.failure)}")
-    rate = programs / seconds
-    _say(f"{tier:12} {workers} workers: {rate:6.1f} programs of {tests} tests a second, {rate * tests:.0f} tests")
+    rate, load = programs / seconds, os.getloadavg()[0]
+    what = f"{programs} {arguments.language} programs of {tests} tests, {at_once} to a process"
+    speed = f"{rate:.1f} programs and {rate * tests:.0f} tests a second; {workers / rate:.2f} s of a core to a program"
+    paper = f"the paper's: {PAPER_CORE_S:.0f}"
+    _say(f"{tier:12} {workers} workers: {what}, in {seconds:.1f} s: {speed} ({paper}); load {load:.1f}")
 
 
 def _say(line: str) -> None:

@@ -16,6 +16,7 @@ import contextlib
 import json
 import os
 import tempfile
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -158,6 +159,8 @@ class SweSession:
         self._holder = tempfile.TemporaryDirectory(prefix="millrace-swe-", ignore_cleanup_errors=True)
         self._root = Path(self._holder.name)
         self._root.chmod(0o711)
+        self._at_work = threading.Lock()
+        """Held by what goes on in the folder, also when nobody waits for it any more: it is removed behind that."""
         self._calls = self._failed = 0
         self._out_of_memory = False
         self._limits = Limits(
@@ -171,7 +174,7 @@ class SweSession:
         )
 
     async def start(self) -> None:
-        await self._environment.run(lambda: self._check_out("agent"))
+        await self._run(lambda: self._check_out("agent"))
 
     async def step(self, answer: str) -> Observation | Reward:
         try:
@@ -205,7 +208,14 @@ class SweSession:
     async def close(self) -> None:
         self._environment.leave()
         with contextlib.suppress(RuntimeError):  # the environment is closed already; the interpreter's end removes it
-            await self._environment.run(self._holder.cleanup)
+            await self._run(self._holder.cleanup)
+
+    async def _run(self, action: Callable[[], T]) -> T:
+        def alone() -> T:
+            with self._at_work:
+                return action()
+
+        return await self._environment.run(alone)
 
     async def _call(self, call: ToolCall) -> str:
         """What the policy is shown of a call."""
@@ -229,13 +239,13 @@ class SweSession:
         def run() -> Run:
             return self._workspace.run(self._files("agent"), argv, self._limits, stdin=stdin, image=self._image)
 
-        done = await self._environment.run(run)
+        done = await self._run(run)
         self._out_of_memory = self._workspace.ends_for_memory and out_of_memory(done)
         return done
 
     async def _judge(self) -> Reward:
         try:
-            outcome = await self._environment.run(self._test)
+            outcome = await self._run(self._test)
         except PatchError as error:
             return self._scored(0.0, str(error), {})
         run, outcomes, details = outcome

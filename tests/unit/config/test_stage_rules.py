@@ -235,6 +235,32 @@ def test_the_other_environments_of_the_paper_are_accepted(cascade_file: Path, en
             "domains.format.sandbox.cpu_s is 0.0; it must be above 0",
         ),
         (
+            "domains.format={environment: swe_agentic, train: math.jsonl, held_out: held-out.jsonl, "
+            "swe: {container: bubblewrap}}",
+            "domains.format.swe.repositories is required with container bubblewrap: the folder of the rows' "
+            "repositories",
+        ),
+        (
+            "domains.format={environment: swe_agentic, train: math.jsonl, held_out: held-out.jsonl, "
+            "swe: {images: all.sif}}",
+            "domains.format.swe.images is all.sif, the same for every row; put {instance_id} into it",
+        ),
+        (
+            "domains.format={environment: swe_agentic, train: math.jsonl, held_out: held-out.jsonl, "
+            "swe: {repositories: here}}",
+            "domains.format.swe.repositories is set, but an image of container apptainer holds its own; leave it out",
+        ),
+        (
+            "domains.format={environment: swe_agentic, train: math.jsonl, held_out: held-out.jsonl, "
+            "swe: {tests_s: 1800}}",
+            "domains.format.turns.step_s is 1200, but a step may take swe.tests_s 1800 s or swe.command_s 120 s; "
+            "raise the one or lower the others",
+        ),
+        (
+            "domains.math.swe.at_once=2",
+            "domains.math.swe is set, but math has no agent; leave it out",
+        ),
+        (
             "domains.format={environment: code, train: math.jsonl, held_out: held-out.jsonl, sandbox: {languages: []}}",
             "domains.format.sandbox.languages is []; name at least one, each once",
         ),

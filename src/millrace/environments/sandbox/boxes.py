@@ -10,7 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Protocol
 
-from millrace.environments.sandbox.run import Limits, Run, SandboxFault, Work
+from millrace.environments.sandbox.run import Command, Limits, Run, SandboxFault, Work
 from millrace.environments.sandbox.syscall_filter import filter_problem
 from millrace.environments.sandbox.wire import receive, run_from_wire, send, work_to_wire
 
@@ -57,6 +57,8 @@ class ZygoteBox:
         self._start()
 
     def run(self, work: Work, stdin: bytes, limits: Limits) -> Run:
+        if isinstance(work, Command):
+            raise SandboxFault("the tier zygote runs no commands")
         if self._channel is None:
             try:
                 self._start()

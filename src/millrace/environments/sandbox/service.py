@@ -125,7 +125,7 @@ class CodeVerifier:
         compiler = self._compiler if isinstance(program, CppProgram) else None
         job = {
             "tier": self.tier,
-            "program": Program(program.source, getattr(program, "function", None))._asdict(),
+            "program": (program if isinstance(program, Program) else Program(program.source))._asdict(),
             "compiler": None if compiler is None else compiler._asdict(),
             "tests_per_process": self._tests_per_process,
             "limits": limits._asdict(),

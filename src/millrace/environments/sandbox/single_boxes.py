@@ -28,7 +28,7 @@ from millrace.environments.sandbox.namespaces import (
     SYSTEM_FOLDERS,
     interpreter_folder,
 )
-from millrace.environments.sandbox.run import COMPILER_BYTES, Limits, Run, SandboxFault, Work
+from millrace.environments.sandbox.run import COMPILER_BYTES, Command, Limits, Run, SandboxFault, Work
 from millrace.environments.sandbox.syscall_filter import filter_problem
 from millrace.environments.sandbox.wire import work_to_wire
 from millrace.environments.sandbox.work import compiles
@@ -50,11 +50,15 @@ class _SingleBox:
     how = ""
     drop = False
     """Whether root becomes an ordinary user before it starts anything."""
+    takes_commands = False
+    """Whether what a command starts ends with its box, and sees no process outside."""
 
     def __init__(self) -> None:
         self.interpreter, self._code = _readable_interpreter(), _bundle()
 
     def run(self, work: Work, stdin: bytes, limits: Limits) -> Run:
+        if isinstance(work, Command) and not self.takes_commands:
+            raise SandboxFault(f"the tier {self.name} runs no commands")
         if limits.scratch_bytes:
             raise SandboxFault(f"the tier {self.name} has no scratch folder; only the zygote has")
         header, contents = work_to_wire(work)

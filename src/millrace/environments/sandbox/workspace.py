@@ -64,6 +64,8 @@ class LocalWorkspace:
 class _FolderBox(BubblewrapBox):
     """One bubblewrap for each run, with a folder."""
 
+    takes_commands = True
+
     def __init__(self, folder: Path) -> None:
         super().__init__()
         self._bound = folder
