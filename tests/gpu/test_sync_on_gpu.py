@@ -26,9 +26,8 @@ TOLERANCE = "0.02"
 """Largest |difference| of log-probs: engines multiply float32 on a GPU with 10 bits of fraction (TF32)."""
 
 
-@pytest.mark.parametrize("family", ["qwen3", "qwen3_moe"])
-def test_an_engine_on_the_trainers_gpu_takes_its_weights(family: str, tmp_path: Path) -> None:
-    model = write_checkpoint(family, tmp_path / "model")
+def test_an_engine_on_the_trainers_gpu_takes_its_weights(tmp_path: Path) -> None:
+    model = write_checkpoint("qwen3_moe", tmp_path / "model")
     card = tmp_path / "card.yaml"
     options = ["--hf", str(model), "--device", "cuda", "--transport", "ipc", "--tolerance", TOLERANCE]
     done = subprocess.run(
@@ -36,7 +35,7 @@ def test_an_engine_on_the_trainers_gpu_takes_its_weights(family: str, tmp_path: 
         env=alone(),
         capture_output=True,
         text=True,
-        timeout=400,
+        timeout=240,
     )
     assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
     assert "verdict: passed" in card.read_text()

@@ -24,12 +24,14 @@ from millrace.config.precision_rules import precision_problems
 from millrace.config.ranges import range_problems
 from millrace.config.schema import (
     BUILT_IN_TEMPLATES,
+    OUTPUT_DISCARDING,
     FleetConfig,
     MopdStage,
     ParallelConfig,
     Recipe,
     SamplingStage,
     SftStage,
+    TrainerConfig,
 )
 from millrace.config.stage_rules import domain_problems, stage_problems
 from millrace.config.urls import holds_credentials
@@ -181,7 +183,11 @@ def _switches(recipe: Recipe, shape: ModelShape | None) -> Problems:
     """Switches that nothing would read, or that the model and the devices have no kernels for."""
     trainer, p = recipe.trainer, recipe.parallel
     of_experts = {"token_dispatcher": trainer.token_dispatcher != "alltoall", "permute_fusion": trainer.permute_fusion}
-    of_gpus = {**of_experts, "expandable_segments": trainer.expandable_segments}
+    of_gpus = {
+        **of_experts,
+        "expandable_segments": trainer.expandable_segments,
+        "offload_optimizer": trainer.offload_optimizer,
+    }
     for key in (key for key, asked in of_experts.items() if asked):
         if shape is not None and not shape.num_experts:
             yield f"trainer.{key} is about experts, but the model has none; leave it out"
@@ -193,11 +199,51 @@ def _switches(recipe: Recipe, shape: ModelShape | None) -> Problems:
             "trainer.token_dispatcher is deepep, but with ep and etp of 1 no token leaves its rank; set "
             "trainer.token_dispatcher=alltoall or raise parallel.ep"
         )
+    if not trainer.grouped_gemm and shape is not None and not shape.num_experts:
+        yield "trainer.grouped_gemm is about experts, but the model has none; leave it out"
+    yield from _recomputation(trainer, shape, p)
     if trainer.expandable_segments and recipe.fleet.transport == "ipc":
         yield (
             "trainer.expandable_segments and fleet.transport=ipc exclude each other, for such memory has no handle "
             "that another process could open; leave it out, or use nccl"
         )
+
+
+def _recomputation(trainer: TrainerConfig, shape: ModelShape | None, p: ParallelConfig) -> Problems:
+    fresh = TrainerConfig()
+    readers = {"recompute_modules": "selective", "recompute_method": "full", "recompute_layers": "full"}
+    for key, reader in readers.items():
+        if getattr(trainer, key) != getattr(fresh, key) and trainer.recompute != reader:
+            yield (
+                f"trainer.{key} is read with trainer.recompute={reader} alone, but that is {trainer.recompute}; leave "
+                "it out"
+            )
+    if not trainer.recompute_modules:
+        yield "trainer.recompute_modules is empty; set trainer.recompute=none to compute nothing again"
+    if trainer.recompute_layers < 1:
+        yield f"trainer.recompute_layers is {trainer.recompute_layers}; it must be at least 1"
+    for module in trainer.recompute_modules:
+        if module in OUTPUT_DISCARDING and trainer.device == "cpu":
+            yield (
+                f"trainer.recompute_modules names {module}, which is computed again through Transformer Engine, but "
+                "trainer.device is cpu; leave it out"
+            )
+    if "moe_act" in trainer.recompute_modules and not trainer.grouped_gemm:
+        yield "trainer.recompute_modules names moe_act, which needs trainer.grouped_gemm; leave one of them out"
+    if shape is None:
+        return
+    most = -(-shape.num_layers // max(p.pp, 1))
+    if trainer.recompute_layers > most:
+        yield f"trainer.recompute_layers is {trainer.recompute_layers}, but a pipeline stage has at most {most} layers"
+    needs = {
+        "moe_act": ("experts", bool(shape.num_experts)),
+        "moe": ("experts", bool(shape.num_experts)),
+        "shared_experts": ("shared experts", bool(shape.shared_ffn_hidden_size)),
+        "mla_up_proj": ("latent attention", shape.latent_attention is not None),
+    }
+    for module in trainer.recompute_modules:
+        if module in needs and not needs[module][1]:
+            yield f"trainer.recompute_modules names {module}, but the model has no {needs[module][0]}; leave it out"
 
 
 def _must_divide(key: str, ranks: int, count: int, what: str) -> Problems:

@@ -143,6 +143,11 @@ class OptimizerConfig:
     """Largest global gradient norm; 0 switches clipping off."""
 
 
+RecomputedModule = Literal["core_attn", "moe_act", "layernorm", "mla_up_proj", "mlp", "moe", "shared_experts"]
+OUTPUT_DISCARDING: tuple[RecomputedModule, ...] = ("moe_act", "layernorm", "mla_up_proj")
+"""Those that Megatron-Core computes again through Transformer Engine alone."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class TrainerConfig:
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -151,15 +156,32 @@ class TrainerConfig:
     """Capacity of one packed micro-batch in tokens, over all its context-parallel ranks; the longest sequence of any
     stage must fit."""
     recompute: Literal["none", "selective", "full"] = "none"
-    """Activation recomputation: core attention only (selective) or whole layers (full)."""
+    """Activation recomputation: parts of a layer only (selective) or whole layers (full)."""
+    recompute_modules: tuple[RecomputedModule, ...] = ("core_attn",)
+    """What selective recomputation computes again: core attention (core_attn), a dense feed-forward (mlp), a mixture of
+    experts with its router and its all-to-all (moe), its shared experts alone (shared_experts), and through Transformer
+    Engine the activation between the two products of the experts (moe_act, with grouped_gemm), the norms before the
+    parts of a layer (layernorm), the up projections of latent attention (mla_up_proj). A plan counts what core_attn
+    saves, and nothing of the others."""
+    recompute_method: Literal["uniform", "block"] = "uniform"
+    """Which layers full recomputation takes: all, in groups of recompute_layers whose input is kept (uniform), or the
+    first recompute_layers of each pipeline stage and no other (block)."""
+    recompute_layers: int = 1
+    """Layers of a group, or of a stage, as recompute_method says."""
     distributed_optimizer: bool = False
     """Shard optimizer state over data-parallel ranks."""
+    offload_optimizer: bool = False
+    """Keep the moments and the float32 copies of the weights in host memory but for the update itself: room on the GPU
+    for engines that share it, and for activations, at the price of two copies a step."""
     overlap_gradient_reduction: bool = False
     """Reduce each bucket of gradients over data-parallel ranks while the backward pass of the last micro-batch still
     computes the others, rather than all behind it."""
     token_dispatcher: Literal["alltoall", "deepep"] = "alltoall"
     """How tokens travel to the experts of other ranks: NCCL's all-to-all, or DeepEP's kernels, which send a token once
     to a node however many of its experts stand there; they need the package deep_ep and ep or etp above 1."""
+    grouped_gemm: bool = True
+    """Compute the experts of a rank in one grouped product, where Transformer Engine has its kernels; otherwise, and
+    with false, one expert after the other."""
     permute_fusion: bool = False
     """Sort the tokens of a mixture of experts by Transformer Engine's fused kernels, which save copies and launches."""
     expandable_segments: bool = False

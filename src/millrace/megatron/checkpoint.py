@@ -98,8 +98,11 @@ class Checkpointer:
         `state` (JSON) comes back from `load` as it is. `name` replaces `step-00000012`; `keep_always` exempts it from
         retention. Raises CheckpointError on every rank when it cannot be written; what was published before stays.
         """
+        with policy.optimizer_present():
+            return self._save(policy, step, state, name or f"step-{step:08d}", keep_always)
+
+    def _save(self, policy: Policy, step: int, state: dict[str, Any], name: str, keep_always: bool) -> Path:
         start = time.perf_counter()
-        name = name or f"step-{step:08d}"
         sharded = sharded_state(
             policy.module, policy.optimizer if _updates(policy) else None, trained=policy.sharded_adapters()
         )
@@ -139,7 +142,8 @@ class Checkpointer:
         facts, manifest = _on_rank_zero(lambda: self._inspect(folder, policy))
         self._verify(folder, manifest)
         _on_rank_zero(lambda: check_metadata(folder / SHARDS))
-        _together(lambda: _take_weights(policy, folder / SHARDS, facts["optimizer_step"]))
+        with policy.optimizer_present():
+            _together(lambda: _take_weights(policy, folder / SHARDS, facts["optimizer_step"]))
         if policy.optimizer is not None:
             policy.step = facts["policy_step"]
             _together(lambda: _take_amax_history(policy, folder))

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from millrace.config.model_shape import ModelShape
 from millrace.config.rules import layout_problems
-from millrace.config.schema import ParallelConfig, PrecisionConfig, TrainerConfig
+from millrace.config.schema import OUTPUT_DISCARDING, ParallelConfig, PrecisionConfig, TrainerConfig
 from millrace.megatron.expert_groups import choose_groups_by_their_best_two
 from millrace.megatron.kernels import transformer_engine_is_there
 from millrace.megatron.local_layers import make_local, needs_local_layers
@@ -62,6 +62,7 @@ def build_model(
     check_layout(shape, parallel)
     check_context_parallelism(shape, parallel, device)
     check_dispatcher(trainer)
+    check_recomputation(trainer)
     config = transformer_config(
         shape,
         parallel,
@@ -132,6 +133,16 @@ def check_dispatcher(trainer: TrainerConfig) -> None:
         raise LayoutError(
             "trainer.token_dispatcher is deepep, but the package deep_ep is not installed; build it from "
             "github.com/deepseek-ai/DeepEP, or set trainer.token_dispatcher=alltoall"
+        )
+
+
+def check_recomputation(trainer: TrainerConfig) -> None:
+    """Raises LayoutError where what is to be computed again needs Transformer Engine, which is not there."""
+    asked = [m for m in trainer.recompute_modules if m in OUTPUT_DISCARDING and trainer.recompute == "selective"]
+    if asked and not transformer_engine_is_there():
+        raise LayoutError(
+            f"trainer.recompute_modules names {', '.join(asked)}, which Megatron-Core computes again through "
+            "Transformer Engine only, which is not there; leave it out"
         )
 
 

@@ -84,7 +84,7 @@ def transformer_config(
         gradient_accumulation_fusion=fused_gradients and device.type == "cuda" and accumulates_gradients_in_products(),
         **_stage_options(shape, parallel.pp),
         **_recompute_options(trainer, shape, parallel),
-        **_expert_options(shape, fused and grouped_experts, fused and trainer.permute_fusion),
+        **_expert_options(shape, fused and grouped_experts and trainer.grouped_gemm, fused and trainer.permute_fusion),
         **_latent_attention_options(shape),
         **_mamba_options(shape),
         **transformer_options(precision, shape),
@@ -103,9 +103,13 @@ def _stage_options(shape: ModelShape, pp: int) -> dict[str, Any]:
 
 def _recompute_options(trainer: TrainerConfig, shape: ModelShape, parallel: ParallelConfig) -> dict[str, Any]:
     if trainer.recompute == "selective":
-        return {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]}
+        return {"recompute_granularity": "selective", "recompute_modules": list(trainer.recompute_modules)}
     if trainer.recompute == "full":
-        return {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+        return {
+            "recompute_granularity": "full",
+            "recompute_method": trainer.recompute_method,
+            "recompute_num_layers": trainer.recompute_layers,
+        }
     return {}
 
 

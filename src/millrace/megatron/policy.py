@@ -12,6 +12,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -42,6 +43,7 @@ from millrace.megatron.kernels import kernels_in_use
 from millrace.megatron.logprobs import token_logprobs, vocabulary_logits, whole_hidden
 from millrace.megatron.microbatch import MicroBatch, cut_batch
 from millrace.megatron.model import HiddenStateModel, build_model
+from millrace.megatron.offload import HostState
 from millrace.megatron.optimizer import build_optimizer, learning_rate, set_hyper_parameters
 from millrace.megatron.precision import PLAIN, data_parallel_options, token_multiple
 from millrace.megatron.topology import Topology
@@ -110,6 +112,8 @@ class Policy:
         self._base: str | None = None
         """What the frozen weights below the adapters were read from."""
         self.optimizer: MegatronOptimizer | None = None
+        self._host_state: HostState | None = None
+        """Where the optimizer's state waits between updates, with `trainer.offload_optimizer`."""
         self._trained: DistributedDataParallel | None = None
         if optimizer is None:
             self.module.requires_grad_(False)
@@ -140,7 +144,8 @@ class Policy:
         if self.config.lora is not None:
             self._start_adapters(self.config.lora)
         if self.optimizer is not None and master_weights:
-            self.optimizer.reload_model_params()
+            with self.optimizer_present():
+                self.optimizer.reload_model_params()
 
     def require_base(self) -> None:
         """Have the frozen weights that adapters stand on, which checkpoints do not hold. Raises ConversionError."""
@@ -178,9 +183,22 @@ class Policy:
         assert self._trained is not None, "a forward-only policy has no optimizer"
         if self.emulation is not None:
             self.emulation.reset()
-        self.optimizer = None  # free the old state first
+        self.optimizer = self._host_state = None  # free the old state first
         self.optimizer = build_optimizer(config, self.trainer, self.dtype, self._trained, self.precision)
+        if self.trainer.offload_optimizer:
+            self._host_state = HostState(self.optimizer, self.module.parameters())
+            self._host_state.take_out()
         self.set_schedule(config, total_steps)
+
+    def optimizer_present(self) -> AbstractContextManager[None]:
+        """For whoever reads or writes the optimizer's state: with `trainer.offload_optimizer` it is on the device only
+        inside. Not to be nested."""
+        return nullcontext() if self._host_state is None else self._host_state.present()
+
+    @property
+    def offloaded_bytes(self) -> int:
+        """Of the optimizer's state that waits in host memory."""
+        return 0 if self._host_state is None else self._host_state.waiting_bytes
 
     def set_schedule(self, config: OptimizerConfig, total_steps: int, done: int = 0) -> None:
         """Follow `config` with `done` of its `total_steps` updates made, moments untouched: what a resumed stage
@@ -247,7 +265,8 @@ class Policy:
         self._require_finite(metrics)
         if before_update is not None:
             before_update(metrics)
-        self.optimizer.step()
+        with self.optimizer_present():
+            self.optimizer.step()
         self.step += 1
         if self.emulation is not None:
             self.emulation.advance()

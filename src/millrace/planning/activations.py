@@ -51,7 +51,11 @@ class ActivationSettings:
     parallel: ParallelConfig
     dtype: str
     recompute: str
-    """none, selective or full."""
+    """none, selective (of core attention) or full."""
+    recomputed_layers: int | None = None
+    """Of a pipeline stage, with full: the first so many, each by itself; None: all."""
+    group: int = 1
+    """With full and all layers: how many are computed again together."""
     tokens: int
     """Tokens of a micro-batch over all context-parallel ranks."""
     fused: bool
@@ -64,9 +68,12 @@ def stage_parts(shape: ModelShape, settings: ActivationSettings, pp_rank: int) -
     parts: list[Part] = []
     if pp_rank == 0:
         parts.append(Part(name="embedding", kept=INDEX * sizes.tokens))
-    for layer in shape.stage_layers(settings.parallel.pp, pp_rank):
-        of_layer = list(_layer_parts(shape.layers[layer], sizes))
-        parts += [_recomputed(of_layer, sizes)] if settings.recompute == "full" else of_layer
+    layers = [list(_layer_parts(shape.layers[n], sizes)) for n in shape.stage_layers(settings.parallel.pp, pp_rank)]
+    again = 0 if settings.recompute != "full" else settings.recomputed_layers or len(layers)
+    for first in range(0, again, settings.group):
+        of_group = [part for layer in layers[first : first + settings.group] for part in layer]
+        parts.append(_recomputed(of_group, sizes))
+    parts += [part for layer in layers[again:] for part in layer]
     if pp_rank == settings.parallel.pp - 1:
         parts += [_norm("final norm", sizes), _head(sizes)]
     return parts
@@ -117,7 +124,7 @@ class _Sizes:
 
 
 def _recomputed(parts: Sequence[Part], s: _Sizes) -> Part:
-    """A layer of which only the input stays; the rest comes back for its backward pass."""
+    """Layers of which only the input stays; the rest comes back for their backward pass."""
     inside = sum(part.kept for part in parts)
     # Plain norms in bfloat16 keep a float32 copy of the layer's input, so that the input itself counts once more.
     again = inside if s.cast else inside - s.stream

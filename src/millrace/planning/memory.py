@@ -10,13 +10,14 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from millrace.config.cluster import ClusterConfig
 from millrace.config.errors import ConfigError
 from millrace.config.model_shape import ModelShape
 from millrace.config.placement import Placement, teacher_count
 from millrace.config.plan import BYTES, RankPlan, rank_plan
-from millrace.config.schema import FleetConfig, MopdStage, Recipe, RlStage, StageConfig
+from millrace.config.schema import FleetConfig, MopdStage, Recipe, RlStage, StageConfig, TrainerConfig
 from millrace.planning.activations import ActivationSettings, held_bytes, in_flight, peak_bytes, stage_parts
 from millrace.planning.assumed import GIB, MEMORY, gib
 from millrace.planning.engines import CacheShape, cache_shape, engine_weight_bytes, sequences_that_fit
@@ -140,6 +141,10 @@ class MemoryModel:
         if recipe.samples:
             buckets = BUCKETS_PER_RANK * max(recipe.fleet.bucket_bytes, _largest_tensor(self.shape, recipe))
             (device if recipe.fleet.transport in ("nccl", "ipc") else host)["buckets"] = buckets
+        if recipe.trainer.offload_optimizer and not self.on_cpu:
+            # It is on the GPU during the update alone, when no activation is.
+            host["optimizer"] = of_rank.optimizer_bytes
+            device["optimizer"] = max(0, of_rank.optimizer_bytes - sum(self._activations(pp_rank).values()))
         host["process"] = gib("cpu_rank_process_gib" if self.on_cpu else "rank_process_gib")
         if not self.on_cpu:
             device["context"] = gib("gpu_context_gib")
@@ -165,7 +170,7 @@ class MemoryModel:
         settings = ActivationSettings(
             parallel=p,
             dtype=recipe.model.dtype,
-            recompute=recipe.trainer.recompute,
+            **_recomputation(recipe.trainer),
             tokens=recipe.trainer.max_tokens_per_micro_batch,
             fused=self.fused,
         )
@@ -275,6 +280,15 @@ class MemoryModel:
                 f"{self.cluster.name} has {gib_text(limit)}",
                 missing=nodes[worst] - limit,
             )
+
+
+def _recomputation(trainer: TrainerConfig) -> dict[str, Any]:
+    """Fields of ActivationSettings. What parts other than core attention save is not counted."""
+    if trainer.recompute == "selective" and "core_attn" not in trainer.recompute_modules:
+        return {"recompute": "none"}
+    if trainer.recompute_method == "block":
+        return {"recompute": trainer.recompute, "recomputed_layers": trainer.recompute_layers}
+    return {"recompute": trainer.recompute, "group": trainer.recompute_layers}
 
 
 def _fleet_of(recipe: Recipe, role: str) -> FleetConfig:

@@ -7,7 +7,7 @@ from tiny_checkpoints import write_checkpoint
 from millrace.config.model_shape import ModelShape
 from millrace.config.schema import ParallelConfig, TrainerConfig
 from millrace.launch.local import trainer_environment
-from millrace.megatron.model import check_dispatcher
+from millrace.megatron.model import check_dispatcher, check_recomputation
 from millrace.megatron.model_config import transformer_config
 from millrace.megatron.policy import data_parallel_settings
 from millrace.megatron.topology import LayoutError
@@ -38,6 +38,14 @@ def experts(tmp_path_factory: pytest.TempPathFactory) -> ModelShape:
             {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
         ),
         (
+            {"recompute": "selective", "recompute_modules": ("layernorm", "moe")},
+            {"recompute_granularity": "selective", "recompute_modules": ["layernorm", "moe"]},
+        ),
+        (
+            {"recompute": "full", "recompute_method": "block", "recompute_layers": 2},
+            {"recompute_granularity": "full", "recompute_method": "block", "recompute_num_layers": 2},
+        ),
+        (
             {"token_dispatcher": "deepep"},
             {"moe_token_dispatcher_type": "flex", "moe_flex_dispatcher_backend": "deepep"},
         ),
@@ -45,7 +53,7 @@ def experts(tmp_path_factory: pytest.TempPathFactory) -> ModelShape:
         # Fused permutation is Transformer Engine's, so without it the plain one is taken.
         ({"permute_fusion": True}, {"moe_permute_fusion": False, "moe_grouped_gemm": False}),
     ],
-    ids=["none", "selective", "full", "deepep", "deterministic", "permute"],
+    ids=["none", "selective", "full", "modules", "block", "deepep", "deterministic", "permute"],
 )
 def test_switches_of_the_model(switches: dict[str, object], fields: dict[str, object], experts: ModelShape) -> None:
     config = transformer_config(experts, ParallelConfig(), TrainerConfig(**switches), torch.float32, CPU)
@@ -58,6 +66,7 @@ def test_permute_fusion_and_grouped_products_come_with_transformer_engine(expert
     options = [model_config._expert_options(experts, True, asked) for asked in (False, True)]
     assert [option["moe_permute_fusion"] for option in options] == [False, True]
     assert all(option["moe_grouped_gemm"] for option in options)
+    assert not model_config._expert_options(experts, False, False)["moe_grouped_gemm"]
 
 
 @pytest.mark.parametrize("overlap", [False, True])
@@ -79,3 +88,9 @@ def test_deepep_that_is_not_installed_says_how_to_get_it() -> None:
     check_dispatcher(TrainerConfig())
     with pytest.raises(LayoutError, match="deep_ep is not installed; build it from"):
         check_dispatcher(TrainerConfig(token_dispatcher="deepep"))
+
+
+def test_modules_that_transformer_engine_computes_again_are_refused_without_it() -> None:
+    check_recomputation(TrainerConfig(recompute="selective", recompute_modules=("core_attn", "mlp", "moe")))
+    with pytest.raises(LayoutError, match="names layernorm, which Megatron-Core computes again through Transformer"):
+        check_recomputation(TrainerConfig(recompute="selective", recompute_modules=("core_attn", "layernorm")))

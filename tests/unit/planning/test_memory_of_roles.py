@@ -144,3 +144,28 @@ def test_fp8_keeps_weights_of_linears_beside_those_in_bfloat16_unless_it_takes_t
     for devices in (plain, alone):
         assert all("fp8_weights" not in device for device in devices)
     assert [device["weights"] for device in alone] == [device["weights"] for device in plain]
+
+
+def test_an_optimizer_that_waits_on_the_host_leaves_the_gpu_what_activations_do_not_take(recipe_file: Path) -> None:
+    here = role(memory_of(recipe_of(recipe_file, "trainer.device=cuda"), GPUS), "trainer")
+    away = role(memory_of(recipe_of(recipe_file, "trainer={device: cuda, offload_optimizer: true}"), GPUS), "trainer")
+    assert away.host["optimizer"] == here.device["optimizer"] and "optimizer" not in here.host
+    assert away.device["optimizer"] < here.device["optimizer"]
+    assert away.device["weights"] == here.device["weights"]
+
+
+def test_some_layers_recomputed_save_some_of_what_all_do(recipe_file: Path) -> None:
+    chosen = (
+        "{recompute: none}",
+        "{recompute: full, recompute_method: block, recompute_layers: 2}",
+        "{recompute: full}",
+    )
+    kept = [
+        role(memory_of(recipe_of(recipe_file, f"trainer={trainer}")), "trainer").device["activations"]
+        for trainer in chosen
+    ]
+    assert kept[0] > kept[1] > kept[2]
+    parts = role(
+        memory_of(recipe_of(recipe_file, "trainer={recompute: selective, recompute_modules: [mlp]}")), "trainer"
+    )
+    assert parts.device["activations"] == kept[0], "what other parts than core attention save is not counted"
