@@ -127,10 +127,12 @@ def check(
     if recipe is None:
         raise ConfigError("check needs a recipe: millrace check RECIPE (or --explain KEY, or --schema)")
     from millrace.config.loading import load_recipe
-    from millrace.config.rules import require_runnable
+    from millrace.config.rules import recipe_warnings, require_runnable
 
     loaded = load_recipe(recipe, overrides or ())
     require_runnable(loaded)
+    for warning in recipe_warnings(loaded):
+        sys.stderr.write(f"warning: {warning}\n")
     if cluster is not None:
         from millrace.planning.cluster_plan import plan_on_cluster
         from millrace.planning.clusters import cluster_named

@@ -26,10 +26,13 @@ class TransformersPolicy:
         self._checkpoint = checkpoint
         self._model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).eval()
 
-    def hf_tensors(self) -> Iterator[tuple[str, Tensor]]:
+    def hf_tensors(self, *, few_owners: bool = False) -> Iterator[tuple[str, Tensor]]:
         with safe_open(self._checkpoint / "model.safetensors", framework="pt") as file:
             for name in file.keys():  # noqa: SIM118
                 yield name, file.get_tensor(name)
+
+    def owned_bytes(self, *, few_owners: bool = False) -> int:
+        return sum(tensor.nbytes for _, tensor in self.hf_tensors())
 
     @torch.no_grad()
     def logprobs(self, batch: TokenBatch, *, temperature: float = 1.0) -> tuple[Tensor, None]:
@@ -63,7 +66,7 @@ class ShareOfPolicy(TransformersPolicy):
         super().__init__(checkpoint)
         self._rank, self._world = rank, world
 
-    def hf_tensors(self) -> Iterator[tuple[str, Tensor]]:
+    def hf_tensors(self, *, few_owners: bool = False) -> Iterator[tuple[str, Tensor]]:
         for number, pair in enumerate(super().hf_tensors()):
             if number % self._world == self._rank:
                 yield pair

@@ -207,5 +207,5 @@ class Forgetful(TransformersPolicy):
         super().__init__(checkpoint)
         self._tensor = tensor
 
-    def hf_tensors(self):  # type: ignore[no-untyped-def]
+    def hf_tensors(self, **kwargs):  # type: ignore[no-untyped-def]
         return (pair for pair in super().hf_tensors() if pair[0] != self._tensor)

@@ -67,7 +67,7 @@ def stands(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Stand
     try:
         for name, (family, tied, engines) in layouts.items():
             paths = [write_checkpoint(family, root / f"{name}{seed}", seed=seed, tied=tied) for seed in (0, 1, 2)]
-            config = dataclasses.replace(CONFIG, engines=engines)
+            config = dataclasses.replace(CONFIG, engines=engines, sleep="discard" if tied else "never")
             fleet = Fleet(config, str(paths[0]), root / f"run-{name}")
             fleet.start()
             stands[name] = Stand(fleet, TransformersPolicy(paths[0]), paths, root / f"run-{name}")
@@ -229,7 +229,7 @@ def test_a_damaged_bucket_is_caught_with_the_tensors_name_and_its_engine_does_no
 
 def test_a_tensor_that_is_left_out_is_caught_with_its_name(experts: Stand) -> None:
     class Forgetful(TransformersPolicy):
-        def hf_tensors(self):  # type: ignore[no-untyped-def]
+        def hf_tensors(self, **kwargs):  # type: ignore[no-untyped-def]
             return (pair for pair in super().hf_tensors() if "layers.1.self_attn.k_proj" not in pair[0])
 
     policy = Forgetful(experts.checkpoints[1])
@@ -266,6 +266,30 @@ def test_every_trainer_rank_sends_what_it_owns(stands: Mapping[str, Stand]) -> N
     assert other.communicate(timeout=60)[0] == "11"
     stand.policy.load(stand.checkpoints[0])
     assert report.tensors == len(list(stand.policy.hf_tensors()))
+    assert_computes_as(stand)
+
+
+def test_engines_sleep_until_the_next_sync_and_wake_with_its_weights(stands: Mapping[str, Stand]) -> None:
+    stand = stands["tied"]
+    (member,) = stand.fleet.members
+    headers = {"Authorization": f"Bearer {stand.fleet._token}"}
+
+    def sleeping() -> bool:
+        return bool(httpx.get(f"{member.client.url}/is_sleeping", headers=headers).json()["is_sleeping"])
+
+    stand.policy.load(stand.checkpoints[1])
+    sync = stand.sync()
+    sync.push(21)
+    assert not sleeping()
+    for _ in range(2):  # one that sleeps already is left alone
+        sync.let_engines_sleep()
+        assert sleeping() and member.client.asleep
+    assert sync.version is None, "whoever asks must push again"
+    with pytest.raises(FleetNeedsSync):
+        stand.fleet.generate(requests(1))
+    stand.policy.load(stand.checkpoints[2])
+    sync.push(22)
+    assert not sleeping() and not member.client.asleep
     assert_computes_as(stand)
 
 

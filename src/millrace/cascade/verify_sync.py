@@ -54,7 +54,9 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="millrace verify sync", description=__doc__)
     parser.add_argument("--hf", required=True, help="folder of the Hugging Face checkpoint")
     parser.add_argument("--card", help="YAML file that records the check")
-    parser.add_argument("--transport", choices=("shared_memory", "disk", "nccl", "ipc"), default="shared_memory")
+    parser.add_argument(
+        "--transport", choices=("shared_memory", "disk", "gloo", "nccl", "ipc"), default="shared_memory"
+    )
     parser.add_argument("--tolerance", type=float, default=TOLERANCE)
     add_layout_arguments(parser)
     return parser.parse_args(argv)

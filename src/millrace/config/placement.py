@@ -90,6 +90,11 @@ def place(recipe: Recipe, cluster: ClusterConfig) -> Placement:
         raise ConfigError(problems)
     servers = _servers(recipe, cluster, trainer, wanted)
     last = max(*(ranks.node for ranks in trainer), *(server.node for server in servers), 0)
+    if recipe.fleet.transport == "ipc" and recipe.samples and len(trainer) > 1:
+        raise ConfigError(
+            f"fleet.transport is ipc, which reaches the GPUs of one node, but the trainer's ranks are on "
+            f"{len(trainer)} nodes; use nccl, with engines on GPUs of their own, or a layout that one node holds"
+        )
     placement = Placement(nodes=last + 1, trainer=trainer, servers=servers)
     if placement.nodes > cluster.nodes:
         raise ConfigError(
@@ -101,7 +106,7 @@ def place(recipe: Recipe, cluster: ClusterConfig) -> Placement:
     if away and recipe.fleet.transport == "shared_memory":
         raise ConfigError(
             f"fleet.transport is shared_memory, which does not reach the {len(away)} engines on other nodes than rank "
-            "0's; set it to nccl, or to disk on nodes of CPUs"
+            "0's; set it to nccl, or to gloo or disk on nodes of CPUs"
         )
     return placement
 

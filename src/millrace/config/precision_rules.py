@@ -204,6 +204,24 @@ def gpu_problem(fp8: Fp8Recipe, capability: Capability, gpu: str) -> str | None:
     return None
 
 
+def cluster_problems_of_engines(recipe: Recipe, cluster: ClusterConfig) -> Problems:
+    """Why the GPUs of a cluster cannot compute what engines are quantised to."""
+    engines = {"fleet": recipe.fleet} if recipe.samples else {}
+    engines |= {f"judges.{name}.engine": judge.engine for name, judge in recipe.judges_used.items() if judge.model}
+    for key, engine in engines.items():
+        capability = CAPABILITIES.get(gpu_key(cluster.node.gpu))
+        if engine.quantization == "fp8" and capability is not None and capability < (8, 9):
+            yield (
+                f"{key}.quantization is fp8, but {cluster.node.gpu} ({GENERATIONS[capability]}, compute capability "
+                f"{'.'.join(map(str, capability))}) has no FP8; set {key}.quantization=none"
+            )
+
+
+def gpu_key(name: str | None) -> str:
+    """A GPU's name as it is looked up by."""
+    return (name or "").lower().replace("-", "").replace("_", "").replace(" ", "")
+
+
 def cluster_problems_of_precision(recipe: Recipe, cluster: ClusterConfig) -> Problems:
     """Why the nodes of a cluster cannot compute a recipe's precision."""
     precision, node = recipe.precision, cluster.node
@@ -223,7 +241,7 @@ def cluster_problems_of_precision(recipe: Recipe, cluster: ClusterConfig) -> Pro
                 "precision.emulate=false, or trainer.device=cpu"
             )
         return
-    name = (node.gpu or "").lower().replace("-", "").replace("_", "").replace(" ", "")
+    name = gpu_key(node.gpu)
     if name not in CAPABILITIES:
         yield (
             f"precision.fp8 is {precision.fp8}, but node.gpu of {cluster.name} is {node.gpu!r}, of which it is not "

@@ -29,6 +29,7 @@ from millrace.config.schema import (
     MopdStage,
     ParallelConfig,
     Recipe,
+    RlStage,
     SamplingStage,
     SftStage,
     TrainerConfig,
@@ -285,6 +286,17 @@ OWN_SERVER_ARGUMENTS = frozenset({"--host", "--port", "--middleware", "--worker-
 """Arguments of a vLLM server that must be what Millrace says: they keep it on its interface and behind its token."""
 
 
+def recipe_warnings(recipe: Recipe) -> list[str]:
+    """What works and is likely not what was meant."""
+    fp8 = recipe.samples and recipe.fleet.quantization == "fp8"
+    return [
+        f"stages.{stage.name} samples in FP8 (fleet.quantization) and corrects for no mismatch; set "
+        f"stages.{stage.name}.off_policy.kind to icepop or tis"
+        for stage in recipe.stages
+        if fp8 and isinstance(stage, RlStage) and stage.off_policy.kind == "none"
+    ]
+
+
 def _fleet(recipe: Recipe) -> Problems:
     fleet = recipe.fleet
     if not recipe.samples:
@@ -297,7 +309,22 @@ def _fleet(recipe: Recipe) -> Problems:
         if urlsplit(address).scheme not in ("http", "https") or not urlsplit(address).hostname:
             yield f"fleet.addresses: {address!r} is not a URL such as http://node7:8000"
     if fleet.transport in ("nccl", "ipc") and recipe.trainer.device == "cpu":
-        yield f"fleet.transport is {fleet.transport}, which needs CUDA; use shared_memory or disk on CPU"
+        yield f"fleet.transport is {fleet.transport}, which needs CUDA; use shared_memory, disk or gloo on CPU"
+    if fleet.transport == "gloo" and recipe.trainer.device == "cuda":
+        yield "fleet.transport is gloo, which is for trainer and engines on CPU; use nccl on GPUs"
+    if fleet.quantization == "fp8" and fleet.dtype != "bfloat16":
+        yield f"fleet.quantization is fp8, which keeps all else in bfloat16, but fleet.dtype is {fleet.dtype}"
+    if fleet.sleep != "never" and fleet.transport != "ipc":
+        yield (
+            f"fleet.sleep is {fleet.sleep}, but with transport {fleet.transport} engines do not share the "
+            "trainer's GPUs; leave it out, or use ipc"
+        )
+    for stage in recipe.stages if fleet.sleep != "never" else ():
+        if isinstance(stage, RlStage) and stage.one_step_off:
+            yield (
+                f"stages.{stage.name}.one_step_off samples while the trainer trains, but fleet.sleep "
+                f"{fleet.sleep} lets the engines sleep then; leave out the one or the other"
+            )
     waited = max(fleet.start_timeout_s, fleet.request_timeout_s)
     if recipe.parallel.world_size > 1 and recipe.trainer.collective_timeout_s < waited:
         yield (

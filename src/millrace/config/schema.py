@@ -217,6 +217,10 @@ class FleetConfig:
     """Ranks of one engine."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Data type of the engine; with the trainer's own the log-probs agree best."""
+    quantization: Literal["none", "fp8"] = "none"
+    """fp8: the engine's linear layers multiply in FP8 by blocks of 128 x 128, quantised anew from the trainer's weights
+    at each sync. Log-probs then differ more from the trainer's: correct for it by an RL stage's `off_policy`, and raise
+    `probe_tolerance`. Needs dtype bfloat16, and GPUs of compute capability 8.9 or CPUs with AMX."""
     max_model_len: int = 4096
     """Longest prompt plus answer in tokens."""
     max_num_seqs: int = 64
@@ -227,8 +231,12 @@ class FleetConfig:
     """Share of a GPU's memory an engine may take."""
     threads_per_engine: int = 1
     """CPU threads of one engine on CPU."""
-    transport: Literal["shared_memory", "disk", "nccl", "ipc"] = "shared_memory"
-    """How weights reach the engines: shared memory on one host, safetensors on a shared disk, NCCL, or CUDA IPC."""
+    transport: Literal["shared_memory", "disk", "gloo", "nccl", "ipc"] = "shared_memory"
+    """How weights reach the engines: shared memory on one host, safetensors on a shared disk, broadcasts by gloo to
+    engines on CPU wherever they are, by NCCL to engines on GPUs, or CUDA IPC on the trainer's own GPUs."""
+    sleep: Literal["never", "offload", "discard"] = "never"
+    """With transport ipc: while the trainer trains, engines give their GPU memory back, and take it again at the sync,
+    the KV cache last. offload keeps their weights in host memory, discard does not, since each sync brings all."""
     bucket_bytes: int = 67108864
     """Weights travel in buckets of about this size."""
     start_timeout_s: float = 300.0

@@ -6,6 +6,7 @@ job that was stopped by Slurm's warning or for another job saves itself, ends wi
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import shlex
 import sys
@@ -23,7 +24,7 @@ from millrace.launch.node import CONTINUE
 from millrace.launch.queue import SlurmError, slurm, states
 from millrace.planning.cluster_plan import plan_on_cluster
 from millrace.planning.clusters import find_cluster
-from millrace.rollout.rendezvous import LAUNCH_FOLDER, PLACEMENT
+from millrace.rollout.rendezvous import LAUNCH_FOLDER, NETWORK, PLACEMENT, write_json
 
 ENV_FILE = "env.sh"
 
@@ -136,6 +137,7 @@ def write_for_nodes(launch: Launch) -> Path:
     cluster = launch.cluster
     site = Site(cluster=cluster.name, interface=cluster.network.interface, environment=cluster.environment)
     write_site(folder, site)
+    write_json(folder / NETWORK, dataclasses.asdict(cluster.network))
     return folder
 
 

@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from millrace.converters.adapters import ADAPTER_CONFIG, ADAPTER_FILE, write_adapter_config
 from millrace.converters.errors import ConversionError
 from millrace.converters.safetensors_io import HFReader, HFWriter, prepare_export, publish, put_in_place, unfinished
-from millrace.megatron import lora, weights
+from millrace.megatron import lora
 from millrace.megatron.policy import Policy
 from millrace.megatron.worker import bytes_bar, gather, on_rank_zero
 
@@ -36,8 +36,7 @@ def export_hf(
     """
     on_rank_zero(lambda: prepare_export(out, overwrite=overwrite))
     writer = HFWriter(out, max_shard_bytes=max_shard_bytes, rank=policy.topology.rank)
-    own_bytes = weights.export_bytes(weights.bind(policy.module, policy.shape, policy.topology))
-    with bytes_bar("writing", own_bytes) as advance:
+    with bytes_bar("writing", policy.owned_bytes()) as advance:
         for name, tensor in policy.hf_tensors():
             writer.add(name, tensor)
             advance(tensor.numel() * tensor.element_size())

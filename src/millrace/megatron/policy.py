@@ -172,10 +172,14 @@ class Policy:
         """The adapters' factors that this rank owns, by PEFT's names. Collective: iterate to the end."""
         return weights.hf_tensors(lora.bind(self.adapters, self.topology))
 
-    def hf_tensors(self) -> Iterator[tuple[str, Tensor]]:
+    def hf_tensors(self, *, few_owners: bool = False) -> Iterator[tuple[str, Tensor]]:
         """The Hugging Face tensors this rank owns, adapters merged; see `weights.hf_tensors`. Collective: iterate to
         the end."""
-        return weights.hf_tensors(weights.bind(self.module, self.shape, self.topology))
+        return weights.hf_tensors(weights.bind(self.module, self.shape, self.topology), few_owners=few_owners)
+
+    def owned_bytes(self, *, few_owners: bool = False) -> int:
+        """Bytes of the tensors that `hf_tensors` yields on this rank."""
+        return weights.owned_bytes(weights.bind(self.module, self.shape, self.topology), few_owners=few_owners)
 
     def reset_optimizer(self, config: OptimizerConfig, total_steps: int) -> None:
         """Start a stage of `total_steps` updates: fresh moments (and a fresh history of FP8's delayed scales), and its

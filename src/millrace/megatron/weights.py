@@ -166,42 +166,49 @@ def load_hf(
 
 
 @torch.no_grad()
-def hf_tensors(parameters: list[BoundParameter]) -> Iterator[tuple[str, Tensor]]:
+def hf_tensors(parameters: list[BoundParameter], *, few_owners: bool = False) -> Iterator[tuple[str, Tensor]]:
     """The Hugging Face tensors this rank owns, adapters merged; over all ranks each tensor of the model comes exactly
     once.
 
-    Collective: every rank iterates to the end. One parameter is whole on one rank at a time. Among the replicas of a
-    parameter they take turns. A tensor may share memory with the parameter: use it before the next update.
+    Ranks that hold the same take turns, so that each owns about as much; with `few_owners` one rank of each pipeline
+    stage and group of experts owns all that its group holds. A parameter is gathered within the ranks that share it, to
+    its owner alone, and is whole there as long as it is the present one.
+
+    Collective: every rank iterates to the end. A tensor may share memory with the parameter: use it before the next
+    update.
     """
-    for bound in _in_turn(parameters):
-        shards = _gather_to_first(bound)
+    for bound, owner in _exported(parameters, few_owners):
+        shards = _gather(bound, owner)
         if shards is not None:
             yield from bound.entry.to_hf(shards).items()
 
 
-def export_bytes(parameters: list[BoundParameter]) -> int:
+def owned_bytes(parameters: list[BoundParameter], *, few_owners: bool = False) -> int:
     """Bytes of the tensors that `hf_tensors` will yield on this rank."""
     return sum(
         math.prod(shape) * bound.tensor.element_size()
-        for bound in _in_turn(parameters)
-        if bound.rank == 0
+        for bound, owner in _exported(parameters, few_owners)
+        if bound.rank == owner
         for shape in bound.entry.hf.values()
     )
 
 
-def _in_turn(parameters: list[BoundParameter]) -> list[BoundParameter]:
-    """The parameters that this rank's replica exports."""
+def _exported(parameters: list[BoundParameter], few_owners: bool) -> Iterator[tuple[BoundParameter, int]]:
+    """The parameters that this rank's replica exports, each with its owner's place among the ranks that share it."""
     exported = [bound for bound in parameters if not bound.entry.is_copy]
-    return [bound for number, bound in enumerate(exported) if number % bound.replicas == bound.replica]
+    for number, bound in enumerate(exported):
+        turn = 0 if few_owners else number
+        if turn % bound.replicas == bound.replica:
+            yield bound, turn // bound.replicas % bound.shards
 
 
-def _gather_to_first(bound: BoundParameter) -> list[Tensor] | None:
-    """All shards of a parameter on the first rank of its group, None on the others."""
+def _gather(bound: BoundParameter, owner: int) -> list[Tensor] | None:
+    """All shards of a parameter on its owner, None on the others."""
     if bound.shards == 1:
         return [bound.merged]
     if bound.entry.rule.kind == "replicated":
-        return [bound.merged] * bound.shards if bound.rank == 0 else None
+        return [bound.merged] * bound.shards if bound.rank == owner else None
     own = bound.merged.contiguous()
-    shards = [torch.empty_like(own) for _ in range(bound.shards)] if bound.rank == 0 else None
-    dist.gather(own, shards, group=bound.group, group_dst=0)
+    shards = [torch.empty_like(own) for _ in range(bound.shards)] if bound.rank == owner else None
+    dist.gather(own, shards, group=bound.group, group_dst=owner)
     return shards

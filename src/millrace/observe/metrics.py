@@ -211,6 +211,19 @@ METRICS: dict[str, Metric] = {
     ),
     "time/train": Metric("seconds spent on log-probs and the update", "steady", "see benchmarks/"),
     "time/sync": Metric("seconds from pause to resume of the fleet", "below 10% of the step", "fleet.transport"),
+    "sync/gigabytes": Metric("bytes of the weights that went to the engines, in 10^9", "steady", "-"),
+    "sync/seconds": Metric(
+        "seconds in which weights moved: engines got ready, buckets were sent and loaded, and were put into service; "
+        "without the checks",
+        "below 3 times sync/link_seconds where it is more than a second",
+        "the line of the sync names its slowest part; larger fleet.bucket_bytes, another fleet.transport",
+    ),
+    "sync/link_seconds": Metric(
+        "seconds that the slowest link on the way to an engine needs for these bytes: of the cluster file, else as "
+        "measured at the first sync",
+        "steady",
+        "network in the cluster file, if it is not what the site has",
+    ),
     "time/data": Metric("seconds spent reading and packing conversations", "below 5% of the step", "a faster disk"),
     "time/step": Metric("seconds of the whole step, the sum of its phases", "steady", "see the phases"),
     "held_out/DOMAIN": Metric(

@@ -11,7 +11,7 @@ from millrace.config.cluster import ClusterConfig
 from millrace.config.errors import ConfigError
 from millrace.config.model_shape import ModelShape
 from millrace.config.placement import Placement, place
-from millrace.config.precision_rules import cluster_problems_of_precision
+from millrace.config.precision_rules import cluster_problems_of_engines, cluster_problems_of_precision
 from millrace.config.rules import check_recipe, layout_of_recipe
 from millrace.config.schema import Recipe
 from millrace.planning import estimate
@@ -72,7 +72,7 @@ def plan_on_cluster(recipe: Recipe, cluster: ClusterConfig) -> ClusterPlan:
             f"fleet.transport is {recipe.fleet.transport}, which needs CUDA, but the nodes of {cluster.name} have no "
             "GPUs; set it to disk"
         )
-    problems += cluster_problems_of_precision(recipe, cluster)
+    problems += [*cluster_problems_of_precision(recipe, cluster), *cluster_problems_of_engines(recipe, cluster)]
     if problems:
         raise ConfigError(problems)
     placement = place(recipe, cluster)

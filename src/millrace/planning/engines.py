@@ -53,7 +53,9 @@ def engine_weight_bytes(shape: ModelShape, fleet: FleetConfig) -> int:
     cut = sum(layer.cut + shape.num_experts * layer.expert for layer in layers)
     vocabulary = shape.padded_vocab_size(tp) * shape.hidden_size * (1 if shape.tied_embeddings else 2)
     whole = sum(layer.replicated for layer in layers) + shape.hidden_size
-    return ((cut + vocabulary) // tp + whole) * BYTES[fleet.dtype]
+    width = BYTES[fleet.dtype]
+    linears = cut * (1 if fleet.quantization == "fp8" else width)
+    return (linears + vocabulary * width) // tp + whole * width
 
 
 def sequences_that_fit(cache_bytes: float, cache: CacheShape, length: int) -> int:

@@ -24,9 +24,15 @@ from millrace.planning.engines import CacheShape, cache_shape, engine_weight_byt
 
 BUCKETS_PER_RANK = 2
 """A rank fills one bucket of weights while the engines read the other."""
+BUCKETS_AT_ONCE = 4
+"""So many are on their way to an engine together, where they are broadcast."""
 
 Items = dict[str, int]
 """Bytes by what they are."""
+
+
+OF_TRAINING = frozenset({"activations", "pipeline", "backward", "logits", "fragmentation"})
+"""What a trainer's rank holds only while it trains."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -210,7 +216,7 @@ class MemoryModel:
         device: Items = {"weights": weights, "cache": cache}
         host: Items = {"process": gib("cpu_engine_process_gib" if on_cpu else "engine_process_gib")}
         if kind == "engine" and fleet.transport in ("nccl", "ipc"):
-            device["bucket"] = fleet.bucket_bytes
+            device["buckets"] = fleet.bucket_bytes * (BUCKETS_AT_ONCE if fleet.transport == "nccl" else 1)
         if not on_cpu:
             device["workspace"] = gib("engine_workspace_gib")
         return Role(name=kind, ranks=count * tp, device=device, host=host, note=note, sequences=fitting)
@@ -254,19 +260,29 @@ class MemoryModel:
                 missing=missing,
             )
         elif self.gpu and not (self.on_cpu and trainer):
-            limit = self._limit_of(role)
-            if role.device_bytes > limit:
-                yield Shortage(
-                    role=role.name,
-                    sentence=f"{role.name} needs {gib_text(role.device_bytes)} of each GPU, which has "
-                    f"{gib_text(limit)} for it ({_largest(role.device)})",
-                    missing=role.device_bytes - limit,
-                )
+            for when, device, limit in self._limits_of(role):
+                if (needed := sum(device.values())) > limit:
+                    yield Shortage(
+                        role=role.name,
+                        sentence=f"{role.name} needs {gib_text(needed)} of each GPU{when}, which has "
+                        f"{gib_text(limit)} for it ({_largest(device)})",
+                        missing=needed - limit,
+                    )
 
-    def _limit_of(self, role: Role) -> int:
-        """Bytes of a GPU that a role may take: with `ipc` engines stand on the GPUs of the trainer."""
-        shared = self.recipe.fleet.transport == "ipc" and self.recipe.samples and role.name.startswith("trainer")
-        return int(self.gpu * (1 - self.recipe.fleet.gpu_memory_utilization)) if shared else self.gpu
+    def _limits_of(self, role: Role) -> Iterator[tuple[str, Items, int]]:
+        """What a role takes of a GPU, when, and bytes that it may take: with `ipc` engines stand on the trainer's GPUs,
+        and leave it theirs while it trains if they sleep then."""
+        fleet = self.recipe.fleet
+        if fleet.transport != "ipc" or not self.recipe.samples or not role.name.startswith("trainer"):
+            yield "", role.device, self.gpu
+            return
+        beside = int(self.gpu * (1 - fleet.gpu_memory_utilization))
+        if fleet.sleep != "never":
+            yield " while it trains", role.device, self.gpu - gib("gpu_context_gib")
+            kept = {what: size for what, size in role.device.items() if what not in OF_TRAINING}
+            yield " beside engines that are awake", kept, beside
+        else:
+            yield "", role.device, beside
 
     def _host_shortages(self, nodes: tuple[int, ...]) -> Iterator[Shortage]:
         limit = int(self.cluster.node.memory_gib * GIB)

@@ -16,7 +16,7 @@ from typing import Any
 from millrace.config.placement import ServerPlace
 from millrace.config.schema import FleetConfig
 from millrace.rollout.engine import STOP_SECONDS, EngineProcess
-from millrace.rollout.placement import visible_gpus
+from millrace.rollout.placement import visible_gpus, with_peers
 from millrace.rollout.remote import request_file, state_file
 from millrace.rollout.rendezvous import Rendezvous, read_json, write_json
 from millrace.rollout.server import Device, engine_device
@@ -66,6 +66,7 @@ class _Server:
     ) -> None:
         self._place, self._run_dir, self._address = place, run_dir, address
         self._token, self._device = token, device
+        self._trainer = meeting.placement.trainer
         self._request, self._state = request_file(meeting, place), state_file(meeting, place)
         self._incarnation = 0
         self._process: EngineProcess | None = None
@@ -105,12 +106,19 @@ class _Server:
             self._run_dir,
             self._token,
             self._device,
-            visible_gpus(self._place.gpus, self._device),
+            with_peers(visible_gpus(self._place.gpus, self._device), self._peers(config)),
             kind=asked["kind"],
             served_name=asked["served_name"],
         )
         self._process.spawn(asked["port"])
         log.info("%s is starting, incarnation %d", self._process.name, self._incarnation)
+
+    def _peers(self, config: FleetConfig) -> list[str]:
+        """GPUs of the node's trainer ranks, if the server opens their memory."""
+        if config.transport != "ipc":
+            return []
+        ranks = (one.ranks for one in self._trainer if one.node == self._place.node)
+        return visible_gpus(range(sum(ranks)), self._device)
 
     def terminate(self, now: float) -> None:
         """Ask the server to end in order, once; `mind_the_grace` ends one that does not."""

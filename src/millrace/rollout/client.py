@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import httpx
 
@@ -52,6 +52,7 @@ class EngineClient:
         self._http = http
         self._headers = {"Authorization": f"Bearer {token}"}
         self.url = url
+        self.asleep = False
 
     async def healthy(self, limit: float) -> bool:
         """Whether the engine answers within `limit` seconds that it is well."""
@@ -103,6 +104,17 @@ class EngineClient:
     async def pause(self) -> None:
         """Freeze requests where they are; they go on after `resume`."""
         await self._post("/pause", CONTROL_SECONDS, query={"mode": "keep"})
+
+    async def sleep(self, level: int, limit: float) -> None:
+        """Give the GPU's memory back once no request is left: with level 1 weights go to the host, with 2 nowhere."""
+        await self._post("/sleep", limit, query={"level": str(level), "mode": "wait"})
+        self.asleep = True
+
+    async def wake(self, what: Literal["weights", "kv_cache"], limit: float) -> None:
+        """Take memory again for one of the two, unless it was never given back; awake with the cache."""
+        if self.asleep:
+            await self._post("/wake_up", limit, query={"tags": what})
+            self.asleep = what == "weights"
 
     async def resume(self) -> None:
         await self._post("/resume", CONTROL_SECONDS)

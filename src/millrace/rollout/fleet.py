@@ -21,8 +21,9 @@ from typing import Any, TypeVar
 import httpx
 
 from millrace.config.schema import FleetConfig
+from millrace.rollout import cpu_fp8
 from millrace.rollout.auth import TOKEN_VARIABLE
-from millrace.rollout.client import EngineClient
+from millrace.rollout.client import EngineClient, EngineUnreachable, RequestTimeout
 from millrace.rollout.dispatch import Dispatcher
 from millrace.rollout.engine import EngineProcess, EngineStartError, ExternalEngine
 from millrace.rollout.fleet_health import (
@@ -34,13 +35,14 @@ from millrace.rollout.fleet_health import (
     Overdue,
     Respawned,
     State,
+    Suspected,
     SyncBegan,
     SyncEnded,
     step,
 )
 from millrace.rollout.generation import Generation, Tally
 from millrace.rollout.member import Engine, FleetError, FleetLost, FleetNeedsSync, Member
-from millrace.rollout.placement import HERE, Seats
+from millrace.rollout.placement import HERE, Seats, with_peers
 from millrace.rollout.remote import RemoteEngine
 from millrace.rollout.server import MODEL_NAME, Device, engine_device
 from millrace.rollout.types import Request, Rollout
@@ -54,6 +56,8 @@ WATCH_SECONDS = 0.1
 STARTUP_PROBE_SECONDS = 0.5
 WAIT_LOG_SECONDS = 10.0
 PORT_TRIES = 3
+SLEEP_LEVELS = {"offload": 1, "discard": 2}
+"""What vLLM calls them."""
 
 
 class Fleet:
@@ -84,7 +88,9 @@ class Fleet:
         self._token = _token(config, seats)
         named: dict[str, Any] = {"config": config, "model_path": model_path, "run_dir": self.run_dir}
         named |= {"kind": kind, "served_name": served_name}
-        here = partial(EngineProcess, **named, token=self._token, device=device or engine_device())
+        device = device or engine_device()
+        self._on_cpu = device == "cpu"
+        here = partial(EngineProcess, **named, token=self._token, device=device)
         self._engines = _engines(config, seats, here, partial(RemoteEngine, **named))
         self._serves_checkpoint = False
         # Twice what an engine decodes at one time keeps its queue filled and leaves the rest to others.
@@ -102,6 +108,8 @@ class Fleet:
         """Start every server and return at once; `wait_ready` waits for them."""
         if self._thread is not None:
             raise FleetError("the fleet was started already")
+        if self._on_cpu and self.config.quantization == "fp8" and (problem := cpu_fp8.fp8_problem()):
+            raise FleetError(problem)
         self._loop = asyncio.new_event_loop()
         # The engines die with this thread (see `supervisor`), so it must start them and live as long as they do.
         self._thread = threading.Thread(target=self._loop.run_forever, name="millrace-fleet", daemon=True)
@@ -200,6 +208,20 @@ class Fleet:
         self.version = version
         for member in members:
             self.report(member, SyncEnded(version))
+
+    async def sleep(self) -> None:
+        """Let engines give their GPU memory back; none of them serves before the next sync, which wakes them."""
+        awake = [member for member in self.members if not member.client.asleep]
+        resting = [member for member in awake if member.serving or member.unsynced]
+        for member in resting:
+            self.report(member, SyncBegan())
+        await asyncio.gather(*(self._put_to_sleep(member) for member in resting))
+
+    async def _put_to_sleep(self, member: Member) -> None:
+        try:
+            await member.client.sleep(SLEEP_LEVELS[self.config.sleep], self.config.request_timeout_s)
+        except (EngineUnreachable, RequestTimeout):
+            self.report(member, Suspected())
 
     # ---- in the fleet's thread ------------------------------------------------------------------------------------
 
@@ -384,7 +406,7 @@ def _engines(
         raise FleetError(
             f"{config.engines} engines of {width} ranks need {config.engines * width} GPUs, but {len(gpus)} are given"
         )
-    return [here(i, gpus=gpus[i * width : (i + 1) * width]) for i in range(config.engines)]
+    return [here(i, gpus=with_peers(gpus[i * width : (i + 1) * width], seats.peers)) for i in range(config.engines)]
 
 
 def follow(

@@ -24,6 +24,8 @@ class Seats:
 
     gpus: Sequence[str] = ()
     """Numbers or names as CUDA_VISIBLE_DEVICES takes them, `tensor_parallel` for each server."""
+    peers: Sequence[str] = ()
+    """Those of the trainer's ranks, whose memory each server opens by CUDA IPC."""
     meeting: Rendezvous | None = None
     """The rendezvous of the job whose nodes start the servers."""
     places: Sequence[ServerPlace] = ()
@@ -36,7 +38,8 @@ HERE = Seats()
 
 def fleet_seats(recipe: Recipe) -> Seats:
     """Those of the fleet's engines."""
-    return _on_nodes("engine") or Seats(fleet_gpus(recipe))
+    shared = recipe.parallel.world_size if recipe.fleet.transport == "ipc" else 0
+    return _on_nodes("engine") or Seats(fleet_gpus(recipe), visible_gpus(range(shared)))
 
 
 def judge_seats(recipe: Recipe, name: str) -> Seats:
@@ -62,6 +65,11 @@ def fleet_gpus(recipe: Recipe, *, beside_trainer: bool = True) -> list[str]:
     """Those behind the trainer's, or the trainer's own with CUDA IPC; without a trainer the first ones."""
     first = recipe.parallel.world_size if beside_trainer and recipe.fleet.transport != "ipc" else 0
     return visible_gpus(range(first, first + _count(recipe.fleet)))
+
+
+def with_peers(own: Sequence[str], peers: Sequence[str]) -> list[str]:
+    """What a server is to see: vLLM computes on the first ones it sees, and opens memory on any of them."""
+    return [*own, *(gpu for gpu in peers if gpu not in own)]
 
 
 def judge_gpus(recipe: Recipe, name: str) -> list[str]:

@@ -14,7 +14,7 @@ from millrace.rollout.client import EngineClient, EngineFailed, EngineUnreachabl
 from millrace.rollout.fleet_health import Suspected
 from millrace.rollout.member import Member
 from millrace.rollout.transports.buckets import SyncError
-from millrace.rollout.transports.nccl import Meeting, rank_offsets
+from millrace.rollout.transports.groups import Meeting, rank_offsets
 
 T = TypeVar("T")
 
@@ -53,9 +53,10 @@ class Receivers:
         self._report, self._sampled, self._limit = report, sampled, limit
 
     async def begin(self) -> None:
-        """Freeze what the engines are doing and get them ready for new weights."""
+        """Freeze what the engines are doing and get them ready for new weights; one that sleeps has no cache yet."""
 
         async def begin(client: EngineClient) -> int:
+            await client.wake("weights", self._limit)
             await client.pause()
             return len(await client.worker_call("millrace_begin", limit=self._limit))
 
@@ -63,27 +64,29 @@ class Receivers:
             self.workers[member] = [WorkerReport() for _ in range(workers)]
 
     def lives_and_workers(self) -> tuple[list[tuple[str, int]], int]:
-        """Which life of which engines takes part, and how many workers they have together."""
+        """Which life of which engines takes part, by their URLs, and how many workers they have together."""
         lives = [(member.client.url, member.health.restarts) for member in self.members]
         return lives, sum(len(self.workers[member.engine.index]) for member in self.members)
 
     async def meet(self, meetings: Sequence[Meeting]) -> None:
-        """Let the workers of all engines join the NCCL group of each trainer rank."""
+        """Let the workers of all engines part from the groups they had and join that of each trainer rank."""
+        await self._each(lambda client: client.worker_call("millrace_part", limit=self._limit))
         counts = [len(self.workers[member.engine.index]) for member in self.members]
         offsets = dict(zip((member.client for member in self.members), rank_offsets(counts), strict=True))
         for meeting in meetings:
             where = json.dumps(asdict(meeting))
             await self._each(
                 lambda client, where=where: client.worker_call(  # type: ignore[misc]
-                    "millrace_meet", where, str(offsets[client]), limit=self._limit
+                    "millrace_meet", where, str(offsets[client]), f"{self._limit:g}", limit=self._limit
                 )
             )
 
-    async def load(self, index: Path, names: Sequence[str]) -> None:
-        """Let every engine load one bucket."""
+    async def load(self, indexes: Sequence[Path], names: Sequence[str]) -> None:
+        """Let every engine load a few buckets, which hold these tensors."""
+        shown = json.dumps([str(index) for index in indexes])
         sampled = json.dumps([name for name in names if self._sampled(name)])
         replies = await self._each(
-            lambda client: client.worker_call("millrace_load", str(index), sampled, limit=self._limit)
+            lambda client: client.worker_call("millrace_load", shown, sampled, limit=self._limit)
         )
         for member, workers in replies.items():
             for report, reply in zip(self.workers[member], workers, strict=True):
@@ -94,6 +97,7 @@ class Receivers:
 
         async def finish(client: EngineClient) -> list[Any]:
             workers = await client.worker_call("millrace_finish", limit=self._limit)
+            await client.wake("kv_cache", self._limit)  # the sender's buckets are gone by now
             await client.reset_prefix_cache()
             await client.set_weight_version(version)
             await client.resume()

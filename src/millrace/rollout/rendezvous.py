@@ -24,10 +24,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from millrace.config.cluster import NetworkConfig
 from millrace.config.placement import Placement, read_placement
 
 LAUNCH_FOLDER = "launch"
 PLACEMENT = "placement.json"
+NETWORK = "network.json"
 RENDEZVOUS_VARIABLE = "MILLRACE_RENDEZVOUS"
 """Names the folder to the ranks of a job; unset where a run has one machine."""
 SILENT_SECONDS = 60.0
@@ -85,6 +87,11 @@ class Rendezvous:
     @property
     def placement(self) -> Placement:
         return read_placement(self.folder.parent / PLACEMENT)
+
+    @property
+    def network(self) -> NetworkConfig:
+        """The links that the cluster file tells of."""
+        return NetworkConfig(**read_json(self.folder.parent / NETWORK))
 
     # ---- nodes
 

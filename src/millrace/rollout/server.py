@@ -17,6 +17,7 @@ from collections.abc import Mapping, Sequence
 from typing import Literal
 
 from millrace.config.schema import FleetConfig
+from millrace.rollout import cpu_fp8
 from millrace.rollout.auth import TOKEN_VARIABLE
 from millrace.rollout.model_settings import model_settings
 
@@ -64,6 +65,8 @@ def server_command(
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
     command += ["--model", model_path, "--served-model-name", served_name, "--host", host, "--port", str(port)]
     command += ["--dtype", config.dtype, "--tensor-parallel-size", str(config.tensor_parallel)]
+    if config.quantization == "fp8":
+        command += ["--quantization", "fp8_per_block"]
     command += ["--max-model-len", str(config.max_model_len), "--max-num-seqs", str(config.max_num_seqs)]
     command += ["--generation-config", "vllm"]  # sampling is what the request says, never a file of the checkpoint
     command += ["--logprobs-mode", "processed_logprobs", "--max-logprobs", "20", "--enable-scale-out"]
@@ -75,7 +78,8 @@ def server_command(
 
 def _device_arguments(config: FleetConfig, device: Device) -> list[str]:
     if device == "cuda":
-        return ["--gpu-memory-utilization", str(config.gpu_memory_utilization)]
+        arguments = ["--gpu-memory-utilization", str(config.gpu_memory_utilization)]
+        return [*arguments, "--enable-sleep-mode"] if config.sleep != "never" else arguments
     # A seeded request whose prompt is cut into chunks ends vLLM's CPU engine ("CPU Generator does not use offset"), so
     # prompts are read in one piece. The CPU rotary kernel ignores strides, so torch computes the rotation.
     prefill = max(config.max_model_len, MIN_PREFILL_TOKENS)
@@ -120,6 +124,8 @@ def _cpu_variables(config: FleetConfig) -> dict[str, str]:
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # trainer ranks and engines share the cores
         "TORCHDYNAMO_DISABLE": "1",  # spares seconds of compiling at the first request; nothing here is compiled
     }
+    if config.quantization == "fp8":
+        variables[cpu_fp8.VARIABLE] = "1"
     if config.tensor_parallel == 1:
         variables["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the worker lives in the engine's process: half the start-up
     return variables

@@ -1,9 +1,10 @@
 """What runs inside vLLM's workers: takes new weights in place. The only file that touches vLLM's internals.
 
 vLLM calls the methods of `WeightReceiver` on every worker through `/collective_rpc`, with strings as arguments:
-`millrace_begin`, `millrace_load` once a bucket, `millrace_finish`; before them `millrace_meet` for NCCL. Weights go
-through vLLM's layer-wise reload, which repeats what loading does to them (cutting over ranks, fusing, packing for the
-kernels) and writes the result into the tensors that the running model holds.
+`millrace_begin`, `millrace_load` for a few buckets at a time, `millrace_finish`; where buckets are broadcast, and other
+engines take part than before, `millrace_part` and `millrace_meet` besides. Weights go through vLLM's layer-wise reload,
+which repeats what loading does to them (cutting over ranks, fusing, packing for the kernels) and writes the result into
+the tensors that the running model holds.
 
 On CPU that reload leaves three things behind, each of them silently (vLLM 0.32):
 * a fused mixture of experts skips its packing on an update, as if its kernel kept the weights elsewhere;
@@ -15,7 +16,8 @@ On CPU that reload leaves three things behind, each of them silently (vLLM 0.32)
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import os
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,11 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from vllm.config import set_current_vllm_config
-from vllm.distributed.weight_transfer.nccl_common import (
-    NCCLWeightTransferInitInfo,
-    trainer_init,
-    worker_init_process_group,
-)
+from vllm.distributed.weight_transfer.nccl_common import stateless_init_process_group
 from vllm.model_executor.layers.attention import is_deferred_attention_layer
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
@@ -36,13 +34,16 @@ from vllm.platforms import current_platform
 
 from millrace.converters.fingerprint import fingerprint
 from millrace.rollout.transports.arrival import BucketReader
-from millrace.rollout.transports.nccl import Meeting
+from millrace.rollout.transports.broadcast import joiner
+from millrace.rollout.transports.groups import Meeting, Transfer
 
 if current_platform.is_cpu():
     # vLLM imports this module before it builds the model.
-    from millrace.rollout import cpu_experts
+    from millrace.rollout import cpu_experts, cpu_fp8
 
     cpu_experts.install()
+    if os.environ.get(cpu_fp8.VARIABLE):
+        cpu_fp8.install()
 
 
 @dataclass
@@ -52,8 +53,8 @@ class _Receipt:
     expected: set[str]
     """vLLM's names of the model's parameters."""
     loaded: set[str] = field(default_factory=set)
-    held: dict[str, int] = field(default_factory=dict)
-    """Fingerprint that a parameter must have in the end, for parameters that the engine keeps as they came."""
+    held: dict[str, tuple[torch.dtype, int]] = field(default_factory=dict)
+    """Data type and fingerprint that a parameter must have in the end, if the engine keeps it as it came."""
 
 
 class WeightReceiver:
@@ -62,20 +63,22 @@ class WeightReceiver:
     _millrace_receipt: _Receipt | None = None
     _millrace_reader: BucketReader | None = None
 
-    def millrace_meet(self, meeting: str, offset: str) -> dict[str, Any]:
-        """Join the NCCL group of one trainer rank; offset: rank of this engine's first worker in it."""
-        where = Meeting(**json.loads(meeting))
-        info = NCCLWeightTransferInitInfo(
-            master_address=where.address, master_port=where.port, rank_offset=int(offset), world_size=where.world
-        )
-        group = worker_init_process_group(info, self.vllm_config.parallel_config)  # type: ignore[attr-defined]
+    def millrace_part(self) -> dict[str, Any]:
+        """Leave the groups with trainer ranks that were met before."""
+        senders = self._millrace_bucket_reader().senders
+        while senders:
+            senders.popitem()[1].close()
+        return {}
 
-        def receive(tensor: Tensor) -> None:
-            stream = torch.cuda.current_stream()
-            group.broadcast(tensor, src=0, stream=stream)
-            stream.synchronize()
+    def millrace_meet(self, meeting: str, offset: str, limit: str) -> dict[str, Any]:
+        """Join the group of one trainer rank.
 
-        self._millrace_bucket_reader().senders[where.rank] = receive
+        offset: rank of this engine's first worker in it. limit: seconds that this and each broadcast may take.
+        """
+        where, parallel = Meeting(**json.loads(meeting)), self.vllm_config.parallel_config  # type: ignore[attr-defined]
+        own = parallel.data_parallel_index * parallel.world_size + parallel.rank
+        group = joiner(where.kind)(where, int(offset) + own, float(limit))
+        self._millrace_bucket_reader().senders[where.rank] = group
         return {}
 
     @torch.no_grad()
@@ -91,23 +94,30 @@ class WeightReceiver:
         return {}
 
     @torch.no_grad()
-    def millrace_load(self, index: str, sampled: str) -> dict[str, Any]:
-        """Load the bucket that the JSON file `index` describes.
+    def millrace_load(self, indexes: str, sampled: str) -> dict[str, Any]:
+        """Load the buckets that the JSON files `indexes` describe, a JSON list of paths.
 
         sampled: JSON list of names whose fingerprints are wanted. Returns {"received": {name: fingerprint}}.
         """
+        paths, wanted = [Path(index) for index in json.loads(indexes)], set(json.loads(sampled))
+        received: dict[str, int] = {}
+        for bucket in self._millrace_bucket_reader().read(paths):
+            received |= {name: fingerprint(bucket[name]) for name in bucket.keys() & wanted}
+            self._millrace_load_bucket(bucket, received)
+        if not self._millrace_on_cpu():
+            torch.cuda.current_stream().synchronize()  # the sender may overwrite its bucket from now on
+        return {"received": received}
+
+    def _millrace_load_bucket(self, bucket: dict[str, Tensor], received: Mapping[str, int]) -> None:
         receipt = self._millrace_open_receipt()
         model = self._millrace_model()
-        bucket = self._millrace_bucket_reader().read(Path(index))
-        received = {name: fingerprint(bucket[name]) for name in json.loads(sampled)}
         parameters = dict(model.named_parameters())
-        for name in received:
+        for name in bucket.keys() & received.keys():
             kept_as = _name_in_engine(model, name)
             _note_held(receipt, parameters.get(kept_as), kept_as, bucket[name])
         with set_current_vllm_config(self.vllm_config):  # type: ignore[attr-defined]
             receipt.loaded |= model.load_weights(iter(bucket.items()))  # type: ignore[operator]
         _let_go_of(bucket, model)
-        return {"received": received}
 
     @torch.no_grad()
     def millrace_finish(self) -> dict[str, Any]:
@@ -121,9 +131,9 @@ class WeightReceiver:
         missing = sorted((receipt.expected - receipt.loaded - _tied(model)) | _incomplete(model))
         self._millrace_finalize(model)
         held = {name: _values(model, name) for name in receipt.held}
-        # A CPU engine packs a matrix for its kernel and drops the parameter's values.
-        kept = {name: parameter for name, parameter in held.items() if parameter.numel()}
-        changed = [name for name, parameter in kept.items() if fingerprint(parameter) != receipt.held[name]]
+        # A CPU engine packs a matrix for its kernel and drops the parameter's values; one in FP8 quantises it.
+        kept = {name: p for name, p in held.items() if p.numel() and p.dtype == receipt.held[name][0]}
+        changed = [name for name, parameter in kept.items() if fingerprint(parameter) != receipt.held[name][1]]
         return {"missing": missing, "changed": changed, "held": len(kept)}
 
     def _millrace_finalize(self, model: nn.Module) -> None:
@@ -154,7 +164,7 @@ class WeightReceiver:
 def _note_held(receipt: _Receipt, parameter: Tensor | None, name: str, tensor: Tensor) -> None:
     """Remember what a parameter must look like in the end, if the engine keeps it uncut under the same name."""
     if parameter is not None and parameter.shape == tensor.shape and parameter.is_floating_point():
-        receipt.held[name] = fingerprint(tensor.to(parameter.dtype))
+        receipt.held[name] = parameter.dtype, fingerprint(tensor.to(parameter.dtype))
 
 
 def _name_in_engine(model: nn.Module, name: str) -> str:
@@ -172,11 +182,38 @@ def _values(model: nn.Module, name: str) -> Tensor:
     return unpacked.view(parameter.shape) if name.endswith(".weight") and unpacked is not None else parameter
 
 
-def meet_workers(meeting: Meeting) -> Any:
-    """The trainer's end of `millrace_meet`: a communicator in which this process is rank 0, then all workers."""
-    return trainer_init(
-        {"master_address": meeting.address, "master_port": meeting.port, "world_size": meeting.world}, rank=0
-    )
+class NcclGroup:
+    """vLLM's own communicator, as its weight-transfer plane builds it, on the current device.
+
+    NCCL has no time limit of its own: whoever waits for a transfer has one, and `close` ends one that will not end.
+    """
+
+    def __init__(self, meeting: Meeting, rank: int, limit: float) -> None:
+        device = torch.cuda.current_device()
+        self._communicator = stateless_init_process_group(meeting.address, meeting.port, rank, meeting.world, device)
+        self._stream = torch.cuda.Stream(device)
+
+    def broadcast(self, data: Tensor) -> Transfer:
+        self._stream.wait_stream(torch.cuda.current_stream())  # what fills the buffer, or still uses its memory
+        data.record_stream(self._stream)
+        self._communicator.broadcast(data, src=0, stream=self._stream)
+        event = torch.cuda.Event()
+        event.record(self._stream)
+        return _NcclTransfer(event)
+
+    def close(self) -> None:
+        self._communicator.destroy()
+
+
+class _NcclTransfer:
+    def __init__(self, event: torch.cuda.Event) -> None:
+        self._event = event
+
+    def done(self) -> bool:
+        return bool(self._event.query())
+
+    def wait(self) -> None:
+        torch.cuda.current_stream().wait_event(self._event)
 
 
 def _let_go_of(bucket: dict[str, Tensor], model: nn.Module) -> None:

@@ -25,11 +25,14 @@ from torch import Tensor
 from millrace.config.schema import FleetConfig
 from millrace.data.batch import TokenBatch
 from millrace.errors import MillraceError
+from millrace.rollout.bandwidth import GB, Link, slowest_link
 from millrace.rollout.fleet import Fleet
 from millrace.rollout.receivers import EnginesLost, Receivers, WorkerReport
+from millrace.rollout.rendezvous import Rendezvous
 from millrace.rollout.transports import make_carrier, transport_folder
+from millrace.rollout.transports.broadcast import BroadcastCarrier
 from millrace.rollout.transports.buckets import Carrier, Feeder, Outbox, Sent, SyncError, clear
-from millrace.rollout.transports.nccl import NcclCarrier
+from millrace.rollout.transports.groups import call_meeting
 
 T = TypeVar("T")
 
@@ -39,6 +42,10 @@ MAX_TRIES = 3
 """Syncs in a row that may lose all their engines."""
 PROBE_TOKENS = tuple((7 * i * i + 3 * i + 11) % 199 for i in range(32))
 """The probe prompt: arbitrary fixed ids that are in every vocabulary."""
+MOVING = ("begin", "send", "finish")
+"""The phases of a sync that move weights; the others prepare it once or check it."""
+SLOW_FACTOR, SLOW_SECONDS = 3.0, 1.0
+"""A sync is called slow from so many times what the slowest link allows, and from so many seconds."""
 NAMED = 5
 """So many tensors are named when more of them differ."""
 
@@ -50,8 +57,12 @@ class SyncMismatch(SyncError):
 class SyncedPolicy(Protocol):
     """What a weight sync asks of the trainer's policy."""
 
-    def hf_tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """The tensors that this rank owns, by checkpoint names; each holds still until the next. Collective."""
+    def hf_tensors(self, *, few_owners: bool = False) -> Iterator[tuple[str, Tensor]]:
+        """The tensors that this rank owns, by checkpoint names; each holds still until the next. All ranks that hold a
+        tensor take turns in owning some, or with `few_owners` only as few as have to. Collective."""
+
+    def owned_bytes(self, *, few_owners: bool = False) -> int:
+        """Bytes of those tensors."""
 
     def logprobs(self, batch: TokenBatch, *, temperature: float = 1.0) -> tuple[Tensor, Tensor | None]:
         """float32 [N] log-probs of the batch's tokens, on every rank. Collective."""
@@ -75,9 +86,11 @@ class SyncReport:
     engines: int
     bytes: int
     tensors: int
+    link: Link
+    """The slowest link on the way to an engine."""
     seconds: float
     phases: dict[str, float]
-    """Seconds of probe (the trainer's log-probs), begin, meet (NCCL groups), send, finish and verify."""
+    """Seconds of probe (the trainer's log-probs), begin, meet (groups for broadcasts), send, finish and verify."""
     fingerprints: int
     """Tensors whose fingerprints were compared."""
     held: int
@@ -85,6 +98,37 @@ class SyncReport:
     probe_mean: float
     """Mean |log p_trainer - log p_engine| over the probe prompt, on the engine where it was largest."""
     probe_max: float
+
+    @property
+    def moved_seconds(self) -> float:
+        """Seconds from the first preparation of the engines to the last weight in its place."""
+        return sum(self.phases[phase] for phase in MOVING)
+
+    @property
+    def link_seconds(self) -> float:
+        """Seconds that the slowest link needs for the bytes."""
+        return self.link.seconds(self.bytes)
+
+    @property
+    def slow(self) -> bool:
+        """Whether that is far from what the link allows, and long enough to matter."""
+        return self.moved_seconds > max(SLOW_SECONDS, SLOW_FACTOR * self.link_seconds)
+
+    def __str__(self) -> str:
+        gigabytes = self.bytes / GB
+        said = (
+            f"sync: {gigabytes:.3g} GB in {self.moved_seconds:.2g} s, {gigabytes / self.moved_seconds:.2g} GB/s; the "
+            f"slowest link ({self.link.name}, {self.link.gb_s:.3g} GB/s) would allow {self.link_seconds:.2g} s"
+        )
+        slowest = max(MOVING, key=lambda phase: self.phases[phase])
+        return f"{said}; this is slow: {self.phases[slowest]:.2g} s of it went to {slowest}" if self.slow else said
+
+    def metrics(self) -> dict[str, float]:
+        return {
+            "sync/gigabytes": self.bytes / GB,
+            "sync/seconds": self.moved_seconds,
+            "sync/link_seconds": self.link_seconds,
+        }
 
 
 @dataclass(frozen=True)
@@ -120,7 +164,8 @@ class WeightSync:
         self._folder = Path(self._on_main(lambda fleet: str(transport_folder(config, fleet.run_dir))))
         self._carrier = carrier or make_carrier(config, self._folder, self._rank)
         self._met: object = None
-        """Lives of the engines that the NCCL groups were built with."""
+        """Lives of the engines that the groups for broadcasts were built with."""
+        self._link_measured: Link | None = None
         self._feeding: concurrent.futures.Future[None] | None = None
         self._phases: dict[str, float] = {}
 
@@ -133,6 +178,13 @@ class WeightSync:
     def forget(self) -> None:
         """Let the next push happen whatever its version: the policy was given other weights without an update."""
         self.version = None
+
+    def let_engines_sleep(self) -> None:
+        """Free the GPU memory of engines that share it with the trainer, where they do, until the next push.
+        Collective."""
+        if self._config.sleep != "never":
+            self._on_main(lambda fleet: fleet.call(fleet.sleep()))
+            self.forget()
 
     def resync_if_needed(self) -> SyncReport | None:
         """Give engines that were restarted the last pushed version, while the others go on serving.
@@ -168,25 +220,35 @@ class WeightSync:
         with self._phase("begin"):
             if not self._on_main(lambda fleet: self._begin(fleet, sampled, only_unsynced)):
                 return _Verdict()
-        with self._phase("meet"):
-            self._meet()
+        try:
+            with self._phase("meet"):
+                lives = self._meet()
+        except EnginesLost:
+            return _Verdict()
+        self._met = None  # unless all goes well: a broadcast that broke off leaves its group useless
         with self._phase("send"):
             sent = self._gather(self._send(sampled))
-        return self._on_main(lambda fleet: self._conclude(fleet, version, sent, expected))
+        verdict = self._on_main(lambda fleet: self._conclude(fleet, version, sent, expected))
+        self._met = lives if verdict.report else None
+        return verdict
 
-    def _meet(self) -> None:
-        """Build the NCCL groups, where the transport has any, when the engines are others than before."""
-        if not isinstance(self._carrier, NcclCarrier):
-            return
+    def _meet(self) -> object:
+        """Build the groups that buckets are broadcast in, where they are, when the engines are others than before; the
+        lives of the engines that are in them."""
+        if not isinstance(self._carrier, BroadcastCarrier):
+            return None
         lives, workers = self._on_main(lambda fleet: self._receivers.lives_and_workers())
         if lives == self._met:
-            return
-        meeting = self._carrier.call_meeting(workers)
-        meetings = self._gather(meeting)
+            return lives
+        sends = self._policy.owned_bytes(few_owners=self._carrier.few_senders) > 0
+        meeting = call_meeting(self._carrier.kind, self._rank, workers, [url for url, _ in lives]) if sends else None
+        meetings = [one for (one,) in self._gather((meeting,)) if one is not None]
         joining = self._fleet.begin(self._receivers.meet(meetings)) if self._fleet else None
-        self._carrier.meet(meeting)
+        problems = self._gather(self._carrier.meet(meeting))
         self._on_main(lambda fleet: joining.result() if joining else None)
-        self._met = lives
+        if any(problems):
+            raise SyncError("; ".join(filter(None, problems)))
+        return lives
 
     def _send(self, sampled: Callable[[str], bool]) -> Sent:
         outbox = Outbox(
@@ -199,7 +261,7 @@ class WeightSync:
         )
         feeding = self._fleet.begin(self._feeder.run()) if self._fleet else None
         try:
-            sent = outbox.send(self._policy.hf_tensors())
+            sent = outbox.send(self._policy.hf_tensors(few_owners=self._carrier.few_senders))
             self._feeding = feeding
             return sent
         finally:
@@ -249,6 +311,7 @@ class WeightSync:
             engines=len(receivers.members),
             bytes=sum(rank.bytes for rank in sent),
             tensors=sum(rank.tensors for rank in sent),
+            link=self._link,
             seconds=sum(self._phases.values()),
             phases=dict(self._phases),
             fingerprints=len(fingerprints),
@@ -257,6 +320,12 @@ class WeightSync:
             probe_max=max(max(d) for d in differences),
         )
         return _Verdict(report=report)
+
+    @property
+    def _link(self) -> Link:
+        if self._link_measured is None:
+            self._link_measured = slowest_link(self._config, self._folder, Rendezvous.of_environment())
+        return self._link_measured
 
     # ---- between ranks --------------------------------------------------------------------------------------------
 

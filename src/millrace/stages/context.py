@@ -121,7 +121,21 @@ class StageContext:
         """Give the engines the policy's present weights unless they have them. Collective."""
         assert self.sync is not None
         if self.sync.version != self.policy.step:
-            self.sync.push(self.policy.step)
+            self.say(str(self.sync.push(self.policy.step)))
+
+    def sync_step(self) -> dict[str, float]:
+        """Give the engines what a step made of the policy; metrics of how long that took. Collective."""
+        assert self.sync is not None
+        with self.timed("sync"):
+            report = self.sync.push(self.policy.step)
+        self.say(str(report))
+        return report.metrics()
+
+    def rest_engines(self) -> None:
+        """Engines on the trainer's own GPUs give their memory back until the next push, if the recipe says so.
+        Collective."""
+        if self.sync is not None:
+            self.sync.let_engines_sleep()
 
     def save_reached(self) -> None:
         """Checkpoint what is done, unless that is on disk. Collective."""

@@ -60,6 +60,7 @@ def run_mopd(
                 batch = ctx.control.broadcast_batch(
                     mopd_batch(collected.groups, stage) if ctx.control.is_main else None
                 )
+            ctx.rest_engines()
             with ctx.timed("teacher"):
                 batch, divergence = lesson.teach(step, batch)
             with ctx.timed("train"):
@@ -71,9 +72,8 @@ def run_mopd(
                     before_update=mismatch_guard(stage),
                     divergence=divergence,
                 )
-            with ctx.timed("sync"):
-                ctx.sync.push(ctx.policy.step)
             values = {**collected.metrics, **per_teacher_means(values, stage), "tokens/scored": taught_tokens(batch)}
+            values |= ctx.sync_step()
             ctx.end_step(stage, Progress(progress.stage, step + 1, collected.sampler), stage.steps, values)
 
 

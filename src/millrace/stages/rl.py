@@ -51,6 +51,7 @@ def run_rl(stage: RlStage, ctx: StageContext, progress: Progress, measure: Calla
                 collector.record_streams(step, [{"advantage": a} for a in _advantages(collected, stage)])
             if stage.one_step_off and step + 1 < stage.steps:
                 collector.begin(step + 1)
+            ctx.rest_engines()
             with ctx.timed("train"):
                 updates = [
                     ctx.policy.train_step(
@@ -64,8 +65,7 @@ def run_rl(stage: RlStage, ctx: StageContext, progress: Progress, measure: Calla
             if stage.one_step_off:
                 with ctx.timed("rollout"):
                     collector.join()
-            with ctx.timed("sync"):
-                ctx.sync.push(ctx.policy.step)
+            values |= ctx.sync_step()
             ctx.end_step(stage, Progress(progress.stage, step + 1, collected.sampler), stage.steps, values)
 
 

@@ -32,6 +32,7 @@ def run_sft(stage: SftStage, ctx: StageContext, progress: Progress) -> None:
         with ctx.timed("data"):
             indices = sampler.next(stage.global_batch)
             batch = ctx.control.broadcast_batch(sft_batch(data, indices) if data else None)
+        ctx.rest_engines()
         with ctx.timed("train"):
             metrics = ctx.policy.train_step(batch, loss_fn)
         ctx.end_step(stage, Progress(progress.stage, step + 1, sampler.state_dict()), steps, metrics)

@@ -107,6 +107,7 @@ def test_engines_with_cuda_ipc_live_on_the_trainers_gpus() -> None:
 @pytest.mark.parametrize(
     ("changed", "slots", "nodes", "sentence"),
     [
+        ({"fleet": FleetConfig(transport="ipc")}, 2, 9, "ipc, which reaches the GPUs of one node, but .* on 2 nodes"),
         ({}, 4, 1, "wants 2 nodes, 1 of them for the trainer's 4 ranks, but site has 1"),
         ({"fleet": FleetConfig(tensor_parallel=8, transport="nccl")}, 4, 9, "engine wants 8 ranks on one node"),
         ({"placement": PlacementConfig(trainer_nodes=3)}, 4, 9, "trainer_nodes 3 does not divide the 4 ranks"),

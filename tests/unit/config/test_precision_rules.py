@@ -8,6 +8,7 @@ from millrace.config.loading import load_recipe
 from millrace.config.precision_rules import (
     CAPABILITIES,
     GENERATIONS,
+    cluster_problems_of_engines,
     cluster_problems_of_precision,
     gpu_problem,
 )
@@ -169,3 +170,13 @@ def test_float32_scales_are_refused_where_scales_are_powers_of_two(recipe_file: 
 
 def test_every_gpu_whose_speed_is_known_has_a_generation() -> None:
     assert set(GPUS) <= set(CAPABILITIES) and set(CAPABILITIES.values()) <= set(GENERATIONS)
+
+
+def test_engines_in_fp8_are_refused_on_gpus_without_it(recipe_file: Path) -> None:
+    recipe = loaded(recipe_file, "fleet.quantization=fp8", "fleet.dtype=bfloat16", *ON_GPUS)
+    (problem,) = cluster_problems_of_engines(recipe, cluster("a100"))
+    assert problem == (
+        "fleet.quantization is fp8, but a100 (Ampere, compute capability 8.0) has no FP8; set fleet.quantization=none"
+    )
+    for gpu in ("l40s", "h100", "b200", "tpu"):
+        assert not list(cluster_problems_of_engines(recipe, cluster(gpu)))

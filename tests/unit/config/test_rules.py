@@ -3,7 +3,8 @@ from pathlib import Path
 import pytest
 
 from millrace.config.loading import load_recipe
-from millrace.config.rules import check_recipe
+from millrace.config.rules import check_recipe, recipe_warnings
+from millrace.config.schema import RlStage
 
 
 def check(file: Path, *overrides: str, world_size: int | None = None) -> list[str]:
@@ -222,3 +223,24 @@ def test_switches_of_gpus_are_accepted_where_they_are_read(recipe_file: Path) ->
     assert check(recipe_file, *on_gpus, *switches) == []
     (problem,) = check(recipe_file, *on_gpus, *switches, "fleet.transport=ipc")
     assert "trainer.expandable_segments and fleet.transport=ipc exclude each other" in problem
+
+
+def test_engines_sleep_where_they_share_the_trainers_gpus_and_nothing_samples_meanwhile(recipe_file: Path) -> None:
+    on_gpus = ("trainer.device=cuda", "fleet.transport=ipc", "fleet.sleep=discard")
+    assert check(recipe_file, *on_gpus) == []
+    (problem,) = check(recipe_file, "trainer.device=cuda", "fleet.transport=nccl", "fleet.sleep=offload")
+    assert "fleet.sleep is offload, but with transport nccl engines do not share the trainer's GPUs" in problem
+
+
+def test_fp8_rollouts_want_bfloat16_beside_them_and_a_correction(recipe_file: Path) -> None:
+    (problem,) = check(recipe_file, "fleet.quantization=fp8", "fleet.dtype=float32")
+    assert "fleet.quantization is fp8" in problem and "fleet.dtype is float32" in problem
+    recipe = load_recipe(recipe_file, ["fleet.quantization=fp8", "fleet.dtype=bfloat16"])
+    stages = [stage.name for stage in recipe.stages if isinstance(stage, RlStage)]
+    warnings = recipe_warnings(recipe)
+    assert len(warnings) == len(stages) > 0
+    assert f"set stages.{stages[0]}.off_policy.kind to icepop or tis" in warnings[0]
+    corrected = [f"stages.{name}.off_policy.kind=icepop" for name in stages]
+    overrides = ["fleet.quantization=fp8", "fleet.dtype=bfloat16", *corrected]
+    assert recipe_warnings(load_recipe(recipe_file, overrides)) == []
+    assert recipe_warnings(load_recipe(recipe_file, [])) == []

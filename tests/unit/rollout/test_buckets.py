@@ -12,7 +12,17 @@ from torch import Tensor
 
 from millrace.converters.fingerprint import fingerprint
 from millrace.rollout.transports.arrival import BucketReader
-from millrace.rollout.transports.buckets import ABORT, Carrier, Feeder, Outbox, Sent, SyncError, clear, publish
+from millrace.rollout.transports.buckets import (
+    ABORT,
+    BUCKETS_AT_ONCE,
+    Carrier,
+    Feeder,
+    Outbox,
+    Sent,
+    SyncError,
+    clear,
+    publish,
+)
 from millrace.rollout.transports.disk import DiskCarrier
 from millrace.rollout.transports.shared_memory import SharedMemoryCarrier, shared_memory_folder
 
@@ -40,12 +50,13 @@ def exchange(
     buckets = 0
     reader = BucketReader(torch.device("cpu"))
 
-    async def load(index: Path, names: list[str]) -> None:
+    async def load(indexes: list[Path], names: list[str]) -> None:
         nonlocal buckets
-        buckets += 1
-        bucket = reader.read(index)
-        assert list(bucket) == names
-        arrived.update({name: tensor.clone() for name, tensor in bucket.items()})
+        taken = {name: tensor.clone() for bucket in reader.read(indexes) for name, tensor in bucket.items()}
+        assert list(taken) == names
+        assert len(indexes) <= BUCKETS_AT_ONCE
+        buckets += len(indexes)
+        arrived.update(taken)
 
     sent: dict[int, Sent] = {}
 
@@ -136,7 +147,7 @@ def test_senders_stop_when_the_engines_are_gone(tmp_path: Path) -> None:
     folder = tmp_path / "b"
     clear(folder)
 
-    async def lost(index: Path, names: list[str]) -> None:
+    async def lost(indexes: list[Path], names: list[str]) -> None:
         raise SyncError("every engine died")
 
     own = DiskCarrier(folder, 0, 100)
@@ -152,7 +163,7 @@ def test_senders_stop_when_the_engines_are_gone(tmp_path: Path) -> None:
 
 
 def test_a_rank_that_falls_silent_is_noticed(tmp_path: Path) -> None:
-    async def load(index: Path, names: list[str]) -> None: ...
+    async def load(indexes: list[Path], names: list[str]) -> None: ...
 
     clear(tmp_path / "b")
     with pytest.raises(SyncError, match="2 of 2 trainer ranks sent nothing"):

@@ -4,7 +4,7 @@ import pytest
 
 from millrace.config.schema import DomainConfig, FleetConfig, JudgeConfig, ModelConfig, ParallelConfig, Recipe
 from millrace.rollout.member import FleetError
-from millrace.rollout.placement import fleet_gpus, judge_gpus, teacher_gpus, visible_gpus
+from millrace.rollout.placement import fleet_gpus, fleet_seats, judge_gpus, teacher_gpus, visible_gpus, with_peers
 
 JUDGES = {
     "far": JudgeConfig(url="http://node7/v1"),
@@ -14,7 +14,7 @@ JUDGES = {
 TEACHER = FleetConfig(tensor_parallel=2)
 
 
-def recipe(**fleet) -> Recipe:
+def recipe(engines=2, **fleet) -> Recipe:
     """Two trainer ranks, two engines, three judges of which two are served."""
     domains = {name: DomainConfig(environment="genrm", judge=name, train="t", held_out="h") for name in JUDGES}
     return Recipe(
@@ -22,7 +22,7 @@ def recipe(**fleet) -> Recipe:
         run_dir="r",
         model=ModelConfig(path="m"),
         parallel=ParallelConfig(dp=2),
-        fleet=FleetConfig(engines=2, **fleet),
+        fleet=FleetConfig(engines=engines, **fleet),
         judges=JUDGES,
         domains=domains,
         stages=(),
@@ -45,6 +45,13 @@ def test_fleet_judges_and_teachers_come_one_behind_the_other_behind_the_trainer(
 
 def test_a_colocated_fleet_leaves_its_places_to_the_others():
     assert places(recipe(transport="ipc")) == [["0", "1"], ["2", "3"], ["4"], ["5", "6"], ["7", "8"]]
+
+
+def test_a_server_that_opens_the_trainers_memory_sees_its_gpus_behind_its_own(monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6,7")
+    assert fleet_seats(recipe(transport="ipc")).peers == ["4", "5"]
+    assert fleet_seats(recipe(transport="nccl", engines=1)).peers == []
+    assert with_peers(["6", "7"], ["4", "5", "6", "7"]) == ["6", "7", "4", "5"]
 
 
 def test_places_count_among_the_devices_that_are_visible(monkeypatch):

@@ -1,10 +1,12 @@
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from millrace.config.schema import FleetConfig
 from millrace.rollout.auth import TOKEN_VARIABLE
+from millrace.rollout.cpu_fp8 import fp8_problem
 from millrace.rollout.fleet import Fleet
 from millrace.rollout.member import FleetError
 from millrace.rollout.placement import Seats
@@ -62,6 +64,32 @@ def test_an_engine_on_gpus_sees_only_its_own() -> None:
     assert environment(FleetConfig(), "cuda", gpus=["4", "GPU-5"])["CUDA_VISIBLE_DEVICES"] == "4,GPU-5"
     with pytest.raises(FleetError, match="need 4 GPUs, but 3"):
         Fleet(FleetConfig(engines=2, tensor_parallel=2), "m", "runs/x", device="cuda", seats=Seats(["0", "1", "2"]))  # type: ignore[arg-type]
+
+
+def test_engines_sleep_on_gpus_alone() -> None:
+    assert "--enable-sleep-mode" in command(FleetConfig(transport="ipc", sleep="discard"), "cuda")
+    assert "--enable-sleep-mode" not in command(FleetConfig(transport="ipc"), "cuda")
+
+
+def test_fp8_is_quantised_by_blocks_and_keeps_attention_on_cpu_away_from_amx() -> None:
+    config = FleetConfig(quantization="fp8")
+    for device in ("cpu", "cuda"):
+        arguments = command(config, device)
+        assert arguments[arguments.index("--quantization") + 1] == "fp8_per_block"
+    assert environment(config)["MILLRACE_CPU_FP8"] == "1"
+    assert "MILLRACE_CPU_FP8" not in environment(FleetConfig()) | environment(config, "cuda")
+    assert "--quantization" not in command(FleetConfig())
+
+
+def test_a_cpu_without_amx_is_told_so_in_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cpuinfo = tmp_path / "cpuinfo"
+    cpuinfo.write_text("flags : fpu avx512_bf16\n")
+    assert "this CPU has none; set it to none" in str(fp8_problem(cpuinfo))
+    cpuinfo.write_text("flags : fpu avx512_bf16 amx_bf16 amx_tile\n")
+    assert fp8_problem(cpuinfo) is None
+    monkeypatch.setattr("millrace.rollout.cpu_fp8.fp8_problem", lambda: "no AMX")
+    with pytest.raises(FleetError, match="no AMX"):
+        Fleet(FleetConfig(quantization="fp8"), "m", tmp_path, device="cpu").start()
 
 
 def test_servers_that_already_run_need_their_token(monkeypatch: pytest.MonkeyPatch) -> None:

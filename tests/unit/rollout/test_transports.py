@@ -8,8 +8,8 @@ from millrace.rollout.receivers import WorkerReport
 from millrace.rollout.transports import make_carrier
 from millrace.rollout.transports.arrival import open_handle
 from millrace.rollout.transports.buckets import SyncError
+from millrace.rollout.transports.groups import rank_offsets
 from millrace.rollout.transports.ipc import handle_fields
-from millrace.rollout.transports.nccl import rank_offsets
 from millrace.rollout.weight_sync import PROBE_TOKENS, SAMPLE_PERIOD, _mismatch, _sampler
 
 no_cuda = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")

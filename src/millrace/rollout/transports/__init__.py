@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from millrace.config.schema import FleetConfig
+from millrace.rollout.transports.broadcast import BroadcastCarrier
 from millrace.rollout.transports.buckets import Carrier
 from millrace.rollout.transports.disk import DiskCarrier, disk_folder
 from millrace.rollout.transports.ipc import IpcCarrier
-from millrace.rollout.transports.nccl import NcclCarrier
 from millrace.rollout.transports.shared_memory import SharedMemoryCarrier, shared_memory_folder
 
 
@@ -24,7 +24,7 @@ def make_carrier(config: FleetConfig, folder: Path, rank: int) -> Carrier:
             return SharedMemoryCarrier(folder, rank, config.bucket_bytes)
         case "disk":
             return DiskCarrier(folder, rank, config.bucket_bytes)
-        case "nccl":
-            return NcclCarrier(rank, config.bucket_bytes)
+        case "nccl" | "gloo":
+            return BroadcastCarrier(config.transport, rank, config.bucket_bytes, config.request_timeout_s)
         case "ipc":
             return IpcCarrier(config.bucket_bytes)

@@ -1,9 +1,10 @@
 """Weights travel in buckets: the protocol between the trainer ranks that own tensors and the engines that take them.
 
 Each rank writes the tensors it owns into buckets of its own and publishes each by a small JSON file (the index) in a
-folder that all ranks, rank 0 and the engines see. Rank 0 tells the engines to load what was published and removes the
-index when all have; that frees the bucket. Each rank has two, so that it fills one while the engines load the other.
-No rank ever holds more of another rank's weights than the collectives of the export bring.
+folder that all ranks, rank 0 and the engines see. Rank 0 tells the engines to load what was published, buckets of
+several ranks at a time, and removes an index when all have; that frees the bucket. Each rank has two, so that it fills
+one while the engines load the other. No rank ever holds more of another rank's weights than the collectives of the
+export bring.
 
 The ranks talk through the folder, not through collectives, because exporting weights is itself collective: a rank that
 waited for another one inside a collective while that one waits for a free bucket would never end.
@@ -16,7 +17,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -30,6 +31,8 @@ from millrace.errors import MillraceError
 
 ALIGNMENT = 64
 BUCKETS_PER_RANK = 2
+BUCKETS_AT_ONCE = 4
+"""So many the engines are shown together: those of several ranks are then on their way at the same time."""
 ABORT = "abort"
 POLL_SECONDS = 0.002
 LOG_SECONDS = 10.0
@@ -55,6 +58,8 @@ class Carrier(Protocol):
 
     kind: str
     """How the index names it; the engine's receiver knows the same names."""
+    few_senders: bool
+    """Whether each rank that sends costs the engines something, so that as few as possible should."""
 
     def buffer(self, slot: int, size: int) -> Tensor:
         """uint8, at least `size` bytes of which are backed by memory: bucket `slot`, with what is in it so far."""
@@ -63,7 +68,10 @@ class Carrier(Protocol):
         """Finish the bucket and tell, in JSON, how to find it."""
 
     def deliver(self, slot: int, used: int) -> None:
-        """Send the bucket once its index is published, where an engine cannot fetch it by itself."""
+        """Begin to send the bucket once its index is published, where an engine cannot fetch it by itself."""
+
+    def delivered(self, slot: int) -> bool:
+        """Whether the bucket is on its way no more. Raises SyncError when it was lost."""
 
     def close(self) -> None:
         """Give the memory of the buckets back."""
@@ -157,7 +165,7 @@ class Outbox:
         """Wait until the engines have loaded what was last published in this bucket."""
         index = self._pending.get(slot)
         end = time.monotonic() + self._limit
-        while index is not None and index.exists():
+        while index is not None and (index.exists() or not self._carrier.delivered(slot)):
             if (self._folder / ABORT).exists():
                 raise SyncError(json.loads((self._folder / ABORT).read_text())["problem"])
             if time.monotonic() > end:
@@ -166,11 +174,15 @@ class Outbox:
 
 
 class Feeder:
-    """The receiving end on rank 0: shows each published bucket to the engines until every rank has sent its last."""
+    """The receiving end on rank 0: shows published buckets to the engines until every rank has sent its last."""
 
-    def __init__(self, folder: Path, ranks: int, load: Callable[[Path, list[str]], Any], limit: float) -> None:
-        """`load(index, names)` is awaited for each bucket; limit: seconds without any bucket."""
+    def __init__(
+        self, folder: Path, ranks: int, load: Callable[[list[Path], list[str]], Awaitable[None]], limit: float
+    ) -> None:
+        """`load(indexes, names)` is awaited for a few buckets at a time; limit: seconds without any bucket."""
         self._folder, self._ranks, self._load, self._limit = folder, ranks, load, limit
+        self._shown: dict[str, int] = {}
+        """How many buckets of each rank were shown."""
 
     async def run(self) -> None:
         """Raises SyncError when a rank falls silent, and what `load` raises, after telling the ranks to stop."""
@@ -185,11 +197,11 @@ class Feeder:
     async def _run(self) -> None:
         heard = time.monotonic()
         while True:
-            names = sorted(os.listdir(self._folder))
-            published = [name for name in names if name.endswith(".json")]
+            names = os.listdir(self._folder)
+            published = self._in_turn(name for name in names if name.endswith(".json"))
             ended = sum(name.endswith(".end") for name in names)
-            for name in published:
-                await self._show(self._folder / name)
+            for first in range(0, len(published), BUCKETS_AT_ONCE):
+                await self._show([self._folder / name for name in published[first : first + BUCKETS_AT_ONCE]])
                 heard = time.monotonic()
             if not published and ended == self._ranks:
                 return
@@ -199,10 +211,21 @@ class Feeder:
                 )
             await asyncio.sleep(POLL_SECONDS)
 
-    async def _show(self, index: Path) -> None:
-        names = [entry["name"] for entry in json.loads(index.read_text())["tensors"]]
-        await self._load(index, names)
-        index.unlink()
+    def _in_turn(self, names: Iterable[str]) -> list[str]:
+        """The indexes to show now, those of different ranks next to each other. A listing may hold a rank's later one
+        and not yet an earlier one, but what is broadcast must be taken in the order in which it is sent."""
+        chosen = []
+        for sequence, rank, name in sorted((*reversed(Path(name).stem.split("-")), name) for name in names):
+            if int(sequence) == self._shown.get(rank, 0):
+                self._shown[rank] = int(sequence) + 1
+                chosen.append(name)
+        return chosen
+
+    async def _show(self, indexes: list[Path]) -> None:
+        names = [entry["name"] for index in indexes for entry in json.loads(index.read_text())["tensors"]]
+        await self._load(indexes, names)
+        for index in indexes:
+            index.unlink()
 
 
 def publish(path: Path, content: Mapping[str, Any]) -> None:

@@ -27,6 +27,7 @@ def require_cuda(transport: str) -> None:
 
 class IpcCarrier:
     kind = "ipc"
+    few_senders = False
 
     def __init__(self, bucket_bytes: int) -> None:
         require_cuda(self.kind)
@@ -52,6 +53,9 @@ class IpcCarrier:
 
     def deliver(self, slot: int, used: int) -> None:
         """Nothing: the engines open the memory."""
+
+    def delivered(self, slot: int) -> bool:
+        return True
 
     def close(self) -> None:
         self._buffers = [None] * BUCKETS_PER_RANK

@@ -27,6 +27,7 @@ def shared_memory_folder(run_dir: Path) -> Path:
 
 class SharedMemoryCarrier:
     kind = "shared_memory"
+    few_senders = False
 
     def __init__(self, folder: Path, rank: int, bucket_bytes: int) -> None:
         self._paths = [folder / f"{rank:05d}-{slot}.bin" for slot in range(BUCKETS_PER_RANK)]
@@ -64,6 +65,9 @@ class SharedMemoryCarrier:
 
     def deliver(self, slot: int, used: int) -> None:
         """Nothing: the engines map the file."""
+
+    def delivered(self, slot: int) -> bool:
+        return True
 
     def close(self) -> None:
         self._buffers = [None] * BUCKETS_PER_RANK
