@@ -1,4 +1,5 @@
-"""Which node of a cluster runs what: the trainer's ranks first, the vLLM servers behind them or beside them.
+"""Which node of a cluster runs what: the trainer's ranks first, the vLLM servers behind them or beside them, and behind
+all the nodes that test programs, if any do.
 
 Nodes are numbered as the scheduler lists them. The launchers render their jobs from a placement, the plan counts memory
 by it, and a running job reads it to know what each node does.
@@ -42,10 +43,20 @@ class ServerPlace:
 
 
 @dataclass(frozen=True, kw_only=True)
+class VerifierPlace:
+    """A node that tests programs, and does nothing else."""
+
+    node: int
+    workers: int
+    """Programs that it tests at one time."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Placement:
     nodes: int
     trainer: tuple[NodeRanks, ...]
     servers: tuple[ServerPlace, ...]
+    verifiers: tuple[VerifierPlace, ...] = ()
 
     def servers_of(self, kind: str) -> tuple[ServerPlace, ...]:
         return tuple(server for server in self.servers if server.kind == kind)
@@ -61,7 +72,8 @@ def read_placement(path: Path) -> Placement:
     facts = json.loads(path.read_text(encoding="utf-8"))
     servers = (ServerPlace(**{**server, "gpus": tuple(server["gpus"])}) for server in facts["servers"])
     trainer = (NodeRanks(**ranks) for ranks in facts["trainer"])
-    return Placement(nodes=facts["nodes"], trainer=tuple(trainer), servers=tuple(servers))
+    verifiers = (VerifierPlace(**verifier) for verifier in facts["verifiers"])
+    return Placement(nodes=facts["nodes"], trainer=tuple(trainer), servers=tuple(servers), verifiers=tuple(verifiers))
 
 
 @dataclass(frozen=True)
@@ -95,12 +107,16 @@ def place(recipe: Recipe, cluster: ClusterConfig) -> Placement:
             f"fleet.transport is ipc, which reaches the GPUs of one node, but the trainer's ranks are on "
             f"{len(trainer)} nodes; use nccl, with engines on GPUs of their own, or a layout that one node holds"
         )
-    placement = Placement(nodes=last + 1, trainer=trainer, servers=servers)
+    verifying = recipe.placement.verifier_nodes
+    verifiers = tuple(VerifierPlace(node=last + 1 + n, workers=cluster.node.cores) for n in range(verifying))
+    placement = Placement(nodes=last + 1 + verifying, trainer=trainer, servers=servers, verifiers=verifiers)
     if placement.nodes > cluster.nodes:
+        wanted_by = f"{len(trainer)} of them for the trainer's {recipe.parallel.world_size} ranks"
+        wanted_by += f" and {verifying} to verify programs" if verifying else ""
+        less = "parallel.dp, fleet.engines or placement.verifier_nodes" if verifying else "parallel.dp or fleet.engines"
         raise ConfigError(
-            f"the run wants {placement.nodes} nodes, {len(trainer)} of them for the trainer's "
-            f"{recipe.parallel.world_size} ranks, but {cluster.name} has {cluster.nodes}; lower parallel.dp or "
-            "fleet.engines, or name more nodes in the cluster file"
+            f"the run wants {placement.nodes} nodes, {wanted_by}, but {cluster.name} has {cluster.nodes}; lower "
+            f"{less}, or name more nodes in the cluster file"
         )
     away = [server for server in placement.servers_of("engine") if server.node]
     if away and recipe.fleet.transport == "shared_memory":

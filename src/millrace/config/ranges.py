@@ -22,6 +22,7 @@ from millrace.config.schema import (
     OffPolicyConfig,
     OptimizerConfig,
     ParallelConfig,
+    PlacementConfig,
     PolicyLossConfig,
     PrecisionConfig,
     PythonToolConfig,
@@ -84,6 +85,7 @@ RANGES: dict[type, dict[str, Range]] = {
         **dict.fromkeys(("start_timeout_s", "request_timeout_s", "heartbeat_s", "probe_tolerance"), _POSITIVE),
         "gpu_memory_utilization": _SHARE,
     },
+    PlacementConfig: {"trainer_nodes": _COUNT, **dict.fromkeys(("server_nodes", "verifier_nodes"), _FROM_ZERO)},
     DomainConfig: {"verify_timeout_s": _POSITIVE},
     TurnsConfig: {
         **dict.fromkeys(("most", "turn_tokens"), _COUNT),

@@ -65,6 +65,7 @@ def check_recipe(recipe: Recipe, *, world_size: int | None = None) -> list[str]:
     problems += _lengths(recipe, shape)
     problems += _fleet(recipe)
     problems += _servers(recipe)
+    problems += _verifiers(recipe)
     problems += _names(recipe)
     problems += graph_problems(recipe)
     problems += _judges(recipe)
@@ -105,6 +106,7 @@ def layout_of_recipe(recipe: Recipe, shape: ModelShape) -> list[str]:
         *_lora(recipe, shape),
         *precision_problems(recipe, shape),
         *_switches(recipe, shape),
+        *_verifiers(recipe),
     ]
 
 
@@ -337,6 +339,15 @@ def _fleet(recipe: Recipe) -> Problems:
         yield (
             f"fleet.transport is {fleet.transport}, which works on one host only, but {remote[0]} is another; "
             "use nccl or disk"
+        )
+
+
+def _verifiers(recipe: Recipe) -> Problems:
+    """Nodes that verify must find programs there."""
+    if recipe.placement.verifier_nodes > 0 and not recipe.runs_code:
+        yield (
+            f"placement.verifier_nodes is {recipe.placement.verifier_nodes}, but no domain has the environment code, "
+            "whose programs they test; leave it out"
         )
 
 

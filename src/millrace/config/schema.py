@@ -261,6 +261,9 @@ class PlacementConfig:
     server_nodes: int | None = None
     """Nodes for the vLLM servers of fleet, judges and served teachers, behind the trainer's. 0: beside the trainer's
     ranks on its own nodes. As few as hold them when absent."""
+    verifier_nodes: int = 0
+    """Nodes that do nothing but test the programs of `code` domains in their sandboxes, as many at one time as a node
+    has cores; behind all others. 0: they are tested on rank 0's machine, as in a run on one machine in any case."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -301,7 +304,8 @@ class SandboxConfig:
     """How programs are kept apart: the first that this machine can make of a zygote in namespaces, one bubblewrap for
     each run, and Landlock; or that one. `unsafe` runs them as the user, with a warning at every start."""
     workers: int | None = None
-    """Programs that are tested at one time; as many as there are processors when absent."""
+    """Programs that are tested at one time on rank 0's machine. When absent as many as it has processors, but none in a
+    job with `placement.verifier_nodes`, whose nodes test them (code)."""
     cpu_s: float = 4.0
     """Processor time of a test; a row's `time_limit_s` goes before."""
     wall_over_cpu: float = 2.5
@@ -728,6 +732,11 @@ class Recipe:
     def samples(self) -> bool:
         """Whether the run draws answers and so needs engines: in an RL stage, or to measure its domains."""
         return bool(self.domains) or any(isinstance(stage, SamplingStage) for stage in self.stages)
+
+    @property
+    def runs_code(self) -> bool:
+        """Whether a domain has programs that a node which verifies can test."""
+        return any(domain.environment == "code" for domain in self.domains.values())
 
     @property
     def judges_used(self) -> dict[str, JudgeConfig]:

@@ -28,6 +28,7 @@ MEMORY: dict[str, Assumed] = {
     ),
     "cpu_rank_process_gib": Assumed(0.6, "GiB of the host", "process of a CPU rank with its libraries"),
     "engine_process_gib": Assumed(4.0, "GiB of the host", "processes of an engine, for each of its GPUs"),
+    "verifier_process_gib": Assumed(0.05, "GiB of the host", "a worker that tests programs, with its zygote"),
     "cpu_engine_process_gib": Assumed(1.2, "GiB of the host", "processes of an engine on CPU"),
 }
 

@@ -13,7 +13,7 @@ from millrace.config.cluster import ClusterConfig
 from millrace.config.model_shape import ModelShape
 from millrace.config.rules import layout_of_recipe
 from millrace.config.schema import FleetConfig, MopdStage, Recipe, SamplingStage, SftStage
-from millrace.planning.memory import MemoryModel, Shortage
+from millrace.planning.memory import MemoryModel, Shortage, program_limits
 
 Overrides = dict[str, Any]
 """Key of a recipe -> value."""
@@ -75,6 +75,9 @@ def _needed(model: MemoryModel, role: str) -> int:
     """Bytes that one rank of a role needs; of a node, all that its kinds of ranks need."""
     if role.startswith("trainer"):
         return max(one.device_bytes for one in model.trainer)
+    if role == "verifier":
+        assert model.verifier is not None
+        return model.verifier.host_bytes * model.cluster.node.cores
     if role.startswith("node"):
         roles = [*model.trainer, *model.servers()]
         return sum((one.host_bytes + one.device_bytes * model.on_cpu) * one.ranks for one in roles)
@@ -90,6 +93,8 @@ def candidates(recipe: Recipe, shape: ModelShape, role: str, *, on_cpu: bool) ->
         yield from _of_hosts(recipe)
         for key, fleet in _fleets(recipe).items():
             yield from _of_engine(key, fleet, on_cpu=on_cpu)
+    elif role == "verifier":
+        yield from _of_programs(recipe)
     else:
         yield from _of_engine(_key_of(recipe, role), _fleets(recipe)[_key_of(recipe, role)], on_cpu=on_cpu)
 
@@ -130,6 +135,13 @@ def _of_hosts(recipe: Recipe) -> Iterator[Overrides]:
             yield {f"stages.{stage.name}.placement": "served"}
     if recipe.fleet.bucket_bytes > 2**26:
         yield {"fleet.bucket_bytes": 2**26}
+
+
+def _of_programs(recipe: Recipe) -> Iterator[Overrides]:
+    """Half of what the largest programs, or their compilers, may take."""
+    limits = program_limits(recipe)
+    half = max(limits.values()) // 2
+    yield {key: half for key, limit in limits.items() if limit > half}
 
 
 def _of_engine(key: str, fleet: FleetConfig, *, on_cpu: bool) -> Iterator[Overrides]:

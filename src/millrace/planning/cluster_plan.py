@@ -154,7 +154,8 @@ def _places(placement: Placement) -> list[tuple[str, str]]:
         ranks = [f"{one.ranks} trainer ranks" for one in placement.trainer if one.node == node]
         kinds = [server.kind for server in placement.servers if server.node == node]
         servers = [f"{kinds.count(kind)} {kind}" for kind in dict.fromkeys(kinds)]
-        texts.append(", ".join([*ranks, *servers]) or "nothing")
+        verifiers = [f"{one.workers} verifiers" for one in placement.verifiers if one.node == node]
+        texts.append(", ".join([*ranks, *servers, *verifiers]) or "nothing")
     rows: list[tuple[str, str]] = []
     first = 0
     for node in range(1, len(texts) + 1):

@@ -38,7 +38,7 @@ OF_TRAINING = frozenset({"activations", "pipeline", "backward", "logits", "fragm
 @dataclass(frozen=True, kw_only=True)
 class Role:
     name: str
-    """`trainer` (with its pipeline stage, where there are several), `engine`, `judge-NAME` or `teacher`."""
+    """`trainer` (with its pipeline stage, where there are several), `engine`, `judge-NAME`, `teacher` or `verifier`."""
     ranks: int
     """Processes of this role that each need so much."""
     device: Items
@@ -117,11 +117,29 @@ class MemoryModel:
             stage = max(served, key=teacher_count)
             yield self._server("teacher", stage.teacher_engine, self.shape, recipe.model.path, teacher_count(stage))
 
+    @cached_property
+    def verifier(self) -> Role | None:
+        """Workers of the nodes that verify, each with a program that takes all it may."""
+        nodes = self.recipe.placement.verifier_nodes
+        if not nodes:
+            return None
+        largest = max(program_limits(self.recipe).values(), default=0)
+        return Role(
+            name="verifier",
+            ranks=nodes * self.cluster.node.cores,
+            device={},
+            host={"process": gib("verifier_process_gib"), "program": largest << 20},
+            note="a program is counted with all that sandbox.memory_mb lets it take, and hardly any takes it",
+        )
+
     def whole(self, placement: Placement) -> Memory:
         """Memory of all roles and nodes, with what does not fit."""
-        roles = (*self.trainer, *self.servers())
+        verifier = self.verifier
+        roles = (*self.trainer, *self.servers(), *([verifier] if verifier else []))
         nodes = tuple(self._node_bytes(placement, roles))
-        shortages = [*(s for role in roles for s in self._device_shortage(role)), *self._host_shortages(nodes)]
+        others = nodes[: placement.nodes - len(placement.verifiers)]
+        shortages = [*(s for role in roles for s in self._device_shortage(role)), *self._host_shortages(others)]
+        shortages += self._verifier_shortage()
         return Memory(
             roles=roles,
             on_cpu=self.on_cpu,
@@ -234,6 +252,8 @@ class MemoryModel:
             role = by_name[server.kind]
             each = role.host_bytes + (role.device_bytes if self.engines_on_cpu else 0)
             totals[server.node] += each * len(server.gpus)
+        for place in placement.verifiers:
+            totals[place.node] += by_name["verifier"].host_bytes * place.workers
         yield from totals
 
     def shortfall_of_cache(self, role: Role) -> int:
@@ -296,6 +316,28 @@ class MemoryModel:
                 f"{self.cluster.name} has {gib_text(limit)}",
                 missing=nodes[worst] - limit,
             )
+
+    def _verifier_shortage(self) -> Iterator[Shortage]:
+        limit, workers = int(self.cluster.node.memory_gib * GIB), self.cluster.node.cores
+        needed = self.verifier.host_bytes * workers if self.verifier else 0
+        if needed > limit:
+            yield Shortage(
+                role="verifier",
+                sentence=f"a node that verifies may need {gib_text(needed)} for {workers} programs at one time, but a "
+                f"node of {self.cluster.name} has {gib_text(limit)}",
+                missing=needed - limit,
+            )
+
+
+def program_limits(recipe: Recipe) -> dict[str, int]:
+    """MiB that programs, and their compilers, may take, by the keys that say so."""
+    limits: dict[str, int] = {}
+    for name, domain in recipe.domains.items():
+        if domain.environment == "code":
+            limits[f"domains.{name}.sandbox.memory_mb"] = domain.sandbox.memory_mb
+            if "cpp" in domain.sandbox.languages:
+                limits[f"domains.{name}.sandbox.compile_memory_mb"] = domain.sandbox.compile_memory_mb
+    return limits
 
 
 def _recomputation(trainer: TrainerConfig) -> dict[str, Any]:

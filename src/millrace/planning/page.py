@@ -59,9 +59,10 @@ pre { overflow-x: auto; font-size: .8rem; }
 
 
 def memory_bars(plan: ClusterPlan) -> str:
-    """A bar for each role: what stands on its GPU (on nodes of CPUs in memory), and a line where the GPU ends."""
+    """A bar for each role: what stands on its GPU, without one in memory, and a line where the GPU ends."""
     memory = plan.memory
-    shown = [(role, role.device | ({} if memory.gpu_bytes else role.host)) for role in memory.roles]
+    in_memory = [role.host if not memory.gpu_bytes or not role.device else {} for role in memory.roles]
+    shown = [(role, role.device | host) for role, host in zip(memory.roles, in_memory, strict=True)]
     names = list(dict.fromkeys(name for _, items in shown for name in items))
     longest = max(memory.gpu_bytes, *(sum(items.values()) for _, items in shown), 1)
     scale = (WIDTH - 10) / longest

@@ -186,7 +186,7 @@ def suggest(recipe: Recipe, cluster: ClusterConfig, shape: ModelShape, most: int
     search = _Search(recipe, cluster, shape)
     found: list[Suggestion] = []
     fitting = 0
-    free = cluster.nodes - judge_nodes(recipe, cluster)
+    free = cluster.nodes - other_nodes(recipe, cluster)
     for nodes in trainer_nodes(free, samples=recipe.samples):
         trainers = sorted(search.trainers(nodes), key=lambda one: search.together(one, None).rank)
         fitting += len(trainers)
@@ -212,7 +212,7 @@ def _published(search: _Search) -> tuple[str, Suggestion | None] | None:
         return None
     name, overrides = found
     best: Suggestion | None = None
-    free = cluster.nodes - judge_nodes(recipe, cluster)
+    free = cluster.nodes - other_nodes(recipe, cluster)
     for nodes in trainer_nodes(free, samples=recipe.samples):
         p = changed(recipe, overrides).parallel
         dp, rest = divmod(nodes * cluster.node.gpus, p.tp * p.pp * p.cp)
@@ -293,12 +293,12 @@ def trainer_nodes(nodes: int, *, samples: bool) -> list[int]:
     return sorted(n for n in shares if n < nodes) or [nodes]
 
 
-def judge_nodes(recipe: Recipe, cluster: ClusterConfig) -> int:
-    """Nodes that judges of the run's own want."""
+def other_nodes(recipe: Recipe, cluster: ClusterConfig) -> int:
+    """Nodes that judges of the run's own want, and those that verify."""
     ranks = sum(
         judge.engine.engines * judge.engine.tensor_parallel for judge in recipe.judges_used.values() if judge.model
     )
-    return -(-ranks // cluster.node.gpus)
+    return -(-ranks // cluster.node.gpus) + recipe.placement.verifier_nodes
 
 
 def longest_sequence(recipe: Recipe) -> int:

@@ -8,7 +8,7 @@ import pytest
 from millrace.config.cluster import ClusterConfig, NodeConfig
 from millrace.config.errors import ConfigError
 from millrace.config.loading import load_cluster
-from millrace.config.placement import Placement, place
+from millrace.config.placement import Placement, VerifierPlace, place, read_placement, write_placement
 from millrace.config.schema import (
     DomainConfig,
     FleetConfig,
@@ -81,6 +81,17 @@ def test_nodes_can_be_named() -> None:
     assert place(beside, cluster(slots=4, nodes=4)).nodes == 2
 
 
+def test_nodes_that_verify_stand_behind_all_others(tmp_path: Path) -> None:
+    for world, nodes in ((4, 1), (16, 3)):  # engines beside the trainer, and behind it
+        verifying = recipe(world, placement=PlacementConfig(verifier_nodes=2))
+        placement = place(verifying, cluster(slots=8, nodes=5))
+        assert placement.nodes == nodes + 2
+        assert placement.verifiers == tuple(VerifierPlace(node=nodes + n, workers=8) for n in range(2))
+        assert max(node for node, _ in taken(placement)) == nodes - 1
+        write_placement(tmp_path / "placement.json", placement)
+        assert read_placement(tmp_path / "placement.json") == placement
+
+
 def test_judges_and_served_teachers_have_places_too() -> None:
     chat = DomainConfig(environment="genrm", train="t", held_out="h", judge="small")
     served = {"teacher_engine": FleetConfig(tensor_parallel=2), "placement": "served", "steps": 1}
@@ -109,6 +120,13 @@ def test_engines_with_cuda_ipc_live_on_the_trainers_gpus() -> None:
     [
         ({"fleet": FleetConfig(transport="ipc")}, 2, 9, "ipc, which reaches the GPUs of one node, but .* on 2 nodes"),
         ({}, 4, 1, "wants 2 nodes, 1 of them for the trainer's 4 ranks, but site has 1"),
+        (
+            {"placement": PlacementConfig(verifier_nodes=3)},
+            8,
+            3,
+            "wants 4 nodes, 1 of them for the trainer's 4 ranks and 3 to verify programs, but site has 3; lower "
+            "parallel.dp, fleet.engines or placement.verifier_nodes",
+        ),
         ({"fleet": FleetConfig(tensor_parallel=8, transport="nccl")}, 4, 9, "engine wants 8 ranks on one node"),
         ({"placement": PlacementConfig(trainer_nodes=3)}, 4, 9, "trainer_nodes 3 does not divide the 4 ranks"),
         ({"placement": PlacementConfig(trainer_nodes=1)}, 2, 9, "gives each node 4 of the 4 ranks"),

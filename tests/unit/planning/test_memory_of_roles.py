@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,9 @@ from millrace.config.placement import place
 from millrace.config.schema import MopdStage, Recipe
 from millrace.planning.activations import ActivationSettings, Part, in_flight, peak_bytes, stage_parts
 from millrace.planning.changes import changed, helpful_changes, written
+from millrace.planning.cluster_plan import plan_on_cluster, render_text
 from millrace.planning.memory import Memory, MemoryModel, Role
+from millrace.planning.page import plan_page
 
 CPU = ClusterConfig(name="small", nodes=1, node=NodeConfig(gpus=0, cores=8, memory_gib=16))
 GPUS = ClusterConfig(
@@ -56,6 +59,32 @@ def test_an_engine_without_room_for_one_sequence_says_so(recipe_file: Path) -> N
     (shortage,) = memory.shortages
     assert shortage.sentence.startswith("engine has 0.0 MiB of cache on each rank")
     assert "one sequence of 256 tokens takes" in shortage.sentence
+
+
+CODE = "domains.code={environment: code, train: math.jsonl, held_out: held-out.jsonl, sandbox: {languages: [cpp]}}"
+
+
+def test_nodes_that_verify_hold_a_program_for_each_of_their_cores(recipe_file: Path) -> None:
+    cluster = replace(CPU, nodes=3)
+    recipe = recipe_of(recipe_file, CODE, "domains.code.sandbox.compile_memory_mb=1536", "placement.verifier_nodes=2")
+    memory = memory_of(recipe, cluster)
+    verifier = role(memory, "verifier")
+    assert verifier.ranks == 16 and verifier.host["program"] == 1536 << 20, "the compiler takes more than a program"
+    assert memory.fits and memory.nodes[1:] == (8 * verifier.host_bytes,) * 2
+    plan = plan_on_cluster(recipe, cluster)
+    assert re.search(r"nodes +what runs there\n0 +1 trainer ranks, 1 engine\n1-2 +8 verifiers", render_text(plan))
+    assert "verifier x 16: 1.5 GiB" in plan_page(plan, "")
+    assert memory_of(recipe_of(recipe_file, CODE)).roles[-1].name == "engine"
+
+
+def test_a_node_that_verifies_and_is_too_small_says_so_with_what_helps(recipe_file: Path) -> None:
+    cluster = replace(CPU, nodes=2)
+    recipe = recipe_of(recipe_file, CODE, "domains.code.sandbox.memory_mb=4096", "placement.verifier_nodes=1")
+    (unfit,) = plan_on_cluster(recipe, cluster).unfit
+    assert str(unfit) == (
+        "a node that verifies may need 32.4 GiB for 8 programs at one time, but a node of small has 16.0 GiB. What "
+        "helps most: domains.code.sandbox.memory_mb=2048 (16.0 GiB less)"
+    )
 
 
 def test_frozen_models_stand_where_the_stage_wants_them(cascade_file: Path) -> None:

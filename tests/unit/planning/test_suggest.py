@@ -66,6 +66,16 @@ def test_a_recipe_without_a_place_still_gets_suggestions(cuda_recipe: Path) -> N
     assert json.loads(to_json(made))["suggestions"]["best"]
 
 
+def test_suggestions_leave_nodes_that_verify_theirs(cuda_recipe: Path) -> None:
+    code = "domains.code={environment: code, train: math.jsonl, held_out: held-out.jsonl}"
+    recipe = load_recipe(cuda_recipe, [code, "placement.verifier_nodes=1"])
+    found = suggest(recipe, SMALL, ModelShape.from_hf(recipe.model.path))
+    assert found.best
+    for one in found.best:
+        pasted = load_recipe(cuda_recipe, [code, "placement.verifier_nodes=1", *str(one).split()])
+        assert plan_on_cluster(pasted, SMALL).placement.verifiers
+
+
 def test_a_batch_that_stays_gains_less_and_less_from_more_gpus(cuda_recipe: Path) -> None:
     recipe = load_recipe(cuda_recipe, ["parallel.dp=4", "parallel.ep=4", "fleet.engines=4"])
     started = time.process_time()
