@@ -21,6 +21,7 @@ from millrace.environments.answer import final_text
 from millrace.environments.base import Message, Reward
 from millrace.environments.code_rows import CodeRowError, Problem, opening, opening_problem, read_problem
 from millrace.environments.sandbox.cpp import compiler_limits
+from millrace.environments.sandbox.remote import VerifierServer
 from millrace.environments.sandbox.run import CppProgram, Limits, Program
 from millrace.environments.sandbox.service import CodeVerifier, Outcome, SandboxError
 
@@ -42,12 +43,19 @@ RECENT_ROWS = 16
 class CodeEnvironment:
     required_fields: Sequence[str] = ()
 
-    def __init__(self, config: SandboxConfig, *, grading: Literal["binary", "fraction"]) -> None:
+    def __init__(
+        self,
+        config: SandboxConfig,
+        *,
+        grading: Literal["binary", "fraction"],
+        servers: Sequence[VerifierServer] = (),
+    ) -> None:
         self.verifier = CodeVerifier(
             tier=config.tier,
             workers=config.workers,
             compiler=_compiler_limits(config) if "cpp" in config.languages else None,
             tests_per_process=config.tests_per_process,
+            servers=servers,
         )
         self._config, self._fraction = config, grading == "fraction"
         self._recent: dict[int, tuple[Mapping[str, Any], Problem]] = {}

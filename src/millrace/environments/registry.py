@@ -17,10 +17,12 @@ from millrace.environments.long_context import LongContextEnvironment
 from millrace.environments.math import MathEnvironment
 from millrace.environments.mcqa import McqaEnvironment
 from millrace.environments.python_tool import PythonToolEnvironment
+from millrace.environments.sandbox.remote import servers_of
 from millrace.environments.structured_outputs import StructuredOutputsEnvironment
 from millrace.environments.swe_agentic import SweAgenticEnvironment
 from millrace.environments.swe_agentless import SweAgentlessEnvironment
 from millrace.environments.workplace_assistant import WorkplaceEnvironment
+from millrace.rollout.rendezvous import Rendezvous
 
 MOST_WORKERS = 16
 """Verifier processes of one domain; more would only idle, a comparison takes milliseconds."""
@@ -40,7 +42,9 @@ def make_environment(config: DomainConfig, judges: Mapping[str, Judge] | None = 
         case "instruction_following":
             return InstructionFollowingEnvironment(grading=config.grading)
         case "code":
-            return CodeEnvironment(config.sandbox, grading=config.grading)
+            meeting = Rendezvous.of_environment()
+            servers = servers_of(meeting) if meeting else ()
+            return CodeEnvironment(config.sandbox, grading=config.grading, servers=servers)
         case "workplace_assistant":
             return WorkplaceEnvironment(None if config.tables is None else Path(config.tables))
         case "python_tool":

@@ -68,7 +68,7 @@ def test_answers_are_rewarded_by_all_tests():
 
 
 def test_an_answer_that_the_sandbox_can_give_no_verdict_on_is_masked(monkeypatch):
-    monkeypatch.setattr("millrace.environments.sandbox.service.CHECK", "os:abort")
+    monkeypatch.setattr("millrace.environments.sandbox.places.CHECK", "os:abort")
     (found,) = score(environment("code"), (STREAMS, block(ADD)))
     assert found.masked and found.value == 0 and found.reason.startswith("no verdict: a program could not be tested")
 

@@ -1,26 +1,23 @@
 """Verification of programs: worker processes with a box each, a bounded queue before them, and a count of everything.
 
-A verdict is about the program alone. When a box fails, its run is tried again; when a worker dies or hangs, its program
-goes to another one; and when a program can be given no verdict at all, SandboxError says so, because any score would be
-made up.
+The workers are on this machine, and in a job with nodes that verify on those (`places`). A verdict is about the program
+alone. When a box fails, its run is tried again; when a worker or its node dies or hangs, its program goes to another
+one; and when a program can be given no verdict at all, SandboxError says so, because any score would be made up.
 """
 
 from __future__ import annotations
 
 import asyncio
-import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from millrace.environments.sandbox.cpp import require_compiler
+from millrace.environments.sandbox.places import START_S, LocalPlace, NoPlaceError, Place, Queue
+from millrace.environments.sandbox.remote import VerifierServer, remote_places
 from millrace.environments.sandbox.run import CppProgram, Limits, Program
-from millrace.environments.sandbox.tiers import UNSAFE, choose_tier
-from millrace.environments.verifier_pool import VerifierPool
+from millrace.environments.sandbox.tiers import UNSAFE
 from millrace.errors import MillraceError
-
-CHECK = "millrace.environments.sandbox.check:check"
 
 TRIES = 3
 """Workers that a program is given to before there is no verdict."""
@@ -28,14 +25,8 @@ TRIES = 3
 COMPILER_TRIES = 2 * 3
 """Of one program in a worker: twice where the compiler's message does not say why it failed, with three boxes."""
 
-WORKER_BYTES = 8 << 30
-"""Address space of a worker; a box's programs are its children and can have no more."""
-
-QUEUED_PER_WORKER = 2
-"""Programs handed to the pool beyond what runs; the others wait outside, where they cost nothing."""
-
-START_S, SLACK_PER_TEST_S = 300.0, 60.0
-"""How much longer than the limits of its tests a worker may take before it counts as stuck."""
+SLACK_PER_TEST_S = 60.0
+"""How much longer than a test's limit a worker may take before it counts as stuck."""
 
 
 class SandboxError(MillraceError):
@@ -67,6 +58,8 @@ class Statistics:
     """What the service did so far."""
 
     programs: int = 0
+    programs_of: dict[str, int] = field(default_factory=dict)
+    """Those of each place, by its name."""
     tests: int = 0
     passed: int = 0
     """Programs that passed all tests."""
@@ -82,13 +75,17 @@ class Statistics:
 
 
 class CodeVerifier:
-    """`workers` processes (as many as there are processors when None) that test programs in boxes of one tier.
+    """Tests programs in boxes of a tier: in `workers` processes of this machine and in those of `servers`.
+
+    When `workers` is None there are as many as processors, and with servers none. The tier of a server is what its
+    machine makes of `tier`.
 
     Programs in C++ are taken when `compiler` limits how they are compiled. Python programs that are trusted not to keep
     anything from one test to the next may pass several tests in one process (`tests_per_process`).
 
     Raises:
-        NoSandboxError: no tier can be used on this machine, or C++ cannot be compiled in it.
+        NoSandboxError: no tier can be used on this machine, or C++ cannot be compiled in it; or a server says so of
+            its own, or does not come.
     """
 
     def __init__(
@@ -98,15 +95,16 @@ class CodeVerifier:
         workers: int | None = None,
         compiler: Limits | None = None,
         tests_per_process: int = 1,
+        servers: Sequence[VerifierServer] = (),
     ) -> None:
-        self.tier = choose_tier(tier)
         self._compiler, self._tests_per_process = compiler, tests_per_process
-        if compiler is not None:
-            require_compiler(self.tier)
-        self.workers = workers or os.cpu_count() or 1
+        compiles = compiler is not None
+        self.places: list[Place] = []
+        if workers or not servers:
+            self.places.append(LocalPlace(tier, workers, compiles=compiles))
+        self.places += remote_places(servers, tier, compiles=compiles)
         self.statistics = Statistics()
-        self.pool = VerifierPool(CHECK, workers=self.workers, limit_s=START_S, memory_bytes=WORKER_BYTES)
-        self._room = asyncio.Semaphore(self.workers * (1 + QUEUED_PER_WORKER))
+        self._queue = Queue(self.places)
 
     async def verify(
         self,
@@ -124,7 +122,6 @@ class CodeVerifier:
         """
         compiler = self._compiler if isinstance(program, CppProgram) else None
         job = {
-            "tier": self.tier,
             "program": (program if isinstance(program, Program) else Program(program.source))._asdict(),
             "compiler": None if compiler is None else compiler._asdict(),
             "tests_per_process": self._tests_per_process,
@@ -135,29 +132,48 @@ class CodeVerifier:
         }
         limit_s = START_S + len(tests) * (limits.wall_s + SLACK_PER_TEST_S)
         limit_s += COMPILER_TRIES * compiler.wall_s if compiler is not None else 0.0
-        async with self._room:
-            report, lost = await self._report(job, limit_s)
-        self._count(report, lost, len(tests))
+        report, place, lost = await self._report(job, limit_s)
+        self._count(report, place, len(tests))
         retries = report["faults"] + lost
-        return Outcome(report["passed"], report["ran"], len(tests), report["failure"], self.tier, retries)
+        return Outcome(report["passed"], report["ran"], len(tests), report["failure"], place.tier, retries)
 
     def summary(self) -> str:
         """What was done so far, in a sentence for the log."""
         s = self.statistics
-        warning = ", WITHOUT ISOLATION" if self.tier == UNSAFE else ""
         return (
-            f"sandbox tier {self.tier}{warning}: {s.programs} programs, {s.tests} tests, {s.passed} programs passed "
+            f"sandbox {self._tiers()}: {s.programs} programs, {s.tests} tests, {s.passed} programs passed "
             f"all; {s.faults} faults of boxes and {s.lost_workers} lost workers tried again"
         )
 
-    async def close(self) -> None:
-        await self.pool.close()
+    @property
+    def tier(self) -> str:
+        """Of the first place; others may have others."""
+        return self.places[0].tier
 
-    async def _report(self, job: dict[str, Any], limit_s: float) -> tuple[dict[str, Any], int]:
-        """A worker's report with a verdict, and how many workers were lost on the way."""
+    async def close(self) -> None:
+        await asyncio.gather(*(place.close() for place in self.places))
+
+    def _tiers(self) -> str:
+        """The tier of this machine; with servers that of each place, and how many programs got their verdict there."""
+        told = [f"tier {p.tier}{', WITHOUT ISOLATION' if p.tier == UNSAFE else ''}" for p in self.places]
+        if [place.name for place in self.places] == [LocalPlace.name]:
+            return told[0]
+        programs = self.statistics.programs_of
+        places = zip(self.places, told, strict=True)
+        return "; ".join(f"on {p.name} {tier}, {programs.get(p.name, 0)} programs" for p, tier in places)
+
+    async def _report(self, job: dict[str, Any], limit_s: float) -> tuple[dict[str, Any], Place, int]:
+        """A worker's report with a verdict, where it is from, and how many workers were lost on the way."""
         reasons, lost = [], 0
         for _ in range(TRIES):
-            verdict = await self.pool.verify(job, limit_s=limit_s)
+            try:
+                place = await self._queue.take()
+            except NoPlaceError as error:
+                raise SandboxError(f"a program could not be tested: {error}") from None
+            try:
+                verdict = await place.verify(job, limit_s)
+            finally:
+                self._queue.give_back(place)
             if verdict.outcome != "done":
                 lost += 1
                 self.statistics.lost_workers += 1
@@ -166,15 +182,17 @@ class CodeVerifier:
                 self.statistics.faults += verdict.result["faults"]
                 reasons.append(verdict.result["fault"])
             else:
-                return verdict.result, lost
+                return verdict.result, place, lost
+        machine = "this machine has" if self.places[0].name == LocalPlace.name else "the nodes that verify have"
         raise SandboxError(
             f"a program could not be tested in the sandbox (tier {self.tier}), {TRIES} times: {'; '.join(reasons)}. "
-            "See that this machine has memory and processes left"
+            f"See that {machine} memory and processes left"
         )
 
-    def _count(self, report: dict[str, Any], lost: int, tests: int) -> None:
+    def _count(self, report: dict[str, Any], place: Place, tests: int) -> None:
         s = self.statistics
         s.programs += 1
+        s.programs_of[place.name] = s.programs_of.get(place.name, 0) + 1
         s.tests += report["ran"]
         s.passed += report["passed"] == tests
         s.faults += report["faults"]

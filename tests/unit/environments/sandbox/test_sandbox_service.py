@@ -12,8 +12,9 @@ import pytest
 from processes import no_process_left
 
 from millrace.environments.sandbox import boxes, single_boxes, tiers
+from millrace.environments.sandbox.places import QUEUED_PER_WORKER
 from millrace.environments.sandbox.run import Limits, Program
-from millrace.environments.sandbox.service import QUEUED_PER_WORKER, Case, CodeVerifier, SandboxError
+from millrace.environments.sandbox.service import Case, CodeVerifier, SandboxError
 from millrace.environments.sandbox.tiers import NoSandboxError, choose_tier, open_tier
 
 LIMITS = Limits(wall_s=20.0, cpu_s=5, memory_bytes=512 << 20)
@@ -72,7 +73,7 @@ def test_a_batch_is_judged_in_order_and_counted():
 
 def test_no_more_programs_than_the_queue_holds_are_handed_to_workers():
     async def work(verifier):
-        held, hand_over = [0], verifier.pool.verify
+        held, hand_over = [0], verifier.places[0].pool.verify
 
         async def counted(*arguments, **options):
             held.append(held[-1] + 1)
@@ -81,7 +82,7 @@ def test_no_more_programs_than_the_queue_holds_are_handed_to_workers():
             finally:
                 held.append(held[-1] - 1)
 
-        verifier.pool.verify = counted
+        verifier.places[0].pool.verify = counted
         await asyncio.gather(*(verifier.verify(ADD, CASES, LIMITS) for _ in range(30)))
         return max(held)
 
@@ -128,7 +129,7 @@ def test_a_hundred_programs_that_never_end_are_ended_and_the_others_judged():
 
 
 def test_a_program_without_a_verdict_is_not_scored(monkeypatch):
-    monkeypatch.setattr("millrace.environments.sandbox.service.CHECK", "os:abort")
+    monkeypatch.setattr("millrace.environments.sandbox.places.CHECK", "os:abort")
     with pytest.raises(
         SandboxError, match=r"could not be tested .* 3 times: verifier crashed .*See that this machine has memory"
     ):
