@@ -18,6 +18,7 @@ from real_runs import RL, write_recipe
 from millrace.observe.writer import read_metrics
 
 LIMIT = 480.0
+OF_A_RUN = re.compile(r"millrace\.(launch\.node|cascade\.worker|rollout\.|environments\.sandbox\.serve)|vllm")
 SHORT_RL = {**RL, "steps": 3, "prompts_per_step": 2, "sampling": {"max_response_tokens": 48}}
 
 
@@ -104,7 +105,7 @@ def processes_of(recipe: Path) -> list[psutil.Process]:
             line = " ".join(process.cmdline())
         except (psutil.NoSuchProcess, psutil.ZombieProcess):
             continue
-        if re.search(r"millrace\.(launch\.node|cascade\.worker|rollout\.)|vllm", line) and str(recipe.parent) in line:
+        if OF_A_RUN.search(line) and str(recipe.parent) in line:
             found.append(process)
     return found
 

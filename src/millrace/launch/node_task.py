@@ -1,8 +1,8 @@
 """What one node of a job does, from when it comes until all end.
 
-It looks up its part in RUN_DIR/launch/placement.json and starts the trainer's ranks, an agent for vLLM servers, or
-both. The nodes meet in a folder of the run (`rollout.rendezvous`): who is where, who lives, what failed first. They end
-together: when rank 0 has ended, or as soon as one component has failed. Imports no torch.
+It looks up its part in RUN_DIR/launch/placement.json and starts the trainer's ranks, an agent for vLLM servers, both,
+or a server that tests programs. The nodes meet in a folder of the run (`rollout.rendezvous`): who is where, who lives,
+what failed first. They end together: when rank 0 has ended, or as soon as one component has failed. Imports no torch.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from millrace.launch.local import trainer_environment as local_environment
 from millrace.launch.network import address_of, interface_of
 from millrace.launch.node import CONTINUE
 from millrace.launch.run_dir import RECIPE, locked
+from millrace.launch.verifying import serve_programs
 from millrace.rollout.agent import Agent
 from millrace.rollout.rendezvous import (
     LAUNCH_FOLDER,
@@ -158,6 +159,9 @@ class Node:
         if any(server.node == self.seat.node for server in self.placement.servers):
             agent = Agent(self.run_dir, self.meeting, self.seat.node, address)
             self._agent = threads.submit(agent.run, lambda: done.is_set() or self._over())
+        for verifier in self.placement.verifiers:
+            if verifier.node == self.seat.node:
+                serve_programs(self.run_dir, self.meeting, verifier, address, self._over, lambda: self.stop_asked)
         code = FINISHED if self.ranks is None else self._train(self.ranks)
         if self.seat.node == 0:
             return CONTINUE if code == STOPPED else code

@@ -119,10 +119,11 @@ def _nodes(run_dir: Path) -> Iterator[str]:
     for number in range(placement.nodes):
         state = meeting.node(number) if meeting else None
         where = f"{state.host} ({state.address})" if state else "has not come yet"
-        yield f"  node {number}  {where}  {'; '.join(_parts(placement, number))}"
+        yield f"  node {number}  {where}  {'; '.join(node_parts(placement, number))}"
 
 
-def _parts(placement: Placement, node: int) -> Iterator[str]:
+def node_parts(placement: Placement, node: int) -> Iterator[str]:
+    """What a node does."""
     for ranks in placement.trainer:
         if ranks.node == node:
             last = ranks.first_rank + ranks.ranks - 1
@@ -130,6 +131,9 @@ def _parts(placement: Placement, node: int) -> Iterator[str]:
     servers = [f"{server.kind}-{server.index}" for server in placement.servers if server.node == node]
     if servers:
         yield ", ".join(servers)
+    for verifier in placement.verifiers:
+        if verifier.node == node:
+            yield f"{verifier.workers} verifiers"
 
 
 def _meeting(run_dir: Path) -> Rendezvous | None:

@@ -12,9 +12,10 @@ import pytest
 from millrace.cascade.ledger import Ledger
 from millrace.config.errors import ConfigError
 from millrace.config.loading import dump_recipe, load_recipe
+from millrace.config.placement import NodeRanks, Placement, ServerPlace, VerifierPlace
 from millrace.launch.job import JobRecord, read_job, write_job
 from millrace.launch.run_dir import locked
-from millrace.launch.status import cancel_run, follow, log_file, status_lines
+from millrace.launch.status import cancel_run, follow, log_file, node_parts, status_lines
 
 
 @pytest.fixture
@@ -83,6 +84,16 @@ def test_a_launched_run_without_slurm_here_says_so_and_tells_the_rest(
     first, *rest = status_lines(run_dir)
     assert first.startswith(f"{run_dir}: launched as Slurm job 12, 13; squeue is not on PATH")
     assert rest == ["stages done: none of warm, climb"]
+
+
+def test_each_node_of_a_job_is_told_with_its_parts() -> None:
+    placement = Placement(
+        nodes=3,
+        trainer=(NodeRanks(node=0, first_rank=0, ranks=2),),
+        servers=(ServerPlace(kind="engine", index=0, node=1, gpus=(0,)),),
+        verifiers=(VerifierPlace(node=2, workers=4),),
+    )
+    assert [list(node_parts(placement, node)) for node in range(3)] == [["ranks 0 to 1"], ["engine-0"], ["4 verifiers"]]
 
 
 def test_logs_are_found_by_the_name_of_their_component(run_dir: Path) -> None:

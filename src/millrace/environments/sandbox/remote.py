@@ -183,7 +183,7 @@ class RemotePlace:
             finally:
                 reading.cancel()
         finally:
-            writer.close()
+            writer.transport.abort()  # closing would wait for a server that reads no more
         reason = f"lost the verifier of {self.name}" + ("" if reading.done() else ", which gave no sign of life")
         log.warning("%s; its programs go to others", reason)
         return reason

@@ -66,9 +66,9 @@ class ProgramServer:
         """What a verifier of the run says first; None from anybody else."""
         try:
             hello = await asyncio.wait_for(receive(reader, HELLO_BYTES), HELLO_S)
-        except (TimeoutError, ValueError):  # what came is no message
+        except (TimeoutError, ValueError, TypeError, RecursionError):  # what came is no message
             return None
-        if hello and not hmac.compare_digest(str(hello.get("token")).encode(), self._token.encode()):
+        if hello and not hmac.compare_digest(str(hello.get("token")).encode(errors="replace"), self._token.encode()):
             await _send(writer, {"refused": "the token is not that of its run"})
             return None
         return hello

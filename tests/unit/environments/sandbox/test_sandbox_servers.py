@@ -153,7 +153,7 @@ def test_nobody_is_served_without_the_token(tmp_path):
         for token in (None, "", server.token[:-1]):
             hello = {"token": token, "tier": "unsafe", "compiles": False}
             assert ask(running.address(0), hello, 5.0) == {"refused": "the token is not that of its run"}
-        for said in (b"GET / HTTP/1.1\r\n\r\n", pack({"token": "x" * 5000}), b"\0\0\0\2hm"):
+        for said in (b"GET / HTTP/1.1\r\n\r\n", pack({"token": "x" * 5000}), b"\0\0\0\2hm", b"\0\0\0\0017"):
             with socket.create_connection(running.address(0), 5.0) as channel:
                 channel.sendall(said)
                 assert channel.recv(100) == b"", "it hangs up"
