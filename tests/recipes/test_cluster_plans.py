@@ -146,6 +146,18 @@ def test_a_pasted_change_saves_what_it_says(elsewhere: Path) -> None:
         assert before - trainer_bytes(plan_on_cluster(pasted, cluster)) == change.saves
 
 
+def test_the_30b_recipe_gives_nodes_of_its_engines_to_verifying(elsewhere: Path) -> None:
+    name, cluster = Path("nemotron-cascade-2/cluster-h200.yaml"), cluster_named("hgx-h200")
+    with pytest.raises(ConfigError, match=r"34 nodes, .* and 2 to verify programs, but hgx-h200 has 32"):
+        plan_on_cluster(recipe_with_files(name, elsewhere, "placement.verifier_nodes=2"), cluster)
+    plan = plan_on_cluster(
+        recipe_with_files(name, elsewhere, "placement.verifier_nodes=2", "fleet.engines=28"), cluster
+    )
+    text = render_text(plan)
+    assert "30-31  112 verifiers" in text and "everything fits" in text
+    assert plan.memory.roles[-1].name == "verifier" and plan.memory.roles[-1].ranks == 224
+
+
 def trainer_bytes(plan: ClusterPlan) -> int:
     return max(role.device_bytes for role in plan.memory.roles if role.name.startswith("trainer"))
 
