@@ -24,10 +24,12 @@ def write_programmer(world):
     write_rows(world / "held_out.jsonl", rows[4:])
     sandbox, sampling = {"memory_mb": 256}, {"max_response_tokens": 64}
     domain = {"environment": "code", "train": "train.jsonl", "held_out": "held_out.jsonl", "sandbox": sandbox}
+    stage = {**SHORT_RL, "domains": ["code"], "steps": 1, "updates_per_batch": 1, "sampling": sampling}
+    stage["dynamic_sampling"] = False  # all answers are right
     return write_recipe(
         world,
         "programs",
-        stages=[{**SHORT_RL, "steps": 1, "domains": ["code"], "dynamic_sampling": False, "sampling": sampling}],
+        stages=[stage],
         domains={"code": domain},
         fleet={"engines": 1, "transport": "disk"},
         placement={"trainer_nodes": 2, "server_nodes": 1, "verifier_nodes": 1},
@@ -38,7 +40,7 @@ def write_programmer(world):
 def server_of(recipe):
     """The process that listens on the node that verifies, once it does."""
     for process in processes_of(recipe):
-        if "millrace.environments.sandbox.serve" in process.cmdline() and process.parent() is not None:
+        if "millrace.environments.sandbox.serve" in process.cmdline():
             listening = [c for c in process.net_connections("tcp") if c.status == psutil.CONN_LISTEN]
             if listening:
                 return process, listening[0].laddr.ip
@@ -64,6 +66,6 @@ def test_programs_are_tested_on_the_node_that_verifies_also_after_its_server_was
         r"sandbox on node 3 tier \w+, (\d+) programs: (\d+) programs, \d+ tests, (\d+) programs passed", log
     )
     assert told[-1] == ("16", "16", "16"), "4 held-out programs, 8 of the step, 4 held-out programs"
-    assert [row["reward/mean"] for row in read_metrics(run_dir / "metrics.jsonl")] == [1.0]
+    assert [row["reward/mean"] for row in read_metrics(run_dir / "metrics.jsonl") if "reward/mean" in row] == [1.0]
     assert Rendezvous(run_dir / "launch" / f"{job}.0").token() not in log
     assert not processes_of(recipe)
