@@ -10,7 +10,8 @@ and, compared by a judge, chat. Training and held-out prompts are disjoint. Besi
 * `cascade/sft.jsonl`: demonstrations of all four tasks for cascade.yaml, right in math and noisy elsewhere;
 * `judge/train.jsonl`, `judge/held_out.jsonl`: pairs of chat answers with the verdict of a rule, for judge.yaml;
 * with --code `code/`: programming problems, and demonstrations of which half pass, for code.yaml;
-* with --tools `tools/`: errands at the office, and conversations with tool calls of which three in five do them.
+* with --tools `tools/`: errands at the office, and conversations with tool calls of which three in five do them, for
+  tools.yaml.
 
 The base follows the Qwen3 layout (`base/`), with --moe also the mixture-of-experts one (`base-moe/`), and with --hybrid
 also that of Nemotron-H, with Mamba-2 layers (`base-hybrid/`). --code adds `base-code/` and --tools `base-tools/`, like
