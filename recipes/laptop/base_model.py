@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     GenerationConfig,
     NemotronHConfig,
@@ -19,34 +20,60 @@ from transformers import (
     Qwen3MoeConfig,
     Qwen3MoeForCausalLM,
 )
+from transformers.utils.chat_template_utils import render_jinja_template
 
 logger = logging.getLogger("make_data")
 
-VOCABULARY = 640
+VOCABULARY, TOOL_VOCABULARY = 640, 1000
 CHAT_TEMPLATE = (
-    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    "{% if tools %}<|im_start|>system\n{% for tool in tools %}{{ tool.function.name }}"
+    "({{ tool.function.parameters.properties | join(', ') }})\n{% endfor %}<|im_end|>\n{% endif %}"
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}"
+    "{% for call in message.tool_calls %}<tool_call>\n{{ call.function | tojson }}\n</tool_call>{% endfor %}"
+    "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+"""ChatML. Of tools only the names and their arguments' names are told, which keeps prompts short; calls are JSON."""
+THINKING, CALLING = ("<think>", "</think>"), ("<tool_call>", "</tool_call>")
+WORDS = r" ?[a-z][\w@.-]*|\d[\d-]*(?=\d\d)|\d\d|[\w@.-]+|[^\w]+"
+"""What a token of the tools' tokenizer lies in: a whole word, name or address, or all signs between two of them; of a
+date or an id the last two digits apart. Names and numbers, which have to be copied, have the same tokens everywhere,
+whether or not a space stands before them."""
 ROLES = ("user", "assistant", "system", "response_1", "response_2")
 
 
 def train_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
     """Byte-level BPE with ChatML; <think> and </think> are tokens that stay in the text."""
+    # a number is one token even where it is rare, and the roles are part of the template, not of the texts
+    always = [*(f"{role}\n" for role in ROLES), *(str(result) for result in range(28))]
+    split = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    return _train([*texts, *(always * 100)], split, VOCABULARY, THINKING)
+
+
+def train_tool_tokenizer(rows: Iterable[dict[str, Any]]) -> PreTrainedTokenizerFast:
+    """The same for conversations with tool calls, with few tokens: names, ids and the signs of JSON are one each."""
+    texts: list[str] = []
+    for row in rows:
+        ((text,), _) = render_jinja_template([row["messages"]], tools=row["tools"], chat_template=CHAT_TEMPLATE)
+        texts += re.split(r"<\|im_start\|>|<\|im_end\|>|</?tool_call>", text)
+    whole = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    split = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(WORDS), "isolated"), whole])
+    return _train(texts, split, TOOL_VOCABULARY, CALLING)
+
+
+def _train(
+    texts: Iterable[str], split: pre_tokenizers.PreTokenizer, vocabulary: int, markers: tuple[str, ...]
+) -> PreTrainedTokenizerFast:
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.pre_tokenizer = split
     tokenizer.decoder = decoders.ByteLevel()
-    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-    thinking = ["<think>", "</think>"]
     trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY - len(thinking),
-        special_tokens=special,
+        vocab_size=vocabulary - len(markers),
+        special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    # a number is one token even where it is rare, and the roles are part of the template, not of the texts
-    always = [*(f"{role}\n" for role in ROLES), *(str(result) for result in range(28))]
-    tokenizer.train_from_iterator([*texts, *(always * 100)], trainer)
-    tokenizer.add_tokens([AddedToken(token, normalized=False) for token in thinking])
+    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.add_tokens([AddedToken(token, normalized=False) for token in markers])
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         pad_token="<|endoftext|>",

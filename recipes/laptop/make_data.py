@@ -9,16 +9,19 @@ and, compared by a judge, chat. Training and held-out prompts are disjoint. Besi
   nemotron_h.yaml;
 * `cascade/sft.jsonl`: demonstrations of all four tasks for cascade.yaml, right in math and noisy elsewhere;
 * `judge/train.jsonl`, `judge/held_out.jsonl`: pairs of chat answers with the verdict of a rule, for judge.yaml;
-* with --code `code/`: programming problems, and demonstrations of which half pass, for code.yaml.
+* with --code `code/`: programming problems, and demonstrations of which half pass, for code.yaml;
+* with --tools `tools/`: errands at the office, and conversations with tool calls of which three in five do them, for
+  tools.yaml.
 
 The base follows the Qwen3 layout (`base/`), with --moe also the mixture-of-experts one (`base-moe/`), and with --hybrid
-also that of Nemotron-H, with Mamba-2 layers (`base-hybrid/`). --code adds `base-code/`, like `base/` but with a
-tokenizer made for programs. The same seed writes the same files.
+also that of Nemotron-H, with Mamba-2 layers (`base-hybrid/`). --code adds `base-code/` and --tools `base-tools/`, like
+`base/` but with tokenizers made for programs and for tool calls. The same seed writes the same files.
 """
 
 from __future__ import annotations
 
 import argparse
+import asyncio
 import json
 import logging
 import random
@@ -26,13 +29,16 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
-from base_model import train_tokenizer, write_base
+from base_model import train_tokenizer, train_tool_tokenizer, write_base
 from tasks.choices import distinct_choices
+from tasks.errands import distinct_errands, play
 from tasks.lists import distinct_list_tasks
 from tasks.notes import NoteTask, all_note_tasks
 from tasks.programs import distinct_code_tasks
 from tasks.sums import Sum, all_sums
 from tasks.verdicts import draw_pair
+
+from millrace.environments.workplace_assistant import WorkplaceEnvironment
 
 logger = logging.getLogger("make_data")
 
@@ -46,6 +52,7 @@ NOISY_CONVERSATIONS = {"math": 7000, "instruction_following": 7000}
 CASCADE_CONVERSATIONS = {"math": 7000, "instruction_following": 5000, "mcqa": 4000, "chat": 2000}
 JUDGED_PAIRS, HELD_OUT_PAIRS = 12000, 500
 CODE_PROBLEMS, HELD_OUT_CODE_PROBLEMS, CODE_CONVERSATIONS = 1200, 128, 12000
+HELD_OUT_ERRANDS, TOOL_CONVERSATIONS = 128, 8000
 REFERENCE_CARE = 0.75
 """Chance that a held-out reference note has one of the four parts of a good note."""
 
@@ -154,6 +161,20 @@ def write_code_data(folder: Path, seed: int) -> list[str]:
     return texts_of(write_conversations(folder / "sft.jsonl", rows, rng))
 
 
+def write_tool_data(folder: Path, seed: int) -> list[Row]:
+    """Write the errands and their demonstrations; returns the latter."""
+    rng, environment = random.Random(seed), WorkplaceEnvironment(None)
+    errands = distinct_errands(seed)
+    held_out, train = errands[:HELD_OUT_ERRANDS], errands[HELD_OUT_ERRANDS:]
+    write_prompts(folder, (errand.row() for errand in train), (errand.row() for errand in held_out))
+    drawn = [rng.choice(train) for _ in range(TOOL_CONVERSATIONS)]
+
+    async def play_all() -> list[Row]:
+        return [await play(environment, errand.row(), errand.demonstrate(rng)) for errand in drawn]
+
+    return write_conversations(folder / "sft.jsonl", asyncio.run(play_all()), rng)
+
+
 def texts_of(rows: list[Row]) -> list[str]:
     return [message["content"] for row in rows for message in row["messages"]]
 
@@ -170,6 +191,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--moe", action="store_true", help="also write the mixture-of-experts base")
     parser.add_argument("--hybrid", action="store_true", help="also write the hybrid base, with Mamba-2 layers")
     parser.add_argument("--code", action="store_true", help="also write programming problems, and a base for them")
+    parser.add_argument("--tools", action="store_true", help="also write errands with tool calls, and a base for them")
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     texts = write_data(options.out, options.seed)
@@ -182,6 +204,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.code:
         code_tokenizer = train_tokenizer(write_code_data(options.out / "code", options.seed))
         write_base(options.out / "base-code", code_tokenizer, options.seed, "dense")
+    if options.tools:
+        tool_tokenizer = train_tool_tokenizer(write_tool_data(options.out / "tools", options.seed))
+        write_base(options.out / "base-tools", tool_tokenizer, options.seed, "dense")
 
 
 if __name__ == "__main__":

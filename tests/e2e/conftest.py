@@ -17,7 +17,7 @@ def standing_engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict]:
     recipe = write_recipe(write_world(tmp_path_factory.mktemp("engine")), "engine", stages=[RL], domains=True)
     with pytest.MonkeyPatch.context() as environment:
         environment.setenv(TOKEN_VARIABLE, "the tests' own")
-        process = start(recipe, command=("serve",))
+        process = start(recipe, "fleet.max_model_len=2048", command=("serve",))
         try:
             assert wait_until(lambda: "fleet.addresses=" in output(recipe), process, recipe), output(recipe)
             address = output(recipe).split("fleet.addresses=[")[1].split("]")[0]

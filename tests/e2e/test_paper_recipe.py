@@ -1,5 +1,5 @@
-"""Every stage of the recipe of Nemotron-Cascade 2 as it is written, two steps each, with a model of a few thousand
-parameters, a row or two for each domain, and a judge that a test scripts. What is replaced is size and place alone."""
+"""Every stage of the recipe of Nemotron-Cascade 2 as it is written, two steps each, with a tiny hybrid that SFT teaches
+to end its answers, a row or two for each domain, and a scripted judge. Sizes and places are replaced, nothing else."""
 
 from __future__ import annotations
 
@@ -25,7 +25,13 @@ RECIPES = Path(__file__).parents[2] / "recipes"
 RECIPE = RECIPES / "nemotron-cascade-2" / "cascade.yaml"
 SHORT = 40
 """Tokens of an answer."""
-CONVERSATION = {"messages": [{"role": "user", "content": "1+1"}, {"role": "assistant", "content": "2"}]}
+CONVERSATIONS = [
+    {"messages": [{"role": "user", "content": f"say {n}"}, {"role": "assistant", "content": said}]}
+    for n in range(8)
+    for said in ("a, b", "a b")
+]
+"""Answers that end, half of them with a comma, so that IF-RL has something to learn."""
+SFT_STEPS = 60
 CODE = "def area(width, height):\n    return width + height\n"
 GOLDEN = """\
 --- a/shapes.py
@@ -76,7 +82,7 @@ def write_recipe(folder: Path, judge: str) -> Path:
     agentic.mkdir()
     script = [sys.executable, str(RECIPES / "laptop" / "make_repositories.py"), str(agentic)]
     subprocess.run(script, check=True, timeout=120)
-    write_rows(folder / "sft.jsonl", [CONVERSATION] * 8)
+    write_rows(folder / "sft.jsonl", CONVERSATIONS)
     write_checkpoint(
         "nemotron_h", folder / "base", seed=1, hybrid_override_pattern="ME*-MEM", max_position_embeddings=8192
     )
@@ -91,6 +97,7 @@ def write_recipe(folder: Path, judge: str) -> Path:
         "fleet": {"dtype": "float32", "max_model_len": 4096, "max_num_seqs": 16, "kv_cache_bytes": 1 << 26},
         "judges": judges,
         "domains": {
+            "instruction_following": {"thinking": False},  # as the conversations of SFT
             "workplace_assistant": {"tables": None},
             "swe_agentic": {"swe": {"container": "bubblewrap", "repositories": str(agentic / "repositories")}},
         },
@@ -107,13 +114,13 @@ def small_stages() -> list[str]:
     for stage in load_recipe(RECIPE).stages:
         sizes: dict[str, Any] = {"steps": 2}
         if stage.type == "sft":
-            sizes |= {"global_batch": 4, "max_length": 512}
+            sizes |= {"steps": SFT_STEPS, "global_batch": 16, "max_length": 512, "optimizer.lr": 3e-3}
         else:
             sizes |= {"prompts_per_step": 1, "samples_per_prompt": 2, "sampling.max_response_tokens": SHORT}
         if stage.name in ("sft", "mopd", "swe-agentic"):  # the others share theirs
             sizes |= {"optimizer.warmup_steps": 0}
         if stage.name == "if-rl":
-            sizes |= {"samples_per_prompt": 8}  # some with a comma and some without, or nothing is to be learnt
+            sizes |= {"samples_per_prompt": 8}
         words += [f"stages.{stage.name}.{key}={value}" for key, value in sizes.items()]
     return words
 
@@ -128,4 +135,4 @@ def test_every_stage_of_the_paper_runs_two_steps(tmp_path: Path) -> None:
     finished = [event["stage"] for event in Ledger(tmp_path / "run").events("stage_finished")]
     assert finished == names
     steps = [row["stage"] for row in read_metrics(tmp_path / "run" / "metrics.jsonl")]
-    assert {name: steps.count(name) for name in names} == dict.fromkeys(names, 2)
+    assert {name: steps.count(name) for name in names} == dict.fromkeys(names, 2) | {"sft": SFT_STEPS}

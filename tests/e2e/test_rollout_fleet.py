@@ -334,7 +334,7 @@ def test_a_rollout_survives_a_killed_and_a_frozen_engine(experts: Stand) -> None
     assert fleet.needs_sync
     report = sync.resync_if_needed()
     assert report is not None and report.version == 10
-    assert len(fleet._kept) >= 2
+    assert len(fleet._generation._kept) >= 2
     assert answers(fleet.generate(asked)) == undisturbed
     assert not server_processes(groups[1])
     assert first.health.restarts == 1

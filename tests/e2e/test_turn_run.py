@@ -37,7 +37,6 @@ KEYS = {
         }
     },
     "trainer": {"device": "cpu", "max_tokens_per_micro_batch": 1280, "threads_per_rank": 1},
-    "fleet": {"dtype": "float32", "max_model_len": 1280, "max_num_seqs": 16, "kv_cache_bytes": 67108864},
     "evaluation": {"samples": 1, "max_prompts": 2, "sampling": {"max_response_tokens": 150}},
 }
 
@@ -92,10 +91,13 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.slow
-def test_a_stage_with_a_tool_that_was_killed_and_resumed_ends_where_an_undisturbed_one_does(world: Path) -> None:
-    whole = write_recipe(world, "whole", stages=[RL], **KEYS)
+def test_a_stage_with_a_tool_that_was_killed_and_resumed_ends_where_an_undisturbed_one_does(
+    world: Path, standing_engine: dict
+) -> None:
+    keys = {**KEYS, "fleet": {"max_model_len": 1280, "max_num_seqs": 16, **standing_engine}}
+    whole = write_recipe(world, "whole", stages=[RL], **keys)
     assert run(whole) == 0, output(whole)
-    killed = write_recipe(world, "killed", stages=[RL], **KEYS)
+    killed = write_recipe(world, "killed", stages=[RL], **keys)
     run_dir = world / "runs" / "killed"
     process = start(killed)
     assert wait_until((run_dir / "rollouts" / "tool" / "step-000001.jsonl").exists, process, killed), output(killed)

@@ -32,7 +32,7 @@ def folder(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     layout = folder / "layout.json"
     layout.write_text(json.dumps(LAYOUT))
     script = Path(__file__).with_name("sync_worker.py")
-    launch(script, 4, [str(started_with), str(checkpoint), str(folder), str(layout)], timeout=240)
+    launch(script, 4, [str(started_with), str(checkpoint), str(folder), str(layout)], timeout=600)
     return folder
 
 

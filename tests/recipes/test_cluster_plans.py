@@ -68,6 +68,7 @@ REFUSED = {
     ("laptop/moe.yaml", "cpu"): AWAY,
     ("laptop/mopd-vs-grpo.yaml", "cpu"): AWAY,
     ("laptop/nemotron_h.yaml", "cpu"): AWAY,
+    ("laptop/tools.yaml", "cpu"): AWAY,
     ("nemotron-cascade-2/cascade.yaml", "cpu"): "judge-genrm wants 8 ranks on one node, but a node of cpu takes 2",
     ("nemotron-cascade-2/cascade.yaml", "dgx-h100"): AWAY,
     ("nemotron-cascade-2/cascade.yaml", "hgx-h200"): AWAY,

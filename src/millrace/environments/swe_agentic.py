@@ -28,14 +28,14 @@ from millrace.environments.sandbox.boxes import Unavailable
 from millrace.environments.sandbox.run import Limits, Run, SandboxFault
 from millrace.environments.sandbox.tiers import NoSandboxError
 from millrace.environments.sandbox.workspace import WORK, open_workspace, out_of_memory
-from millrace.environments.swe_checkout import PatchError, check_out, put_together, take_patch
-from millrace.environments.swe_rows import SweRowError, Task, read_task
-from millrace.environments.swe_tests import read_outcomes, wrong_tests
+from millrace.environments.swe.checkout import PatchError, check_out, put_together, take_patch
+from millrace.environments.swe.execution import read_outcomes, wrong_tests
+from millrace.environments.swe.rows import SweRowError, Task, read_task
 from millrace.environments.tool_calls import ToolCall, ToolCallError, parse_tool_calls
 
 T = TypeVar("T")
 
-EDIT = Path(__file__).with_name("swe_edit.py").read_text()
+EDIT = (Path(__file__).parent / "swe" / "editor.py").read_text()
 OPENING = """\
 A repository is checked out in {folder}. Solve this issue in it:
 

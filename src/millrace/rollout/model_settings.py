@@ -35,8 +35,12 @@ def model_settings(model_path: str, *, on_cpu: bool) -> ModelSettings:
             # Cached prefixes need prompts read in chunks, which the CPU engine does not do.
             arguments += ["--no-enable-prefix-caching"]
     latent = facts.get("kv_lora_rank")
-    if on_cpu and latent is not None and (latent, facts.get("qk_rope_head_dim")) != CPU_MLA_DIMS:
-        variables["VLLM_MLA_DISABLE"] = "1"  # computes the same attention from full keys and values
+    if on_cpu and latent is not None:
+        if (latent, facts.get("qk_rope_head_dim")) == CPU_MLA_DIMS:
+            # vLLM takes another kernel where the CPU has AMX, which takes no float32.
+            arguments += ["--attention-backend", "CPU_MLA"]
+        else:
+            variables["VLLM_MLA_DISABLE"] = "1"  # computes the same attention from full keys and values
     return ModelSettings(tuple(arguments), variables)
 
 

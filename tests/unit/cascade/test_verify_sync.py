@@ -7,6 +7,7 @@ from dataclasses import replace
 import torch
 
 from millrace.cascade.verify_sync import Evidence, judge
+from millrace.rollout.bandwidth import Link
 from millrace.rollout.types import Rollout
 from millrace.rollout.weight_sync import SyncReport
 
@@ -19,7 +20,19 @@ def rollout(*answer: int) -> Rollout:
 def evidence() -> Evidence:
     swapped = [rollout(5, 6, 7), rollout(8, 9, 3)]
     scores = [torch.tensor(answer.rollout_logp) + 1e-6 for answer in swapped]
-    report = SyncReport(2, 1, 1000, 10, 0.5, {}, 2, 1, 0.0, 0.0)
+    report = SyncReport(
+        version=2,
+        engines=1,
+        bytes=1000,
+        tensors=10,
+        link=Link("a copy in memory", 1.0),
+        seconds=0.5,
+        phases={},
+        fingerprints=2,
+        held=1,
+        probe_mean=0.0,
+        probe_max=0.0,
+    )
     return Evidence([rollout(4, 4, 4), rollout(4, 4, 4)], swapped, swapped, scores, scores, None, report)
 
 

@@ -149,7 +149,7 @@ def test_programs_in_two_languages_are_rewarded():
     assert [reward.reason for reward in found[2:]] == [
         "no program in a fenced block",
         "no program in a fenced block",
-        "test 1: wrong output",
+        "test 1: wrong output '-1', not '1'",
         "does not compile (main.cpp:1:22: error: expected ';' before '}' token)",
     ]
 
@@ -178,9 +178,9 @@ def test_several_tests_in_one_process_give_the_verdicts_of_one_process_each():
     )
     assert [reward.value for reward in found] == [1, 1, 1, 1, 0, 0, 1, 0]
     assert [found[place].reason for place in (4, 5, 7)] == [
-        "test 6: wrong output",
+        "test 6: wrong output '0', not '6'",
         "test 6: exit status 1 (ZeroDivisionError: division by zero)",
-        "test 8: wrong value",
+        "test 8: wrong value 0, not 8",
     ]
     assert [(found[place].details["tests_passed"], found[place].details["tests_run"]) for place in (4, 7)] == [
         (5, 6),

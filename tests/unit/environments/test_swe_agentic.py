@@ -16,8 +16,8 @@ from millrace.environments.sandbox.boxes import Unavailable
 from millrace.environments.sandbox.run import Limits, Run
 from millrace.environments.sandbox.tiers import NoSandboxError, open_tier
 from millrace.environments.sandbox.workspace import ApptainerWorkspace, out_of_memory
-from millrace.environments.swe_rows import SweRowError, read_task
-from millrace.environments.swe_tests import read_outcomes, wrong_tests
+from millrace.environments.swe.execution import read_outcomes, wrong_tests
+from millrace.environments.swe.rows import SweRowError, read_task
 
 SCRIPT = Path(__file__).parents[3] / "recipes/laptop/make_repositories.py"
 

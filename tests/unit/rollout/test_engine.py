@@ -74,8 +74,7 @@ def test_the_tree_ends_when_the_thread_that_started_it_ends(tmp_path: Path) -> N
 
     thread = threading.Thread(target=starter)
     thread.start()
-    wait_until(lambda: bool(started))
-    time.sleep(0.5)
+    wait_until(lambda: bool(started) and bool(psutil.Process(started[0].pid).children()))  # it watches by now
     assert started[0].poll() is None
     release.set()
     thread.join()

@@ -49,6 +49,8 @@ def test_latent_attention_takes_the_cpu_kernel_at_its_widths_alone(tmp_path, lat
             FleetConfig(), model_path=path, inherited={}, token="t", host="127.0.0.1", device=device
         )
         assert (environment.get("VLLM_MLA_DISABLE") == "1") is expected
+        # Without AMX too, and whatever the data type: what is verified here is what runs everywhere.
+        assert ("CPU_MLA" in command(path, device)) is (device == "cpu" and not disabled)
 
 
 def test_what_a_recipe_adds_comes_last_and_so_wins(tmp_path):

@@ -1,1 +1,1 @@
-"""Software engineering without execution: files in memory, edits of them, prompts."""
+"""Software engineering: rows, prompts, edits of files in memory, checkouts, an agent's editor, and the run of tests."""

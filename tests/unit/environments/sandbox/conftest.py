@@ -56,7 +56,7 @@ def host(tmp_path_factory):
         for path in (folder, folder / "secret", folder / "writable"):
             os.chown(path, NOBODY, NOBODY)
     mode = (folder / "writable").stat().st_mode, (folder / "writable").stat().st_mtime
-    victim = subprocess.Popen(["/usr/bin/sleep", "600"], start_new_session=True, **user)
+    victim = subprocess.Popen(["/usr/bin/sleep", "infinity"], start_new_session=True, **user)
     with socket.create_server(("127.0.0.1", 0)) as server, socket.socket(socket.AF_UNIX) as abstract:
         name = f"millrace-test-{os.getpid()}"
         abstract.bind("\0" + name)

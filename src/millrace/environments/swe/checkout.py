@@ -15,7 +15,7 @@ from pathlib import Path
 
 from millrace.environments.sandbox.run import Limits, Run, SandboxFault
 from millrace.environments.sandbox.workspace import ApptainerWorkspace, Workspace
-from millrace.environments.swe_rows import R2E_FOLDER, Task
+from millrace.environments.swe.rows import R2E_FOLDER, Task
 
 GIT_LIMIT_S = 600.0
 PATCH_LIMITS = Limits(

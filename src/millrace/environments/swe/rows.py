@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeGuard
 
-from millrace.environments.swe_tests import FORMATS
+from millrace.environments.swe.execution import FORMATS
 
 Row = Mapping[str, Any]
 
