@@ -24,7 +24,8 @@ from millrace.rollout.types import Request, Rollout, SamplingParams
 from millrace.stages.control import Control
 from millrace.stages.domains import Domain
 from millrace.stages.groups import NOT_SCORED, Episode, Group, Scored
-from millrace.stages.turns import TurnEpisode, TurnRules
+from millrace.stages.stream import TurnRules
+from millrace.stages.turns import TurnEpisode
 from millrace.stages.verdicts import masked, require_a_verdict, require_unmasked, undecided
 
 T = TypeVar("T")

@@ -14,7 +14,8 @@ from millrace.data.errors import DataError
 from millrace.data.tokenizer import ChatTokenizer
 from millrace.environments.base import Reward
 from millrace.stages.groups import Episode
-from millrace.stages.turns import TurnEpisode, TurnRules, turn_seed
+from millrace.stages.stream import TurnRules, turn_seed
+from millrace.stages.turns import TurnEpisode
 
 from .turn_worlds import END_OF_TEXT, ScriptedEnvironment, ScriptedPolicy, Turn, slow_tokens, spoken
 
