@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from millrace.config.schema import (
+    AgentConfig,
     CheckpointConfig,
     CurriculumConfig,
     DomainConfig,
@@ -84,6 +85,7 @@ RANGES: dict[type, dict[str, Range]] = {
         **dict.fromkeys(("start_timeout_s", "request_timeout_s", "heartbeat_s", "probe_tolerance"), _POSITIVE),
         "gpu_memory_utilization": _SHARE,
     },
+    AgentConfig: {"port": Range(0, 65535), "concurrency": _COUNT},
     DomainConfig: {"verify_timeout_s": _POSITIVE},
     TurnsConfig: {
         **dict.fromkeys(("most", "turn_tokens"), _COUNT),
