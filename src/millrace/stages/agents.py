@@ -37,15 +37,15 @@ from millrace.stages.stream import Ask, Spent, TokenStream, TurnRules
 
 @dataclass
 class _Segment:
-    """A conversation that only grew."""
+    """A conversation that only grew; it is kept as soon as the policy has replied in it."""
 
     opening: ChatRequest
     stream: TokenStream
-    asked: list[str] = field(default_factory=list)
+    asked: list[str] = field(init=False)
     """What the messages of the last request say."""
-    replied: str = ""
+    replied: str = field(init=False)
     """What the policy's reply to it says."""
-    reply: Reply | None = None
+    reply: Reply = field(init=False)
 
     def tools_are(self, request: ChatRequest) -> bool:
         return _as_text(request) == _as_text(self.opening)
@@ -55,8 +55,7 @@ class _Segment:
         before = [*self.asked, self.replied]
         new = request.messages[len(before) :]
         return (
-            self.reply is not None
-            and bool(new)
+            bool(new)
             and said[: len(before)] == before
             and all(message["role"] != "assistant" for message in new)
             and self.tools_are(request)
@@ -79,6 +78,7 @@ class AgentEpisode:
     ask: Ask
     _spent: Spent = field(default_factory=Spent)
     _segment: _Segment | None = None
+    """The last one that the policy said something in."""
     _segments: int = 0
     _cut: Cut | None = None
     _deadline: float = 0.0
@@ -117,14 +117,17 @@ class AgentEpisode:
         except EnvironmentFault as fault:
             if asyncio.get_running_loop().time() >= self._deadline:
                 self._cut = "time"
+            if self._segment is None or self._cut in (None, "time"):
+                return fault.reward()
             # An agent that gives up at a limit did nothing wrong: the policy did not come to an end.
-            masked = self._cut in (None, "time")
-            return fault.reward() if masked else Reward(0.0, f"cut by {self._cut}, without a reward of the agent")
+            return Reward(0.0, f"cut by {self._cut}, without a reward of the agent")
         finally:
             agent.cancel()
         if self._segment is None:
             return EnvironmentFault("the agent gave a reward without asking the policy").reward()
-        return reward if self._cut is None else replace(reward, reason=f"cut by {self._cut}: {reward.reason}")
+        if self._cut is None:
+            return reward
+        return replace(reward, reason=f"cut by {self._cut}: {reward.reason}", masked=self._cut == "time")
 
     def _scored(self, reward: Reward) -> Scored:
         stream = self._segment.stream if self._segment else self._stream(self.episode.prompt)
@@ -158,13 +161,17 @@ class AgentEpisode:
 
     async def _reply(self, request: ChatRequest) -> Reply:
         said, segment = [told(message) for message in request.messages], self._segment
-        if segment and segment.reply and segment.asked == said and segment.tools_are(request):
+        if segment and segment.asked == said and segment.tools_are(request):
             return segment.reply
-        self._cut = self._cut or self._hear(request, said)
+        if self._cut is None:
+            if segment and segment.goes_on_with(request, said):
+                self._cut = self._hear(segment, request)
+            else:
+                segment = self._new_segment(request)
+                self._cut = segment.stream.limit(self._deadline)
         if self._cut is not None:
             return self._over(self._cut)
-        segment = self._segment
-        assert segment is not None, "what was heard has one"
+        assert segment is not None, "one goes on, or is new"
         self._cut = await segment.stream.generate(self._deadline)
         if self._cut == "time":
             return self._over(self._cut)
@@ -174,31 +181,22 @@ class AgentEpisode:
         segment.reply = completion(
             turn.request_id, int(time.time()), message, turn.finish_reason, len(turn.prompt), len(turn.answer)
         )
+        if segment is not self._segment:
+            self._segment, self._segments = segment, self._segments + 1
         return segment.reply
 
-    def _hear(self, request: ChatRequest, said: list[str]) -> Cut | None:
-        """Put what is new before the policy, unless a limit leaves no room for another turn."""
-        segment = self._segment
-        if segment is None or not segment.goes_on_with(request, said):
-            return self._begin_segment(request)
-        if len(segment.asked) == len(segment.opening.messages):  # its first turn is over; the later ones are alike
-            opening = segment.opening
-            self.tokenizer.require_observations(
-                opening.messages, tools=opening.tools or None, thinking=self.episode.thinking
-            )
-        return segment.stream.observe(request.messages[len(segment.asked) + 1 :], self._deadline)
-
-    def _begin_segment(self, request: ChatRequest) -> Cut | None:
+    def _new_segment(self, request: ChatRequest) -> _Segment:
         tools, thinking = request.tools or None, self.episode.thinking
-        prompt = tuple(self.tokenizer.render_prompt(request.messages, tools=tools, thinking=thinking))
-        stream = self._stream(prompt)
-        if cut := stream.limit(self._deadline):
-            return cut
-        if len(prompt) >= self.rules.context:
-            return "context"
-        self._segment = _Segment(request, stream)
-        self._segments += 1
-        return None
+        prompt = self.tokenizer.render_prompt(request.messages, tools=tools, thinking=thinking)
+        return _Segment(request, self._stream(tuple(prompt)))
+
+    def _hear(self, segment: _Segment, request: ChatRequest) -> Cut | None:
+        """Put what is new behind the policy's turn, unless a limit leaves no room for another one."""
+        opening = segment.opening
+        if len(segment.asked) == len(opening.messages):  # what follows its first turn; the later ones are alike
+            tools, thinking = opening.tools or None, self.episode.thinking
+            self.tokenizer.require_observations(opening.messages, tools=tools, thinking=thinking)
+        return segment.stream.observe(request.messages[len(segment.asked) + 1 :], self._deadline)
 
     def _over(self, cut: Cut) -> Reply:
         """Refuses a request behind the end, in the words by which agents know that a conversation can grow no more."""

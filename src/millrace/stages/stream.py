@@ -105,12 +105,14 @@ class TokenStream:
         return None
 
     def limit(self, deadline: float) -> Cut | None:
-        """What forbids another turn, whatever its prompt; None where nothing does."""
+        """What forbids another turn as things stand; None where nothing does."""
         if self.spent.turns >= self.rules.limits.most:
             return "turns"
         if asyncio.get_running_loop().time() >= deadline:
             return "time"
-        return "tokens" if self.spent.sampled >= self.rules.sampling.max_response_tokens else None
+        if self.spent.sampled >= self.rules.sampling.max_response_tokens:
+            return "tokens"
+        return "context" if len(self.prompt) + len(self._answer) >= self.rules.context else None
 
     def _tokens_of(self, messages: Sequence[Message]) -> list[int]:
         end = self.tokenizer.end_of_turn_id

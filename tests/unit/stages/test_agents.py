@@ -56,9 +56,13 @@ def tokenizers(tmp_path_factory):
 ROW = {"responses_create_params": {"input": [{"role": "user", "content": "go"}], "metadata": {"of": "a row"}}}
 
 
-def play(tokenizer, agent, script, rules=ROOMY, *, thinking=None, concurrency=8, url=None):
+def play(tokenizer, agent, script, rules=ROOMY, *, thinking=None, concurrency=8, url=None, seconds=()):
     """One episode, its policy and the server of its agent."""
     policy = ScriptedPolicy([Turn(tokens, None) for tokens in script])
+
+    async def ask(request):
+        policy.seconds = seconds[len(policy.asked)] if seconds else 0.0
+        return await policy(request)
 
     async def played(server):
         environment = AgentServerEnvironment(AgentConfig(url=url or server.url, concurrency=concurrency))
@@ -66,7 +70,7 @@ def play(tokenizer, agent, script, rules=ROOMY, *, thinking=None, concurrency=8,
         prompt = tuple(tokenizer.render_prompt(messages, thinking=thinking))
         episode = Episode("7", "d", ROW, messages, prompt, 5, thinking=thinking, turns=True)
         async with ChatEndpoint(None, 0, "d") as endpoint:
-            scored = await AgentEpisode(episode, 0, rules, tokenizer, policy).play(environment, endpoint)
+            scored = await AgentEpisode(episode, 0, rules, tokenizer, ask).play(environment, endpoint)
         await environment.close()
         return scored
 
@@ -264,7 +268,20 @@ def test_a_limit_refuses_the_next_request_and_cuts_the_episode(tokenizers, limit
 def test_an_opening_without_room_is_refused_before_the_engine_is_asked(tokenizers):
     rules = dataclasses.replace(ROOMY, context=20)
     scored, policy, _ = play(tokenizers["chatml"], lambda asking: asking.post(asking.opening).status_code, [], rules)
-    assert scored.cut == "context" and not policy.asked and scored.rollout.answer == ()
+    assert scored.cut == "context" and not policy.asked and scored.rollout.answer == () and scored.reward.masked
+
+
+def test_a_segment_that_the_policy_said_nothing_in_is_not_trained_on(tokenizers):
+    def agent(asking):
+        asking.say(asking.opening)
+        with pytest.raises(httpx.ReadTimeout):
+            asking.http.timeout = 0.3
+            asking.post([{"role": "user", "content": "something else"}])
+        return 1.0
+
+    scored, policy, _ = play(tokenizers["chatml"], agent, [spoken("one"), spoken("two")], seconds=[0.0, 5.0])
+    assert len(policy.asked) == 2 and list(scored.rollout.answer) == spoken("one")
+    assert scored.reward == Reward(1.0, "the agent's reward", {"segments": 1.0})
 
 
 # ---- faults
