@@ -8,7 +8,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import httpx
+import torch
 from real_runs import output, run, write_recipe, write_rows, write_world
+from transformers import AutoModelForCausalLM
 
 from millrace.data.tokenizer import ChatTokenizer
 from millrace.observe.report.rollouts import read_groups
@@ -21,10 +23,28 @@ RL = {
     "domains": ["agent"],
     "steps": 1,
     "prompts_per_step": 2,
-    "samples_per_prompt": 8,
-    "sampling": {"max_response_tokens": 180},
+    "samples_per_prompt": 4,
+    "sampling": {"max_response_tokens": 120},
     "optimizer": {"lr": 1.0e-3},
 }
+
+
+def learn_to_be_brief(path: Path) -> None:
+    """Teach a checkpoint to end its turns, well enough that it mostly does and says something else each time."""
+    tokenizer = ChatTokenizer(path)
+    spoken = [("user", "say red"), ("assistant", "red blue"), ("user", "and?"), ("assistant", "blue red")]
+    (text,) = tokenizer.render_conversation([{"role": role, "content": said} for role, said in spoken])
+    tokens, kept = torch.tensor([text.tokens]), torch.tensor([text.loss_mask])
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    for _ in range(100):
+        loss = model(input_ids=tokens, labels=tokens.masked_fill(~kept, -100)).loss
+        if loss.item() < 0.5:
+            break
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    model.save_pretrained(path)
 
 
 @contextmanager
@@ -65,6 +85,7 @@ def counting_agent() -> Iterator[str]:
 
 def test_a_stage_trains_on_the_tokens_of_an_agents_conversations(standing_engine: dict, tmp_path: Path) -> None:
     world = write_world(tmp_path)
+    learn_to_be_brief(world / "base")
     rows = [{"responses_create_params": {"input": [{"role": "user", "content": prompt}]}} for prompt in PROMPTS]
     write_rows(world / "train.jsonl", rows)
     write_rows(world / "held_out.jsonl", rows[:1])
@@ -92,10 +113,10 @@ def test_a_stage_trains_on_the_tokens_of_an_agents_conversations(standing_engine
     tokenizer = ChatTokenizer(world / "base")
     file = run_dir / "rollouts" / "driven" / "step-000000.jsonl"
     answers = [answer for group in read_groups(file, 1 << 30) for answer, _ in group]
-    assert len(answers) == 16 and all(answer["details"] == {"segments": 1.0} for answer in answers)
+    assert len(answers) == 8 and all(answer["details"] == {"segments": 1.0} for answer in answers)
     for answer in answers:
         assert answer["prompt_tokens"] == tokenizer.render_prompt(answer["messages"])
         for begin, end in answer["given"]:
             text = tokenizer.decode(answer["answer_tokens"][begin:end], skip_special=False)
             assert text.removeprefix("<|im_end|>") == "\n<|im_start|>user\nand?<|im_end|>\n<|im_start|>assistant\n"
-    assert any(answer["given"] for answer in answers), "an untrained model ends some turns by itself"
+    assert any(len(answer["given"]) == 2 for answer in answers), "some go through all three turns"
