@@ -157,6 +157,7 @@ def _settings(recipe: Recipe, samples: int) -> dict[str, Any]:
         "train_sha256": hashlib.sha256(Path(domain.train).read_bytes()).hexdigest(),
         **({"turns": dataclasses.asdict(domain.turns)} if domain.environment in WITH_TURNS else {}),
         **({"python": dataclasses.asdict(domain.python)} if domain.environment == "python_tool" else {}),
+        **({"agent": domain.agent.url} if domain.environment == "agent" else {}),
         "samples": samples,
         **dataclasses.asdict(recipe.evaluation.sampling),
     }

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from millrace.config.schema import (
+    AgentConfig,
     CheckpointConfig,
     CurriculumConfig,
     DomainConfig,
@@ -86,6 +87,7 @@ RANGES: dict[type, dict[str, Range]] = {
         "gpu_memory_utilization": _SHARE,
     },
     PlacementConfig: {"trainer_nodes": _COUNT, **dict.fromkeys(("server_nodes", "verifier_nodes"), _FROM_ZERO)},
+    AgentConfig: {"port": Range(0, 65535), "concurrency": _COUNT},
     DomainConfig: {"verify_timeout_s": _POSITIVE},
     TurnsConfig: {
         **dict.fromkeys(("most", "turn_tokens"), _COUNT),

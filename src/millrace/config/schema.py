@@ -381,6 +381,22 @@ class SweAgenticConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class AgentConfig:
+    url: str | None = None
+    """Where the agent's server is asked, such as http://node7:8001 for a NeMo-Gym agent: each episode is one POST of
+    its row to URL/run, whose reply holds the `reward`. It is asked directly: proxies that the environment names are not
+    used."""
+    listen: str | None = None
+    """Address of rank 0 at which the agent finds the policy; where the run's ranks meet when absent: loopback on one
+    machine, the address of rank 0's node in a job."""
+    port: int = 0
+    """Port at that address; a free one of each batch's own when 0. An agent whose own settings name the endpoint, as
+    NeMo-Gym's model server does, needs a fixed one."""
+    concurrency: int = 256
+    """Episodes that the agent's server is given at one time; the others wait, for `turns.open_s` at most."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class DomainConfig:
     environment: Literal[
         "math",
@@ -394,6 +410,7 @@ class DomainConfig:
         "long_context",
         "swe_agentless",
         "swe_agentic",
+        "agent",
     ]
     """Which environment scores the answers."""
     train: str
@@ -413,7 +430,7 @@ class DomainConfig:
     sandbox: SandboxConfig = field(default_factory=SandboxConfig)
     """code, python_tool: where programs are run, in which languages (code), and under which limits."""
     turns: TurnsConfig = field(default_factory=TurnsConfig)
-    """Limits of an episode (python_tool, workplace_assistant, swe_agentic: environments with turns)."""
+    """Limits of an episode (python_tool, workplace_assistant, swe_agentic, agent: environments with turns)."""
     python: PythonToolConfig = field(default_factory=PythonToolConfig)
     """Limits of the Python tool (python_tool)."""
     tables: str | None = None
@@ -424,6 +441,8 @@ class DomainConfig:
     that are all bad, the least bad is no example. null trains on every prompt."""
     swe: SweAgenticConfig = field(default_factory=SweAgenticConfig)
     """Containers, repositories and limits of the agent (swe_agentic)."""
+    agent: AgentConfig = field(default_factory=AgentConfig)
+    """The server of an agent that drives the episodes, and where it finds the policy (agent)."""
     pass_rates: str | None = None
     """JSONL file of the training prompts' pass rates, as `millrace data passrate` writes it; a stage's `curriculum`
     reads it."""

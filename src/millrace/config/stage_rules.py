@@ -10,6 +10,7 @@ from millrace.config.checkpoint_files import checkpoint_problems
 from millrace.config.graph import nearest
 from millrace.config.schema import (
     JUDGED,
+    AgentConfig,
     DomainConfig,
     EvaluateStage,
     GateConfig,
@@ -246,7 +247,7 @@ def _optimizer(optimizer: OptimizerConfig, key: str, steps: int | None) -> Probl
         yield f"{key}.warmup_steps {optimizer.warmup_steps} is more than {what} ({length}); lower it"
 
 
-WITH_TURNS = ("python_tool", "workplace_assistant", "swe_agentic")
+WITH_TURNS = ("python_tool", "workplace_assistant", "swe_agentic", "agent")
 """Environments whose episodes have many turns."""
 RUN_PROGRAMS = ("code", "python_tool")
 """Environments that need a sandbox."""
@@ -273,8 +274,10 @@ def domain_problems(recipe: Recipe) -> Problems:
             yield f"{key}.tables is set, but {domain.environment} has no tables; leave it out"
         yield from _sandbox(domain, f"{key}.sandbox")
         yield from _turns(domain, key)
+        yield from _agent(domain, key)
         if domain.judge is not None and domain.judge not in recipe.judges:
             yield f"{key}.judge is {domain.judge}, which is not among the judges{nearest(domain.judge, recipe.judges)}"
+    yield from _ports_of_agents(recipe)
     for name, judge in recipe.judges.items():
         yield from _judge(judge, f"judges.{name}")
         yield from _room_for_answers(name, judge, recipe)
@@ -322,6 +325,36 @@ def _turns(domain: DomainConfig, key: str) -> Problems:
             f"{key}.turns.step_s is {domain.turns.step_s:g}, but calls of the Python tool in one turn may take "
             f"python.all_calls_s {domain.python.all_calls_s:g} s; raise the one or lower the other"
         )
+
+
+def _agent(domain: DomainConfig, key: str) -> Problems:
+    agent = domain.agent
+    if domain.environment != "agent":
+        if agent != AgentConfig():
+            yield f"{key}.agent is set, but no agent's server drives {domain.environment}; leave it out"
+        return
+    if domain.system_prompt is not None:
+        yield f"{key}.system_prompt is set, but an agent writes its own prompts; put it into the rows' instructions"
+    if agent.url is None:
+        yield f"{key}.agent.url is required: the server of the agent, such as http://node7:8001"
+    elif holds_credentials(agent.url):
+        yield f"{key}.agent.url holds credentials, which would stand in the run's files; leave them out"
+    elif problem := http_problem(agent.url):
+        yield f"{key}.agent.url {problem}"
+    if agent.listen in ("0.0.0.0", "::", "", "*"):
+        yield (
+            f"{key}.agent.listen is {agent.listen!r}, which listens on every network of this machine; name the one "
+            "address that the agent reaches"
+        )
+
+
+def _ports_of_agents(recipe: Recipe) -> Problems:
+    """Endpoints of one batch's domains are open at the same time."""
+    taken: dict[tuple[str | None, int], str] = {}
+    for name, domain in recipe.domains.items():
+        place = domain.agent.listen, domain.agent.port
+        if domain.agent.port and (other := taken.setdefault(place, name)) != name:
+            yield f"domains.{name}.agent.port is {domain.agent.port}, as that of domains.{other}; take another one"
 
 
 def _swe_agentic(domain: DomainConfig, key: str) -> Problems:

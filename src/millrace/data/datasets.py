@@ -28,7 +28,8 @@ Read = Callable[[Row], Row]
 """From a row as the file has it to the row that is checked and used; raises MillraceError for one it cannot read."""
 
 
-def _as_written(row: Row) -> Row:
+def as_written(row: Row) -> Row:
+    """A row that needs no reading."""
     return row
 
 
@@ -40,7 +41,7 @@ class JsonlFile:
     """
 
     def __init__(
-        self, path: str | Path, required: Iterable[str] = (), check: Check | None = None, read: Read = _as_written
+        self, path: str | Path, required: Iterable[str] = (), check: Check | None = None, read: Read = as_written
     ) -> None:
         self.path = Path(path)
         self._required, self._check, self._read = tuple(required), check, read
@@ -114,7 +115,7 @@ class PromptDataset:
     """Rows that environments make prompts of, each with an id that stays the same wherever the row stands."""
 
     def __init__(
-        self, path: str | Path, required: Iterable[str] = (), check: Check | None = None, read: Read = _as_written
+        self, path: str | Path, required: Iterable[str] = (), check: Check | None = None, read: Read = as_written
     ) -> None:
         self._rows = JsonlFile(path, required, check, read)
         self._refuse_repeated_ids()

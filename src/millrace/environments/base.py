@@ -1,12 +1,14 @@
 """What an environment is: it opens an episode with a prompt and answers each of the policy's turns.
 
 A single-turn domain (`Environment`) scores the first answer. One with tools (`TurnEnvironment`) keeps a `Session` for
-each episode, which answers each turn with an observation until it gives a reward. Stages and the evaluation only know
-these interfaces.
+each episode, which answers each turn with an observation until it gives a reward. In one with an agent of its own
+(`AgentEnvironment`) it is the agent who asks the policy, and gives the reward when it is done. Stages and the
+evaluation only know these interfaces.
 """
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, runtime_checkable
@@ -102,6 +104,46 @@ class TurnEnvironment(Protocol):
     async def close(self) -> None: ...
 
 
+EPISODE_FIELD = "millrace_episode"
+"""Under which the metadata of a request name its episode, where no API key of its own can."""
+
+
+@dataclass(frozen=True)
+class ModelAddress:
+    """Where an agent asks the policy on behalf of one episode, as OpenAI's clients take it."""
+
+    base_url: str
+    api_key: str
+    """The episode's own."""
+    model: str
+
+
+@runtime_checkable
+class AgentEnvironment(Protocol):
+    """One domain whose episodes are driven by an agent outside of Millrace."""
+
+    required_fields: Sequence[str]
+    places: asyncio.Semaphore
+    """Of the episodes that the agent is given at one time."""
+    listen: str | None
+    port: int
+    """Where it finds the policy (see `AgentConfig`)."""
+
+    def validate(self, row: Mapping[str, Any]) -> str | None: ...
+
+    def reset(self, row: Mapping[str, Any]) -> list[Message]:
+        """The messages that the row opens with; the agent may well ask the policy something else."""
+        ...
+
+    def tools(self, row: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]: ...
+
+    async def drive(self, row: Mapping[str, Any], model: ModelAddress) -> Reward:
+        """Have the agent drive one episode to its end. Raises for all that goes wrong with it."""
+        ...
+
+    async def close(self) -> None: ...
+
+
 @runtime_checkable
 class ReportingEnvironment(Protocol):
     """A domain that says with each batch of rewards how they came about."""
@@ -140,3 +182,6 @@ class GroupEnvironment(Environment, Protocol):
     ) -> list[Reward]:
         """Rewards of all answers to one prompt; None stands for an answer that was cut at the length limit."""
         ...
+
+
+AnyEnvironment = Environment | TurnEnvironment | AgentEnvironment

@@ -43,23 +43,23 @@ def plain_row(row: Row) -> Row:
         row = {"answer": row["expected_answer"], **row}
     if request is None:
         return row
-    if not isinstance(request, Mapping):
-        raise GymRowError(f"{REQUEST} must be an object with 'input', not {request!r}")
+    messages = request_messages(request)
     nested = row.get(NESTED)
     fields = {**row, **(nested if isinstance(nested, Mapping) else {})}
     fields = {name: value for name, value in fields.items() if value is not None and name not in (REQUEST, NESTED)}
-    if request.get("tools"):
-        fields["tools"] = _tools(request["tools"])
+    if tools := request_tools(request):
+        fields["tools"] = tools
         if GRADED_CALLS not in fields:
             raise GymRowError(
-                f"{REQUEST} offers {len(fields['tools'])} tools, but the row has no {GRADED_CALLS}, by which calls are "
+                f"{REQUEST} offers {len(tools)} tools, but the row has no {GRADED_CALLS}, by which calls are "
                 "graded; leave the row out"
             )
-    return {**fields, "prompt": _messages(request)}
+    return {**fields, "prompt": messages}
 
 
-def _tools(given: Any) -> list[dict[str, Any]]:
-    """The functions as chat templates are given them: what they are stands in `function`."""
+def request_tools(request: Row) -> list[dict[str, Any]]:
+    """The functions of a request as chat templates are given them: what they are stands in `function`."""
+    given = request.get("tools") or []
     if not isinstance(given, list):
         raise GymRowError(f"{REQUEST}.tools must be a list of functions, not {type(given).__name__}")
     for position, each in enumerate(given):
@@ -69,7 +69,10 @@ def _tools(given: Any) -> list[dict[str, Any]]:
     return [{"type": "function", "function": {part: each[part] for part in parts if part in each}} for each in given]
 
 
-def _messages(request: Row) -> list[dict[str, str]]:
+def request_messages(request: Any) -> list[dict[str, str]]:
+    """The messages that a request opens with. Raises GymRowError where they are none."""
+    if not isinstance(request, Mapping):
+        raise GymRowError(f"{REQUEST} must be an object with 'input', not {request!r}")
     given = request.get("input")
     items = [{"role": "user", "content": given}] if isinstance(given, str) else given
     if not isinstance(items, list) or not items:

@@ -8,7 +8,8 @@ from pathlib import Path
 
 from millrace.config.errors import ConfigError
 from millrace.config.schema import DomainConfig
-from millrace.environments.base import Environment, TurnEnvironment
+from millrace.environments.agent import AgentServerEnvironment
+from millrace.environments.base import AnyEnvironment
 from millrace.environments.code import CodeEnvironment
 from millrace.environments.genrm import GenrmEnvironment
 from millrace.environments.instruction_following import InstructionFollowingEnvironment
@@ -28,7 +29,7 @@ MOST_WORKERS = 16
 """Verifier processes of one domain; more would only idle, a comparison takes milliseconds."""
 
 
-def make_environment(config: DomainConfig, judges: Mapping[str, Judge] | None = None) -> Environment | TurnEnvironment:
+def make_environment(config: DomainConfig, judges: Mapping[str, Judge] | None = None) -> AnyEnvironment:
     """The environment that scores a domain. Its processes start with the first answer that needs one. `judges` are
     those of the recipe, by name."""
     workers = min(MOST_WORKERS, os.cpu_count() or 1)
@@ -52,6 +53,8 @@ def make_environment(config: DomainConfig, judges: Mapping[str, Judge] | None = 
             return PythonToolEnvironment(config.python, config.sandbox, answers)
         case "swe_agentic":
             return SweAgenticEnvironment(config.swe)
+        case "agent":
+            return AgentServerEnvironment(config.agent)
         case "genrm":
             return GenrmEnvironment(_judge(config, judges or {}))
         case "long_context":

@@ -8,11 +8,11 @@ from typing import Any
 
 from millrace.config.schema import CurriculumConfig, DomainConfig
 from millrace.data.curriculum import ChosenRows, choose_rows, rates_of_rows, read_pass_rates
-from millrace.data.datasets import PromptDataset
+from millrace.data.datasets import PromptDataset, as_written
 from millrace.data.errors import DataError
 from millrace.data.messages import form_problem
 from millrace.data.tokenizer import ChatTokenizer
-from millrace.environments.base import Environment, GroupEnvironment, TurnEnvironment
+from millrace.environments.base import AgentEnvironment, AnyEnvironment, GroupEnvironment, TurnEnvironment
 from millrace.environments.gym_rows import plain_row
 from millrace.stages.groups import Episode
 
@@ -20,9 +20,7 @@ from millrace.stages.groups import Episode
 class Domain:
     """A domain's environment with its two data sets."""
 
-    def __init__(
-        self, name: str, config: DomainConfig, environment: Environment | TurnEnvironment, tokenizer: ChatTokenizer
-    ) -> None:
+    def __init__(self, name: str, config: DomainConfig, environment: AnyEnvironment, tokenizer: ChatTokenizer) -> None:
         """Raises DataError when the data sets cannot be read, or when the chat template cannot go on with a
         conversation of many turns."""
         self.name, self.environment = name, environment
@@ -33,17 +31,27 @@ class Domain:
         def check(row: Mapping[str, Any]) -> str | None:
             return environment.validate(row) or form_problem(row)
 
-        self.train = PromptDataset(config.train, environment.required_fields, check, plain_row)
+        # An agent is given the row that was written for it.
+        read = as_written if isinstance(environment, AgentEnvironment) else plain_row
+        self.train = PromptDataset(config.train, environment.required_fields, check, read)
         alone = (
             environment.held_out_fields if isinstance(environment, GroupEnvironment) else environment.required_fields
         )
-        self.held_out = PromptDataset(config.held_out, alone, check, plain_row)
-        if isinstance(environment, TurnEnvironment) and len(self.train):
+        self.held_out = PromptDataset(config.held_out, alone, check, read)
+        if self.played and len(self.train):
             first = self.episode(self.train, 0, seed=0)
             tokenizer.require_observations(first.messages, tools=self._tools(first.row), thinking=first.thinking)
 
     def _tools(self, row: Mapping[str, Any]) -> Sequence[Mapping[str, Any]] | None:
-        return self.environment.tools(row) if isinstance(self.environment, TurnEnvironment) else row.get("tools")
+        environment = self.environment
+        return (
+            environment.tools(row) if isinstance(environment, TurnEnvironment | AgentEnvironment) else row.get("tools")
+        )
+
+    @property
+    def played(self) -> bool:
+        """Whether its episodes have many turns."""
+        return isinstance(self.environment, TurnEnvironment | AgentEnvironment)
 
     @property
     def compares(self) -> bool:
@@ -70,7 +78,7 @@ class Domain:
             seed=seed,
             scored=scored,
             thinking=thinking,
-            turns=isinstance(self.environment, TurnEnvironment),
+            turns=self.played,
             opening=self._tokenizer.answer_opening(prompt),
         )
 

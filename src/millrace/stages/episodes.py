@@ -16,15 +16,24 @@ from typing import Any, TypeVar
 
 from millrace.config.schema import SamplingConfig
 from millrace.data.tokenizer import ChatTokenizer
-from millrace.environments.base import Comparison, GroupEnvironment, ReportingEnvironment, TurnEnvironment
+from millrace.environments.base import (
+    AgentEnvironment,
+    Comparison,
+    GroupEnvironment,
+    ReportingEnvironment,
+    TurnEnvironment,
+)
 from millrace.observe.console import RunConsole
 from millrace.rollout.fleet import Fleet, follow
 from millrace.rollout.member import FleetNeedsSync
 from millrace.rollout.types import Request, Rollout, SamplingParams
+from millrace.stages.agents import AgentEpisode
+from millrace.stages.chat_endpoint import ChatEndpoint
 from millrace.stages.control import Control
 from millrace.stages.domains import Domain
 from millrace.stages.groups import NOT_SCORED, Episode, Group, Scored
-from millrace.stages.turns import TurnEpisode, TurnRules
+from millrace.stages.stream import TurnRules
+from millrace.stages.turns import TurnEpisode
 from millrace.stages.verdicts import masked, require_a_verdict, require_unmasked, undecided
 
 T = TypeVar("T")
@@ -178,23 +187,30 @@ class EpisodePlayer:
             tokens += len(rollout.answer)
             return rollout
 
-        async def one(episode: Episode, index: int) -> None:
+        async def one(episode: Episode, index: int, endpoints: Mapping[str, ChatEndpoint]) -> None:
             domain = self.domains[episode.domain]
-            assert isinstance(domain.environment, TurnEnvironment)
+            environment = domain.environment
             rules = TurnRules(play.sampling, domain.turns, fleet.config.max_model_len)
-            turns = TurnEpisode(episode, index, rules, self._tokenizer, ask)
-            played[episode.request_id, index] = await turns.play(domain.environment)
+            if isinstance(environment, AgentEnvironment):
+                driven = AgentEpisode(episode, index, rules, self._tokenizer, ask)
+                scored = await driven.play(environment, endpoints[episode.domain])
+            else:
+                assert isinstance(environment, TurnEnvironment)
+                scored = await TurnEpisode(episode, index, rules, self._tokenizer, ask).play(environment)
+            played[episode.request_id, index] = scored
 
-        what = f"{play.what}: waiting for episodes"
+        async def all_of_them(update: Callable[[int], None]) -> None:
+            async with contextlib.AsyncExitStack() as stack:
+                endpoints = {
+                    name: await stack.enter_async_context(ChatEndpoint(environment.listen, environment.port, name))
+                    for name in dict.fromkeys(episode.domain for episode, _ in missing)
+                    if isinstance(environment := self.domains[name].environment, AgentEnvironment)
+                }
+                work = [one(episode, index, endpoints) for episode, index in missing]
+                await self._all(work, f"{play.what}: waiting for episodes", "episodes", update)
+
         with self._console.bar(f"{play.what}: episodes", len(missing)) as bar:
-            self._run(
-                self._all(
-                    [one(episode, index) for episode, index in missing],
-                    what,
-                    "episodes",
-                    lambda done: bar.update(done, f"{tokens:,} tokens"),
-                )
-            )
+            self._run(all_of_them(lambda done: bar.update(done, f"{tokens:,} tokens")))
 
     def _groups(self, play: Play, answers: _Answers) -> list[Group]:
         """The groups in the order of the episodes; those of single-turn answers are scored here."""
@@ -275,7 +291,7 @@ class EpisodePlayer:
         text, environment = self._text(episode, rollout), self.domains[episode.domain].environment
         if not episode.scored:
             return Scored(rollout, text, NOT_SCORED)
-        assert not isinstance(environment, TurnEnvironment), "its episodes are scored where they are played"
+        assert not isinstance(environment, TurnEnvironment | AgentEnvironment), "scored where they are played"
         hidden = rollout.finish_reason == "length" and isinstance(environment, GroupEnvironment)  # as in its group
         reward = await environment.step(episode.row, episode.messages, "" if hidden else text)
         return Scored(rollout, text, reward)

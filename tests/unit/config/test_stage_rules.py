@@ -278,6 +278,38 @@ def test_the_other_environments_of_the_paper_are_accepted(cascade_file: Path, en
             "sandbox: {wall_over_cpu: 0.5}}",
             "domains.format.sandbox.wall_over_cpu is 0.5, so that wall time ends before cpu_s; set 1 or more",
         ),
+        (
+            "domains.math.agent.port=8100",
+            "domains.math.agent is set, but no agent's server drives math; leave it out",
+        ),
+        (
+            "domains.format={environment: agent, train: math.jsonl, held_out: held-out.jsonl}",
+            "domains.format.agent.url is required: the server of the agent, such as http://node7:8001",
+        ),
+        (
+            "domains.format={environment: agent, train: math.jsonl, held_out: held-out.jsonl, "
+            "agent: {url: 'http://me:s3cret@a'}}",
+            "domains.format.agent.url holds credentials, which would stand in the run's files; leave them out",
+        ),
+        (
+            "domains.format={environment: agent, train: math.jsonl, held_out: held-out.jsonl, agent: {url: node7}}",
+            "domains.format.agent.url is 'node7', which is not a URL such as",
+        ),
+        (
+            "domains.format={environment: agent, train: math.jsonl, held_out: held-out.jsonl, system_prompt: be brief, "
+            "agent: {url: 'http://a'}}",
+            "domains.format.system_prompt is set, but an agent writes its own prompts; put it into the rows'",
+        ),
+        (
+            "domains.format={environment: agent, train: math.jsonl, held_out: held-out.jsonl, "
+            "agent: {url: 'http://a', listen: 0.0.0.0}}",
+            "domains.format.agent.listen is '0.0.0.0', which listens on every network of this machine; name the one",
+        ),
+        (
+            "domains.format={environment: agent, train: math.jsonl, held_out: held-out.jsonl, "
+            "agent: {url: 'http://a', port: 70000}}",
+            "domains.format.agent.port is 70000; it must be",
+        ),
         ("domains.chat.judge=null", "domains.chat.judge is required: the entry of `judges` that judges the answers"),
         ("domains.math.judge=genrm", "domains.math.judge is genrm, but math asks no judge; leave it out"),
         ("domains.chat.judge=genrn", "judge is genrn, which is not among the judges (did you mean genrm?)"),
@@ -317,6 +349,14 @@ def test_a_broken_rule_of_a_domain_or_judge_is_one_sentence(cascade_file: Path, 
     write_cut_checkpoint(cascade_file.parent / "cut")
     (problem,) = check(cascade_file, override)
     assert message in problem
+
+
+def test_agents_do_not_listen_at_one_place(cascade_file: Path) -> None:
+    agent = "{environment: agent, train: math.jsonl, held_out: held-out.jsonl, agent: {url: 'http://a', port: %d}}"
+    one = f"domains.format={agent % 8100}"
+    (problem,) = check(cascade_file, one, f"domains.more={agent % 8100}")
+    assert problem == "domains.more.agent.port is 8100, as that of domains.format; take another one"
+    assert check(cascade_file, one, f"domains.more={agent % 8101}") == []
 
 
 @pytest.mark.parametrize("user", ["me:s3cret", "s3cret"])

@@ -6,31 +6,31 @@ import random
 import time
 
 import pytest
-from chat_checkpoints import CHATML, THINKING_ONCE, checkpoint
-from tiny_checkpoints import IM_END, VOCABULARY, write_tokenizer
+from chat_checkpoints import CHATML, checkpoint
+from tiny_checkpoints import IM_END, VOCABULARY
 
 from millrace.config.schema import SamplingConfig, TurnsConfig
 from millrace.data.errors import DataError
 from millrace.data.tokenizer import ChatTokenizer
 from millrace.environments.base import Reward
 from millrace.stages.groups import Episode
-from millrace.stages.turns import TurnEpisode, TurnRules, turn_seed
+from millrace.stages.stream import TurnRules, turn_seed
+from millrace.stages.turns import TurnEpisode
 
-from .turn_worlds import END_OF_TEXT, ScriptedEnvironment, ScriptedPolicy, Turn, slow_tokens, spoken
+from .turn_worlds import (
+    END_OF_TEXT,
+    FORMS,
+    ScriptedEnvironment,
+    ScriptedPolicy,
+    Turn,
+    between,
+    open_tokenizer,
+    slow_tokens,
+    spoken,
+)
 
 ROOMY = TurnRules(SamplingConfig(max_response_tokens=10_000), TurnsConfig(), context=100_000)
 END = Reward(1.0, "solved")
-
-
-def open_tokenizer(path, template):
-    path.mkdir(exist_ok=True)
-    write_tokenizer(path)
-    (path / "config.json").write_text("{}")
-    named = None
-    if template != CHATML:
-        named = template if template == "nemotron" else str(path / "own.jinja")
-        (path / "own.jinja").write_text(template)
-    return ChatTokenizer(path, VOCABULARY, chat_template=named)
 
 
 def episode(tokenizer, script, *, thinking=None, prompt="go"):
@@ -51,19 +51,6 @@ def play(tokenizer, script, rules=ROOMY, *, thinking=None, seconds=0.0, index=0)
 
 
 # ---- token streams
-
-
-def between(form, texts):
-    """What stands between two turns, written out by hand for each template."""
-    if form == "chatml":
-        return "\n" + "".join(f"<|im_start|>tool\n{t}<|im_end|>\n" for t in texts) + "<|im_start|>assistant\n"
-    responses = [f"<tool_response>\n{t}\n</tool_response>" for t in texts]
-    if form.startswith("nemotron"):
-        results = "".join(f"{r}\n" for r in responses)
-        opened = "<think>\n" if form == "nemotron thinking" else "<think></think>"
-        return f"\n<|im_start|>user\n{results}<|im_end|>\n<|im_start|>assistant\n{opened}"
-    opened = "<think>\n\n</think>\n\n" if form == "qwen plain" else ""
-    return "\n" + "".join(f"<|im_start|>user\n{r}<|im_end|>\n" for r in responses) + f"<|im_start|>assistant\n{opened}"
 
 
 def expected(form, prompt_length, script, rules):
@@ -120,15 +107,6 @@ def random_script(draw):
         last = number == turns - 1
         script.append(Turn(tokens, END if last else [random_text(draw, 10) for _ in range(draw.randint(1, 3))]))
     return script
-
-
-FORMS = {
-    "chatml": (CHATML, None),
-    "qwen": (THINKING_ONCE, None),
-    "qwen plain": (THINKING_ONCE, False),
-    "nemotron thinking": ("nemotron", True),
-    "nemotron plain": ("nemotron", False),
-}
 
 
 @pytest.fixture(scope="module")

@@ -8,13 +8,35 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from tiny_checkpoints import IM_END
+from chat_checkpoints import CHATML, THINKING_ONCE
+from tiny_checkpoints import IM_END, VOCABULARY, write_tokenizer
 
+from millrace.data.tokenizer import ChatTokenizer
 from millrace.environments.base import Cut, Observation, Reward
 from millrace.rollout.types import Request, Rollout
 
 SPECIAL = {"<|endoftext|>": 256, "<|im_start|>": 257, "<|im_end|>": 258}
 END_OF_TEXT = 256
+
+FORMS = {
+    "chatml": (CHATML, None),
+    "qwen": (THINKING_ONCE, None),
+    "qwen plain": (THINKING_ONCE, False),
+    "nemotron thinking": ("nemotron", True),
+    "nemotron plain": ("nemotron", False),
+}
+"""The template and whether it is asked to think."""
+
+
+def open_tokenizer(path, template):
+    path.mkdir(exist_ok=True)
+    write_tokenizer(path)
+    (path / "config.json").write_text("{}")
+    named = None
+    if template != CHATML:
+        named = template if template == "nemotron" else str(path / "own.jinja")
+        (path / "own.jinja").write_text(template)
+    return ChatTokenizer(path, VOCABULARY, chat_template=named)
 
 
 def slow_tokens(text: str) -> list[int]:
@@ -102,3 +124,16 @@ class ScriptedPolicy:
 
 def spoken(text: str, end: int = IM_END) -> list[int]:
     return [*slow_tokens(text), end]
+
+
+def between(form, texts):
+    """What stands between two turns, written out by hand for each template."""
+    if form == "chatml":
+        return "\n" + "".join(f"<|im_start|>tool\n{t}<|im_end|>\n" for t in texts) + "<|im_start|>assistant\n"
+    responses = [f"<tool_response>\n{t}\n</tool_response>" for t in texts]
+    if form.startswith("nemotron"):
+        results = "".join(f"{r}\n" for r in responses)
+        opened = "<think>\n" if form == "nemotron thinking" else "<think></think>"
+        return f"\n<|im_start|>user\n{results}<|im_end|>\n<|im_start|>assistant\n{opened}"
+    opened = "<think>\n\n</think>\n\n" if form == "qwen plain" else ""
+    return "\n" + "".join(f"<|im_start|>user\n{r}<|im_end|>\n" for r in responses) + f"<|im_start|>assistant\n{opened}"
