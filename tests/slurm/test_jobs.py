@@ -7,6 +7,7 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
+import time
 from pathlib import Path
 
 import psutil
@@ -35,6 +36,8 @@ from millrace.launch.job import read_job
 from millrace.rollout.rendezvous import Rendezvous
 
 LONG_SFT = {**SFT, "steps": 120}
+WARNED_SECONDS = 6.0
+"""Slurm looks for jobs to preempt every two seconds."""
 
 
 @pytest.fixture(scope="module")
@@ -61,11 +64,15 @@ def assert_same(ours, theirs):
     assert not different, f"{len(different)} of {len(ours)} tensors differ, first {different[0]}"
 
 
-def preempt(cluster):
-    """A job of a higher partition that wants every core; returns when it has run."""
+def preempt(cluster, held=None):
+    """A job of a higher partition that wants every core; returns when it has run. `held`: a suspended rank, which goes
+    on when the preempted job has been warned."""
     asked = ["sbatch", "--parsable", "--partition=urgent", "--nodes=4", "--ntasks-per-node=1", "--cpus-per-task=4"]
     asked += ["--output=/dev/null", "--wrap=sleep 1"]
     job = subprocess.run(asked, capture_output=True, text=True, check=True).stdout.strip()
+    if held is not None:
+        time.sleep(WARNED_SECONDS)
+        held.resume()
     cluster.wait_for(job, {"COMPLETED"}, 180)
 
 
@@ -77,6 +84,8 @@ def test_a_cascade_on_four_nodes_is_preempted_and_ends_with_the_weights_of_a_loc
     run_dir = run_dir_of(recipe)
     (job,) = launch(recipe, site)
     until((run_dir / "rollouts" / "rl" / "step-000000.jsonl").exists, recipe)
+    rank = rank_process(recipe, 0)
+    rank.suspend()  # or else the stage might end before all this is asked
 
     status = millrace("status", run_dir).stdout
     assert f"Slurm job {job} RUNNING on 127.0.0.[11-14]" in status
@@ -85,7 +94,7 @@ def test_a_cascade_on_four_nodes_is_preempted_and_ends_with_the_weights_of_a_loc
     assert_token_is_secret(run_dir / "launch" / f"{job}.0", recipe)
     assert "is in use by Slurm job" in millrace("launch", recipe, "--cluster", site).stderr
 
-    preempt(cluster)
+    preempt(cluster, held=rank)
     cluster.start_now(job)
     finish(cluster, job, recipe)
     assert "resuming at step" in said(recipe)
