@@ -136,7 +136,9 @@ def by_the_end_of_slurmd(cluster, job, recipe):
 
 
 def by_preemption(cluster, job, recipe):
-    preempt(cluster)
+    rank = rank_process(recipe, 0)
+    rank.suspend()
+    preempt(cluster, held=rank)
     cluster.start_now(job)
 
 
