@@ -167,9 +167,22 @@ def test_the_time_limit_saves_the_run_before_it_comes(cluster, world, undisturbe
             cluster.start_now(job)
         cluster.wait_for(job, {"RUNNING"}, 120)
         starts += 1
+        if starts == 1:
+            _hold_until_warned(recipe)
     finish(cluster, job, recipe)
     assert starts > 1 and "stopped as asked" in said(recipe)
     assert_same(exported(run_dir_of(recipe)), undisturbed)
+
+
+def _hold_until_warned(recipe):
+    """Let a job that has begun not end before Slurm warns it, which is half a minute before its minute is over."""
+    began = time.monotonic()
+    until(lambda: len(steps_of(recipe)) > 8 or not processes_of(recipe), recipe)
+    if processes_of(recipe):
+        rank = rank_process(recipe, 0)
+        rank.suspend()
+        time.sleep(max(0.0, 36.0 - (time.monotonic() - began)))
+        rank.resume()
 
 
 @pytest.mark.slow
