@@ -177,8 +177,8 @@ def test_the_time_limit_saves_the_run_before_it_comes(cluster, world, undisturbe
 def _hold_until_warned(recipe):
     """Let a job that has begun not end before Slurm warns it, which is half a minute before its minute is over."""
     began = time.monotonic()
-    until(lambda: len(steps_of(recipe)) > 8 or not processes_of(recipe), recipe)
-    if processes_of(recipe):
+    until(lambda: len(steps_of(recipe)) > 8 or "stopped as asked" in said(recipe), recipe)
+    if "stopped as asked" not in said(recipe):
         rank = rank_process(recipe, 0)
         rank.suspend()
         time.sleep(max(0.0, 36.0 - (time.monotonic() - began)))
