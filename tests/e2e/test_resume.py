@@ -1,5 +1,6 @@
 """Resuming equals not stopping: bit for bit, wherever the run was when it was killed."""
 
+import os
 import random
 import signal
 import time
@@ -13,7 +14,7 @@ from millrace.cascade.ledger import Ledger
 from millrace.observe.lines import read_lines
 from millrace.observe.writer import read_metrics
 
-KILLS = 10
+KILLS = int(os.environ.get("MILLRACE_KILLS", "5"))
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +35,7 @@ def saving(run_dir) -> bool:
 
 
 @pytest.mark.slow
-def test_ten_kills_at_random_moments_and_in_saves_change_no_bit(world):
+def test_kills_at_random_moments_and_in_saves_change_no_bit(world):
     steps = {**SFT, "steps": 100}
     whole = write_recipe(world, "whole", stages=[steps], domains=False)
     assert run(whole) == 0, output(whole)
@@ -55,7 +56,7 @@ def test_ten_kills_at_random_moments_and_in_saves_change_no_bit(world):
         assert alive, "the run ended before all kills; give it more steps"
         in_save += saving(run_dir)
         kill(process)
-    assert in_save >= 2, "too few of the kills hit a save for this test to mean anything"
+    assert in_save >= KILLS // 5, "too few of the kills hit a save for this test to mean anything"
     assert run(killed) == 0, output(killed)
     assert_same_export(world / "runs" / "whole", run_dir)
     assert metric_steps(run_dir) == list(range(1, 101))

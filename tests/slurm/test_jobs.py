@@ -64,15 +64,14 @@ def assert_same(ours, theirs):
     assert not different, f"{len(different)} of {len(ours)} tensors differ, first {different[0]}"
 
 
-def preempt(cluster, held=None):
-    """A job of a higher partition that wants every core; returns when it has run. `held`: a suspended rank, which goes
-    on when the preempted job has been warned."""
+def preempt(cluster, held):
+    """A job of a higher partition that wants every core; returns when it has run. `held` is a suspended rank, which
+    goes on when the preempted job has been warned."""
     asked = ["sbatch", "--parsable", "--partition=urgent", "--nodes=4", "--ntasks-per-node=1", "--cpus-per-task=4"]
     asked += ["--output=/dev/null", "--wrap=sleep 1"]
     job = subprocess.run(asked, capture_output=True, text=True, check=True).stdout.strip()
-    if held is not None:
-        time.sleep(WARNED_SECONDS)
-        held.resume()
+    time.sleep(WARNED_SECONDS)
+    held.resume()
     cluster.wait_for(job, {"COMPLETED"}, 180)
 
 
@@ -135,15 +134,8 @@ def by_the_end_of_slurmd(cluster, job, recipe):
     cluster.start_now(job)
 
 
-def by_preemption(cluster, job, recipe):
-    rank = rank_process(recipe, 0)
-    rank.suspend()
-    preempt(cluster, held=rank)
-    cluster.start_now(job)
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("disturb", [by_preemption, by_a_node_set_down, by_the_end_of_slurmd])
+@pytest.mark.parametrize("disturb", [by_a_node_set_down, by_the_end_of_slurmd])
 def test_a_job_that_is_disturbed_goes_on_by_itself_and_loses_no_bit(cluster, world, undisturbed, site, disturb):
     recipe = write_wide_recipe(world, disturb.__name__, stages=[LONG_SFT])
     (job,) = launch(recipe, site)
