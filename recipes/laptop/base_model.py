@@ -79,7 +79,6 @@ def _train(
         pad_token="<|endoftext|>",
         eos_token="<|im_end|>",
         chat_template=CHAT_TEMPLATE,
-        model_max_length=512,
         clean_up_tokenization_spaces=False,
     )
 
@@ -90,7 +89,9 @@ LAYERS_OF_THE_HYBRID = "M*EM*E"
 """Mamba-2 before attention, which then needs no positions of its own, and experts."""
 
 
-def base_config(tokenizer: PreTrainedTokenizerFast, kind: Kind) -> Qwen3Config | Qwen3MoeConfig | NemotronHConfig:
+def base_config(
+    tokenizer: PreTrainedTokenizerFast, kind: Kind, positions: int = 512
+) -> Qwen3Config | Qwen3MoeConfig | NemotronHConfig:
     shape: dict[str, Any] = {
         "vocab_size": len(tokenizer),
         "hidden_size": 128,
@@ -98,7 +99,7 @@ def base_config(tokenizer: PreTrainedTokenizerFast, kind: Kind) -> Qwen3Config |
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
         "head_dim": 32,
-        "max_position_embeddings": 512,
+        "max_position_embeddings": positions,
         "tie_word_embeddings": False,
         "bos_token_id": None,
         "eos_token_id": tokenizer.eos_token_id,
@@ -126,9 +127,13 @@ def base_config(tokenizer: PreTrainedTokenizerFast, kind: Kind) -> Qwen3Config |
 MODELS = {"dense": Qwen3ForCausalLM, "moe": Qwen3MoeForCausalLM, "hybrid": NemotronHForCausalLM}
 
 
-def write_base(folder: Path, tokenizer: PreTrainedTokenizerFast, seed: int, kind: Kind) -> None:
+def write_base(
+    folder: Path, tokenizer: PreTrainedTokenizerFast, seed: int, kind: Kind, *, positions: int = 512
+) -> None:
+    """`positions`: the longest sequence, in tokens."""
     torch.manual_seed(seed)
-    config = base_config(tokenizer, kind)
+    tokenizer.model_max_length = positions
+    config = base_config(tokenizer, kind, positions)
     model = MODELS[kind](config)
     model.generation_config = GenerationConfig(
         eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, do_sample=True

@@ -11,11 +11,14 @@ and, compared by a judge, chat. Training and held-out prompts are disjoint. Besi
 * `judge/train.jsonl`, `judge/held_out.jsonl`: pairs of chat answers with the verdict of a rule, for judge.yaml;
 * with --code `code/`: programming problems, and demonstrations of which half pass, for code.yaml;
 * with --tools `tools/`: errands at the office, and conversations with tool calls of which three in five do them, for
-  tools.yaml.
+  tools.yaml;
+* with --python `python/sft.jsonl`: sums of math worked out by calls of Python, for python-tool.yaml.
 
 The base follows the Qwen3 layout (`base/`), with --moe also the mixture-of-experts one (`base-moe/`), and with --hybrid
 also that of Nemotron-H, with Mamba-2 layers (`base-hybrid/`). --code adds `base-code/` and --tools `base-tools/`, like
-`base/` but with tokenizers made for programs and for tool calls. The same seed writes the same files.
+`base/` but with tokenizers made for programs and for tool calls; --long adds `base-long/`, which is `base/` for
+sequences of 4,096 tokens, for long-context.yaml and the recipes of software engineering. The same seed writes the same
+files.
 """
 
 from __future__ import annotations
@@ -38,6 +41,9 @@ from tasks.programs import distinct_code_tasks
 from tasks.sums import Sum, all_sums
 from tasks.verdicts import draw_pair
 
+from millrace.data.datasets import read_rows
+from millrace.environments.python_tool import NAME as TOOL
+from millrace.environments.python_tool import TOOLS
 from millrace.environments.workplace_assistant import WorkplaceEnvironment
 
 logger = logging.getLogger("make_data")
@@ -53,6 +59,8 @@ CASCADE_CONVERSATIONS = {"math": 7000, "instruction_following": 5000, "mcqa": 40
 JUDGED_PAIRS, HELD_OUT_PAIRS = 12000, 500
 CODE_PROBLEMS, HELD_OUT_CODE_PROBLEMS, CODE_CONVERSATIONS = 1200, 128, 12000
 HELD_OUT_ERRANDS, TOOL_CONVERSATIONS = 128, 8000
+PYTHON_CONVERSATIONS = 2000
+LONG_POSITIONS = 4096
 REFERENCE_CARE = 0.75
 """Chance that a held-out reference note has one of the four parts of a good note."""
 
@@ -175,6 +183,15 @@ def write_tool_data(folder: Path, seed: int) -> list[Row]:
     return write_conversations(folder / "sft.jsonl", asyncio.run(play_all()), rng)
 
 
+def write_python_data(folder: Path, seed: int) -> None:
+    """Write conversations about the training prompts of `math`, each with one call of the environment's tool."""
+    rng = random.Random(seed)
+    held_out = {row["prompt"] for row in read_rows(folder / "math" / "held_out.jsonl")}
+    sums = [one for one in all_sums() if one.row()["prompt"] not in held_out]
+    rows = [{"messages": one.with_python(TOOL), "tools": TOOLS} for one in rng.choices(sums, k=PYTHON_CONVERSATIONS)]
+    write_jsonl(folder / "python" / "sft.jsonl", rows)
+
+
 def texts_of(rows: list[Row]) -> list[str]:
     return [message["content"] for row in rows for message in row["messages"]]
 
@@ -192,6 +209,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--hybrid", action="store_true", help="also write the hybrid base, with Mamba-2 layers")
     parser.add_argument("--code", action="store_true", help="also write programming problems, and a base for them")
     parser.add_argument("--tools", action="store_true", help="also write errands with tool calls, and a base for them")
+    parser.add_argument("--python", action="store_true", help="also write sums worked out by calls of Python")
+    parser.add_argument("--long", action="store_true", help="also write the base for sequences of 4,096 tokens")
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     texts = write_data(options.out, options.seed)
@@ -201,6 +220,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         write_base(options.out / "base-moe", tokenizer, options.seed, "moe")
     if options.hybrid:
         write_base(options.out / "base-hybrid", tokenizer, options.seed, "hybrid")
+    if options.python:
+        write_python_data(options.out, options.seed)
+    if options.long:
+        write_base(options.out / "base-long", tokenizer, options.seed, "dense", positions=LONG_POSITIONS)
     if options.code:
         code_tokenizer = train_tokenizer(write_code_data(options.out / "code", options.seed))
         write_base(options.out / "base-code", code_tokenizer, options.seed, "dense")

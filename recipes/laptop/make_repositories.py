@@ -4,7 +4,8 @@
 
 FOLDER/repositories/NAME are git repositories of two commits: one with a bug and tests that do not see it, and the one
 that mends it and brings the tests that do. FOLDER/train.jsonl and FOLDER/held_out.jsonl are rows as SWE-bench has them,
-one for each repository; which tests fail before and pass after is what running them gave. The standard library and git.
+one for each repository; which tests fail before and pass after is what running them gave. FOLDER/agentless/ has
+the same issues as rows of swe_agentless, with the file at fault and its test. The standard library and git.
 """
 
 from __future__ import annotations
@@ -196,9 +197,11 @@ def main() -> None:
             rows["held_out" if last else "train"].append(
                 make(bug, word, draw.randint(3, 60), arguments.folder / "repositories")
             )
+    (arguments.folder / "agentless").mkdir()
     for name, found in rows.items():
-        text = "".join(json.dumps(row) + "\n" for row in found)
-        (arguments.folder / f"{name}.jsonl").write_text(text)
+        agentless = [without_execution(row, arguments.folder / "repositories") for row in found]
+        for file, written in ((f"{name}.jsonl", found), (f"agentless/{name}.jsonl", agentless)):
+            (arguments.folder / file).write_text("".join(json.dumps(row) + "\n" for row in written))
 
 
 def make(bug: Bug, word: str, number: int, folder: Path) -> dict[str, object]:
@@ -241,6 +244,19 @@ def make(bug: Bug, word: str, number: int, folder: Path) -> dict[str, object]:
         "PASS_TO_PASS": sorted(test for test in after if after[test] == "ok" and before.get(test) == "ok"),
         "test_command": COMMAND,
         "test_format": "unittest",
+    }
+
+
+def without_execution(row: dict[str, object], folder: Path) -> dict[str, object]:
+    """The row as swe_agentless has it: with the files as they are before the repair."""
+    repository, base = folder / str(row["repo"]), row["base_commit"]
+    listed = git(repository, "ls-tree", "-r", "--name-only", str(base)).splitlines()
+    files = {path: git(repository, "show", f"{base}:{path}") for path in listed if path.endswith(".py")}
+    return {
+        "instance_id": row["instance_id"],
+        "original_prompt": row["problem_statement"],
+        "golden_patch": row["patch"],
+        "relevant_file_contents": {path: text for path, text in files.items() if text},
     }
 
 

@@ -556,6 +556,32 @@ def card(
 
 
 @data.command()
+def show(
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    domain: Annotated[str | None, typer.Option(metavar="NAME", help="Only this domain of the recipe.")] = None,
+    rows: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="Render only the first N rows of each file; all are checked.")
+    ] = None,
+) -> None:
+    """Show a recipe's data as its run would read them: rows, what is wrong with them, prompt lengths, an example.
+
+    Of each domain, and of the conversations of SFT. Nothing is started. Exit code 1: something is wrong.
+
+    Examples:
+
+    * `millrace data show recipes/laptop/tools.yaml`
+    * `millrace data show recipes/laptop/cascade.yaml --domain math --rows 100`
+    """
+    from millrace.cascade.show_data import show_data
+    from millrace.config.loading import load_recipe
+
+    out = Console(highlight=False, markup=False, emoji=False, soft_wrap=True)
+    right = show_data(load_recipe(recipe, overrides or ()), out.print, domain=domain, rows=rows)
+    raise typer.Exit(0 if right else FAILED)
+
+
+@data.command()
 def passrate(
     recipe: RecipeFile,
     domain: Annotated[str, typer.Option(metavar="NAME", help="Domain of the recipe.")],

@@ -33,10 +33,10 @@ TINY: dict[str, Any] = QWEN3_8B | {
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "head_dim": 32,
-    "max_position_embeddings": 512,
+    "max_position_embeddings": 4096,
     "tie_word_embeddings": True,
 }
-"""The size of the laptop's base model."""
+"""The size of the laptop's base model, with as many positions as the one for long sequences."""
 TINY_EXPERTS = TINY | {
     "architectures": ["Qwen3MoeForCausalLM"],
     "num_experts": 4,
@@ -65,9 +65,13 @@ REFUSED = {
     ("laptop/cascade.yaml", "cpu"): AWAY,
     ("laptop/code.yaml", "cpu"): AWAY,
     ("laptop/dense.yaml", "cpu"): AWAY,
+    ("laptop/long-context.yaml", "cpu"): AWAY,
     ("laptop/moe.yaml", "cpu"): AWAY,
     ("laptop/mopd-vs-grpo.yaml", "cpu"): AWAY,
     ("laptop/nemotron_h.yaml", "cpu"): AWAY,
+    ("laptop/python-tool.yaml", "cpu"): AWAY,
+    ("laptop/swe-agentic.yaml", "cpu"): AWAY,
+    ("laptop/swe-agentless.yaml", "cpu"): AWAY,
     ("laptop/tools.yaml", "cpu"): AWAY,
     ("nemotron-cascade-2/cascade.yaml", "cpu"): "judge-genrm wants 8 ranks on one node, but a node of cpu takes 2",
     ("nemotron-cascade-2/cascade.yaml", "dgx-h100"): AWAY,
@@ -107,7 +111,7 @@ def recipe_with_files(name: Path, folder: Path, *overrides: str) -> Recipe:
     config = {"moe.yaml": TINY_EXPERTS, "nemotron_h.yaml": TINY_HYBRID}.get(name.name, TINY)
     write_checkpoint(folder / "base", config)
     own = [f"model.path={folder / 'base'}"]
-    if load_recipe(ROOT / "recipes" / name).judges:
+    if "small" in load_recipe(ROOT / "recipes" / name).judges:
         own.append(f"judges.small.model={folder / 'base'}")
     return load_recipe(ROOT / "recipes" / name, [*own, *overrides])
 

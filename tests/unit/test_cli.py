@@ -131,6 +131,12 @@ def test_the_help_of_every_command_holds_an_example(tmp_path: Path, command: str
     assert f"millrace {command}" in millrace(command, *nested, "--help", cwd=tmp_path).stdout
 
 
+def test_the_help_of_data_names_what_it_can_do(tmp_path: Path) -> None:
+    told = millrace("data", "--help", cwd=tmp_path).stdout
+    assert all(f" {name} " in told for name in ("show", "passrate", "tools", "long-context"))
+    assert "millrace data show recipes/laptop/tools.yaml" in millrace("data", "show", "--help", cwd=tmp_path).stdout
+
+
 def test_a_run_of_another_recipe_is_not_continued_unasked(recipe_file: Path) -> None:
     run_dir = recipe_file.parent / "run"
     run_dir.mkdir()

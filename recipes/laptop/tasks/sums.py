@@ -48,6 +48,16 @@ class Sum:
         """The right answer, worked out."""
         return f"{self.steps(self.partial, self.result)}\\boxed{{{self.result}}}"
 
+    def with_python(self, tool: str) -> list[Row]:
+        """A conversation in which Python works it out."""
+        function = {"name": tool, "arguments": {"code": self.text}}
+        return [
+            {"role": "user", "content": self.row()["prompt"]},
+            {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": function}]},
+            {"role": "tool", "content": str(self.result)},
+            {"role": "assistant", "content": f"\\boxed{{{self.result}}}"},
+        ]
+
     def demonstrate(self, rng: random.Random) -> str:
         """A worked answer, right or with one of the three flaws."""
         flaw = rng.random()

@@ -41,6 +41,7 @@ _PATHS_OF_THE_RECIPE = (
     ("domains", "*", "held_out"),
     ("domains", "*", "pass_rates"),
     ("domains", "*", "tables"),
+    ("domains", "*", "swe", "repositories"),
     ("judges", "*", "model"),
 )
 _PATHS_OF_A_STAGE = ("data",)

@@ -80,30 +80,45 @@ class JsonlFile:
         start = 0
         for number, line in enumerate(lines, 1):
             if line.strip():
-                problem = self._problem(line)
+                problem = _problem(line, self._required, self._check, self._read)
                 if problem:
                     raise DataError(f"{self.path}:{number}: {problem}")
                 self._starts.append(start)
                 self._lines.append(number)
             start += len(line)
 
-    def _problem(self, line: bytes) -> str | None:
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            return f"not valid JSON: {error.msg} at column {error.colno}"
-        except UnicodeDecodeError:
-            return "not valid UTF-8"
-        if not isinstance(row, dict):
-            return f"a row must be a JSON object, this is a {type(row).__name__}"
-        try:
-            read = self._read(row)
-        except MillraceError as error:
-            return str(error)
-        for name in self._required:
-            if name not in read:
-                return f"the row has no field {name!r} (it has {', '.join(read) or 'none'})"
-        return self._check(read) if self._check else None
+
+def wrong_rows(
+    path: str | Path, required: Sequence[str] = (), check: Check | None = None, read: Read = as_written
+) -> tuple[int, list[str]]:
+    """The rows of a file, and what is wrong with each that `JsonlFile` refuses, with file and line."""
+    rows, problems = 0, []
+    with Path(path).open("rb") as file:
+        for number, line in enumerate(file, 1):
+            if line.strip():
+                rows += 1
+                if problem := _problem(line, required, check, read):
+                    problems.append(f"{path}:{number}: {problem}")
+    return rows, problems
+
+
+def _problem(line: bytes, required: Sequence[str], check: Check | None, read: Read) -> str | None:
+    try:
+        written = json.loads(line)
+    except json.JSONDecodeError as error:
+        return f"not valid JSON: {error.msg} at column {error.colno}"
+    except UnicodeDecodeError:
+        return "not valid UTF-8"
+    if not isinstance(written, dict):
+        return f"a row must be a JSON object, this is a {type(written).__name__}"
+    try:
+        row = read(written)
+    except MillraceError as error:
+        return str(error)
+    for name in required:
+        if name not in row:
+            return f"the row has no field {name!r} (it has {', '.join(row) or 'none'})"
+    return check(row) if check else None
 
 
 def read_rows(path: str | Path, required: Iterable[str] = (), check: Check | None = None) -> JsonlFile:
@@ -175,7 +190,7 @@ class ConversationDataset:
         thinking: bool | None = None,
     ) -> None:
         self._tokenizer, self._thinking = tokenizer, thinking
-        self._files = [JsonlFile(path, ["messages"], _conversation_problem) for path in paths]
+        self._files = [JsonlFile(path, ["messages"], conversation_problem) for path in paths]
         self._ends = list(accumulate(len(file) for file in self._files))
         self.conversations = self._ends[-1]
         """Rows of all files."""
@@ -215,21 +230,29 @@ class ConversationDataset:
 
     def _render(self, number: int) -> list[TrainingSequence]:
         file, index = self._place(number)
-        row = file[index]
-        own = row.get("thinking")
-        try:
-            return self._tokenizer.render_conversation(
-                row["messages"], tools=row.get("tools"), thinking=self._thinking if own is None else own
-            )
-        except DataError as error:
-            raise DataError(f"{file.where(index)}: {error}") from error
+        return training_sequences(file, index, self._tokenizer, self._thinking)
 
     def _where(self, row: int) -> str:
         file, index = self._place(row)
         return file.where(index)
 
 
-def _conversation_problem(row: Row) -> str | None:
+def training_sequences(
+    file: JsonlFile, index: int, tokenizer: ChatTokenizer, thinking: bool | None
+) -> list[TrainingSequence]:
+    """Those of one conversation; see `ConversationDataset`. Raises DataError, naming the row."""
+    row = file[index]
+    own = row.get("thinking")
+    try:
+        return tokenizer.render_conversation(
+            row["messages"], tools=row.get("tools"), thinking=thinking if own is None else own
+        )
+    except DataError as error:
+        raise DataError(f"{file.where(index)}: {error}") from error
+
+
+def conversation_problem(row: Row) -> str | None:
+    """What is wrong with a conversation, in one sentence, or None."""
     return messages_problem(row["messages"]) or form_problem(row)
 
 

@@ -8,13 +8,26 @@ from typing import Any
 
 from millrace.config.schema import CurriculumConfig, DomainConfig
 from millrace.data.curriculum import ChosenRows, choose_rows, rates_of_rows, read_pass_rates
-from millrace.data.datasets import PromptDataset, as_written
+from millrace.data.datasets import Check, PromptDataset, Read, as_written
 from millrace.data.errors import DataError
 from millrace.data.messages import form_problem
 from millrace.data.tokenizer import ChatTokenizer
 from millrace.environments.base import AgentEnvironment, AnyEnvironment, GroupEnvironment, TurnEnvironment
 from millrace.environments.gym_rows import plain_row
 from millrace.stages.groups import Episode
+
+
+def reading(environment: AnyEnvironment, *, held_out: bool = False) -> tuple[Sequence[str], Check, Read]:
+    """How rows of a domain are read: the fields they must have, their check, and how they are brought into its form."""
+
+    def check(row: Mapping[str, Any]) -> str | None:
+        return environment.validate(row) or form_problem(row)
+
+    required = environment.required_fields
+    if held_out and isinstance(environment, GroupEnvironment):
+        required = environment.held_out_fields
+    # An agent is given the row that was written for it.
+    return required, check, as_written if isinstance(environment, AgentEnvironment) else plain_row
 
 
 class Domain:
@@ -28,21 +41,14 @@ class Domain:
         self._thinking, self.turns = config.thinking, config.turns
         self.mask_unless_above = config.mask_unless_above
 
-        def check(row: Mapping[str, Any]) -> str | None:
-            return environment.validate(row) or form_problem(row)
-
-        # An agent is given the row that was written for it.
-        read = as_written if isinstance(environment, AgentEnvironment) else plain_row
-        self.train = PromptDataset(config.train, environment.required_fields, check, read)
-        alone = (
-            environment.held_out_fields if isinstance(environment, GroupEnvironment) else environment.required_fields
-        )
-        self.held_out = PromptDataset(config.held_out, alone, check, read)
+        self.train = PromptDataset(config.train, *reading(environment))
+        self.held_out = PromptDataset(config.held_out, *reading(environment, held_out=True))
         if self.played and len(self.train):
             first = self.episode(self.train, 0, seed=0)
-            tokenizer.require_observations(first.messages, tools=self._tools(first.row), thinking=first.thinking)
+            tokenizer.require_observations(first.messages, tools=self.tools(first.row), thinking=first.thinking)
 
-    def _tools(self, row: Mapping[str, Any]) -> Sequence[Mapping[str, Any]] | None:
+    def tools(self, row: Mapping[str, Any]) -> Sequence[Mapping[str, Any]] | None:
+        """The functions that a row's prompt offers."""
         environment = self.environment
         return (
             environment.tools(row) if isinstance(environment, TurnEnvironment | AgentEnvironment) else row.get("tools")
@@ -63,7 +69,7 @@ class Domain:
         messages = list(self.environment.reset(row))
         if self._system is not None:
             messages = [{"role": "system", "content": self._system}, *messages]
-        tools = self._tools(row)
+        tools = self.tools(row)
         thinking = self._thinking if row.get("thinking") is None else row["thinking"]
         try:
             prompt = self._tokenizer.render_prompt(messages, tools=tools, thinking=thinking)

@@ -61,6 +61,8 @@ def test_paths_start_at_the_file_that_wrote_them_and_run_dir_at_the_current_fold
     assert recipe.stages[0].data == (str(tmp_path / "recipes" / "data" / "sft.jsonl"),)
     assert recipe.domains["math"].held_out == str(tmp_path / "here.jsonl")
     assert recipe.run_dir == str(tmp_path / "runs" / "small")
+    repositories = load_recipe(child, ["domains.math.swe.repositories=repos"]).domains["math"].swe.repositories
+    assert repositories == str(tmp_path / "repos")
     assert load_recipe(child, ["model.chat_template=a.jinja"]).model.chat_template == str(tmp_path / "a.jinja")
     assert load_recipe(child, ["model.chat_template=nemotron"]).model.chat_template == "nemotron"
 
