@@ -286,7 +286,8 @@ def test_ranks_without_a_sequence_do_not_change_the_gradient(
 def test_a_packed_sequence_knows_nothing_of_its_neighbours(model: str, results: Results) -> None:
     for name in (name for name in results if name.startswith(f"{model}-") and "bfloat16" not in name):
         packed, alone = results[name][0]["logp"], results[name][0]["logp of each alone"]
-        torch.testing.assert_close(packed, alone, atol=1e-5, rtol=0, msg=lambda text, name=name: f"{name}: {text}")
+        # Some CPUs round a log-prob of -14 by 1.4e-5 between two shapes of a product: 15 float32 steps.
+        torch.testing.assert_close(packed, alone, atol=1e-5, rtol=1e-6, msg=lambda text, name=name: f"{name}: {text}")
 
 
 @pytest.mark.parametrize("model", MODELS)
