@@ -8,6 +8,7 @@ import sys
 import sysconfig
 import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -64,6 +65,12 @@ def assert_same(ours, theirs):
     assert not different, f"{len(different)} of {len(ours)} tensors differ, first {different[0]}"
 
 
+def let_go(held):
+    """Resume a suspended rank, unless Slurm did so before, with the signal that it sent."""
+    with suppress(psutil.NoSuchProcess):
+        held.resume()
+
+
 def preempt(cluster, held):
     """A job of a higher partition that wants every core; returns when it has run. `held` is a suspended rank, which
     goes on when the preempted job has been warned."""
@@ -71,7 +78,7 @@ def preempt(cluster, held):
     asked += ["--output=/dev/null", "--wrap=sleep 1"]
     job = subprocess.run(asked, capture_output=True, text=True, check=True).stdout.strip()
     time.sleep(WARNED_SECONDS)
-    held.resume()
+    let_go(held)
     cluster.wait_for(job, {"COMPLETED"}, 180)
 
 
@@ -128,7 +135,7 @@ def by_the_end_of_slurmd(cluster, job, recipe):
     try:
         cluster.wait_for(job, {"PENDING"}, 120)
     finally:
-        rank.resume()
+        let_go(rank)
     until(lambda: not processes_of(recipe), recipe, 60)  # also those of the node that Slurm does not reach
     cluster.bring_back(node)
     cluster.start_now(job)
@@ -174,7 +181,7 @@ def _hold_until_warned(recipe):
         rank = rank_process(recipe, 0)
         rank.suspend()
         time.sleep(max(0.0, 36.0 - (time.monotonic() - began)))
-        rank.resume()
+        let_go(rank)
 
 
 @pytest.mark.slow
