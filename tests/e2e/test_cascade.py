@@ -28,7 +28,7 @@ from real_runs import (
 from millrace.cascade.ledger import Ledger
 from millrace.observe.writer import read_metrics
 
-KILLS = int(os.environ.get("MILLRACE_KILLS", "5"))
+KILLS = int(os.environ.get("MILLRACE_KILLS", "10"))
 START_SECONDS = 3.0
 """No run has its ranks up so soon."""
 BRANCH = {**RL, "name": "branch", "from": "sft", "steps": 3, "updates_per_batch": 1, "loss": {}, "kl": {}}
@@ -90,11 +90,11 @@ def steps_written(run_dir: Path) -> int:
     return len(read_metrics(path)) if path.exists() else 0
 
 
-def linger(seconds: float, run_dir: Path, total: int) -> None:
+def linger(seconds: float, run_dir: Path, total: int, start_up: float = START_SECONDS) -> None:
     """Let a run go on for so long; not past its start-up when only the last step is left, which may be quick."""
     began = time.monotonic()
     while (passed := time.monotonic() - began) < seconds:
-        if steps_written(run_dir) >= total - 1 and passed > START_SECONDS:
+        if steps_written(run_dir) >= total - 1 and passed >= start_up:
             return
         time.sleep(0.02)
 
@@ -135,7 +135,7 @@ def test_kills_at_random_moments_change_no_bit_and_repeat_no_stage(world, undist
             goal = min(steps_written(run_dir) + draw.randint(1, 3), total - 1)
             wait_until(lambda goal=goal: steps_written(run_dir) >= goal, process, recipe)
             linger(
-                draw.uniform(0.0, 2.0), run_dir, total
+                draw.uniform(0.0, 2.0), run_dir, total, start_up=0.0
             )  # somewhere in the step, the save, the evaluation or the gate behind it
         assert process.poll() is None, f"the run ended before all kills:\n{output(recipe)}"
         kill(process)
