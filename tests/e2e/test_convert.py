@@ -19,9 +19,9 @@ from safetensors.torch import load_file, save_file
 from tiny_checkpoints import hf_shapes, write_checkpoint
 
 from millrace.checkpoint_store import file_record, read_manifest, write_manifest
+from millrace.conversion import Options, hf_to_megatron, megatron_to_hf
 from millrace.converters.errors import ConversionError
 from millrace.converters.safetensors_io import INDEX, HFReader
-from millrace.megatron.convert import Options, hf_to_megatron, megatron_to_hf
 
 SHARD_GIB = 0.002
 STEP = "step-00000000"

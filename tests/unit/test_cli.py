@@ -157,7 +157,10 @@ def test_two_runs_in_one_folder_are_refused(recipe_file: Path) -> None:
     assert f"is in use by the run with process id {os.getpid()}" in done.stderr
 
 
-def test_servers_are_not_started_without_a_secret_that_runs_know_too(recipe_file: Path) -> None:
+def test_servers_are_not_started_without_a_secret_that_runs_know_too(
+    recipe_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("MILLRACE_FLEET_TOKEN", raising=False)
     done = millrace("serve", "recipe.yaml", cwd=recipe_file.parent)
     assert done.returncode == 1 and done.stderr.startswith("the environment variable MILLRACE_FLEET_TOKEN is not set")
     done = millrace("serve", "recipe.yaml", "fleet.engines=0", "fleet.addresses=[http://a:1]", cwd=recipe_file.parent)
