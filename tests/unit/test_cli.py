@@ -56,6 +56,12 @@ def test_a_sound_recipe_is_said_to_be_fine(recipe_file: Path) -> None:
     assert done.stdout == "recipe.yaml: fine. 1 trainer rank, stages: warm, climb\n"
 
 
+def test_names_are_printed_as_they_are(recipe_file: Path) -> None:
+    recipe_file.rename(recipe_file.with_name("at:100:[red].yaml"))
+    done = millrace("check", "at:100:[red].yaml", cwd=recipe_file.parent)
+    assert done.stdout == "at:100:[red].yaml: fine. 1 trainer rank, stages: warm, climb\n", done.stderr
+
+
 def test_every_problem_is_a_line_of_stderr_and_the_exit_code_is_two(recipe_file: Path) -> None:
     done = millrace("check", "recipe.yaml", "parallel.tp=3", "parallel.pp=5", cwd=recipe_file.parent)
     assert done.returncode == 2 and done.stdout == ""

@@ -10,6 +10,7 @@ import typer
 from rich.console import Console
 
 from millrace.commands.arguments import FAILED, Overrides, RecipeFile
+from millrace.commands.output import plain
 from millrace.config.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -36,7 +37,7 @@ def check(
     * `millrace check --explain trainer.recompute`
     * `millrace check --schema`
     """
-    out = Console(highlight=False, markup=False, soft_wrap=True)
+    out = plain()
     if schema or explain:
         from millrace.config.explain import explain as explained
         from millrace.config.explain import listing_text
@@ -107,7 +108,7 @@ def plan(
         raise ConfigError("--suggest, --scale, --measured and --page plan for a cluster; add --cluster NAME_OR_FILE")
     require_runnable(loaded)
     made = make_plan(loaded)
-    Console(highlight=False, markup=False, soft_wrap=True).print(to_json(made) if as_json else render_text(made))
+    plain().print(to_json(made) if as_json else render_text(made))
 
 
 def _plan_on_cluster(
@@ -124,7 +125,7 @@ def _plan_on_cluster(
     from millrace.planning.command import as_text, planned, to_json, write_page
 
     made = planned(recipe, cluster_named(name), suggest=suggest, scale=scale, measured=measured)
-    Console(highlight=False, markup=False, soft_wrap=True).print(to_json(made) if as_json else as_text(made))
+    plain().print(to_json(made) if as_json else as_text(made))
     if page is not None:
         write_page(made, page)
     raise typer.Exit(0 if made.plan is None or made.plan.fits else FAILED)

@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
-from rich.console import Console
 
 from millrace.commands.arguments import HfFolder
+from millrace.commands.output import plain
 from millrace.commands.ranks import Dp, Ep, Etp, Pp, Tp, on_ranks
 
 convert = typer.Typer(no_args_is_help=True, help="Turn checkpoints into one another, file by file.")
@@ -95,4 +95,4 @@ def merge(
     from millrace.converters.adapters import merge_adapter
 
     written = merge_adapter(hf, adapter, out, overwrite=overwrite)
-    Console(highlight=False, markup=False, soft_wrap=True).print(f"{hf} with {adapter} -> {written}")
+    plain().print(f"{hf} with {adapter} -> {written}")

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
-from rich.console import Console
 
 from millrace.commands.arguments import FAILED, Overrides, RecipeFile
+from millrace.commands.output import plain
 
 data = typer.Typer(no_args_is_help=True, help="Look at training data before a stage draws from them.")
 OutFolder = Annotated[Path, typer.Argument(metavar="FOLDER", help="Where train.jsonl and held_out.jsonl are written.")]
@@ -39,7 +39,7 @@ def show(
     from millrace.cascade.show_data import show_data
     from millrace.config.loading import load_recipe
 
-    out = Console(highlight=False, markup=False, emoji=False, soft_wrap=True)
+    out = plain()
     right = show_data(load_recipe(recipe, overrides or ()), out.print, domain=domain, rows=rows)
     raise typer.Exit(0 if right else FAILED)
 
@@ -79,7 +79,7 @@ def passrate(
     path = out or Path(named.pass_rates or Path(named.train).with_suffix(".pass_rates.jsonl"))
     rows = measure_pass_rates(measuring, path, samples=samples, max_prompts=max_prompts)
     text = f"{summary(rows)}\nwritten to {path}; a stage's curriculum reads it as domains.{domain}.pass_rates"
-    Console(highlight=False, markup=False, soft_wrap=True).print(text)
+    plain().print(text)
 
 
 @data.command()
@@ -139,4 +139,4 @@ def _write_rows(out: Path, rows: list[dict[str, Any]], held_out: int) -> None:
     for name, part in (("train", rows[held_out:]), ("held_out", rows[:held_out])):
         lines = [json.dumps({"id": f"{name}-{i}", **row}, ensure_ascii=False) for i, row in enumerate(part)]
         (out / f"{name}.jsonl").write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
-        Console(highlight=False, markup=False, soft_wrap=True).print(f"{out / f'{name}.jsonl'}: {len(lines)} rows")
+        plain().print(f"{out / f'{name}.jsonl'}: {len(lines)} rows")

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
+from millrace.commands.output import plain
 from millrace.config.errors import ConfigError
 
 RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run.")]
@@ -21,8 +21,7 @@ def status(run_dir: RunFolder) -> None:
     """
     from millrace.launch.status import status_lines
 
-    out = Console(highlight=False, markup=False, soft_wrap=True)
-    out.print("\n".join(status_lines(run_dir.resolve())))
+    plain().print("\n".join(status_lines(run_dir.resolve())))
 
 
 def cancel(run_dir: RunFolder) -> None:
@@ -32,7 +31,7 @@ def cancel(run_dir: RunFolder) -> None:
     """
     from millrace.launch.status import cancel_run
 
-    Console(highlight=False, markup=False, soft_wrap=True).print(cancel_run(run_dir.resolve()))
+    plain().print(cancel_run(run_dir.resolve()))
 
 
 def logs(
@@ -69,7 +68,7 @@ def report(
     * `millrace report runs/laptop-dense`
     * `millrace report --metrics`
     """
-    out = Console(highlight=False, markup=False, soft_wrap=True)
+    out = plain()
     if metrics:
         from millrace.observe.metrics import metrics_page
 

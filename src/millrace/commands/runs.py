@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 
 from millrace.commands.arguments import AcceptChanges, FromStage, Overrides, RecipeFile, UntilStage
+from millrace.commands.output import plain
 from millrace.config.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ def run(
     from millrace.launch.run_dir import locked
     from millrace.launch.starting import Options, foresee, start
 
-    say = Console(highlight=False, markup=False, soft_wrap=True).print
+    say = plain().print
     loaded = load_recipe(recipe, overrides or ())
     require_runnable(loaded)
     run_dir, options = Path(loaded.run_dir), Options(from_, until, accept_changes)
@@ -73,7 +73,7 @@ def serve(recipe: RecipeFile, overrides: Overrides = None) -> None:
     loaded = load_recipe(recipe, overrides or ())
     if not loaded.fleet.engines:
         raise ConfigError("serve: fleet.engines is 0; say how many servers are to be started, as fleet.engines=1")
-    say = Console(highlight=False, markup=False, soft_wrap=True).print
+    say = plain().print
     serve_fleet(loaded.fleet, loaded.model.path, Path(loaded.run_dir), say)
 
 
@@ -112,7 +112,7 @@ def launch(
     from millrace.launch.slurm import prepare, require_free, require_slurm, scripts, submit
     from millrace.launch.starting import Options, foresee, start
 
-    say = Console(highlight=False, markup=False, soft_wrap=True).print
+    say = plain().print
     loaded, options = load_recipe(recipe, overrides or ()), Options(from_, until, accept_changes)
     if executor is not None:
         _launch_experiment(loaded, executor, cluster, chain, options, detach, dry_run)

@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from millrace.commands.arguments import FAILED, HfFolder
+from millrace.commands.output import plain
 from millrace.commands.ranks import Cp, Dp, Ep, Etp, Pp, Tp, on_ranks
 from millrace.errors import MillraceError
 
@@ -78,13 +78,13 @@ def card(
 
     if sync and not vllm_is_there():
         raise MillraceError("vLLM is not installed, so no engine can take the weights; install it or add --no-sync")
-    console = Console(highlight=False, soft_wrap=True)
-    checks = verify_all(hf, sync=sync, only=layout or (), say=console.print)
+    say = plain().print
+    checks = verify_all(hf, sync=sync, only=layout or (), say=say)
     write_card(out, hf, checks, card_command(hf, sync, layout or ()))
     failed = [check for check in checks if not check.passed]
     for check in failed:
-        console.print(f"FAILED: {check.name} at {check.layout}: {check.summary}")
-    console.print(f"{len(checks) - len(failed)} of {len(checks)} checks passed; the card is {out}")
+        say(f"FAILED: {check.name} at {check.layout}: {check.summary}")
+    say(f"{len(checks) - len(failed)} of {len(checks)} checks passed; the card is {out}")
     raise typer.Exit(FAILED if failed else 0)
 
 
