@@ -18,6 +18,7 @@ from typing import Any
 from millrace.data.datasets import JsonlFile
 from millrace.data.errors import DataError
 from millrace.evaluation.pass_rate import pass_rate
+from millrace.files import put_in_place
 
 BAR_WIDTH = 40
 
@@ -69,7 +70,7 @@ class PassRateFile:
             self._require_same(settings)
             self._read()
         else:
-            _write(self._settings_path, json.dumps(settings, indent=2) + "\n")
+            put_in_place(self._settings_path, json.dumps(settings, indent=2) + "\n")
 
     def append(self, rows: Iterable[PromptPassRate]) -> None:
         """Add rows; they are on disk when this returns."""
@@ -132,9 +133,3 @@ def summary(rows: Sequence[PromptPassRate]) -> str:
     length = sum(row.mean_length * row.samples for row in rows) / answers
     first = f"{len(rows)} prompts, {answers} answers of {length:.0f} tokens in the mean, pass rate {mean}"
     return "\n".join(line.rstrip() for line in [first, *lines])
-
-
-def _write(path: Path, text: str) -> None:
-    aside = path.with_name(path.name + ".tmp")
-    aside.write_text(text, encoding="utf-8")
-    aside.rename(path)

@@ -24,6 +24,7 @@ from millrace.config.model_shape import ModelShape
 from millrace.config.rules import layout_problems
 from millrace.config.schema import ParallelConfig, TrainerConfig
 from millrace.errors import MillraceError
+from millrace.files import put_in_place
 from millrace.launch.local import STOPPED, RankFailed, free_port, run_ranks, trainer_environment
 from millrace.launch.run_dir import versions
 
@@ -213,7 +214,7 @@ def card_command(hf: Path, sync: bool, only: Sequence[str]) -> str:
 
 
 def write_card(card: Path, hf: Path, checks: Sequence[Check], command: str) -> None:
-    """Write the record of all checks as YAML, aside and then renamed."""
+    """Write the record of all checks as YAML."""
     shape = ModelShape.from_hf(hf)
     facts = {
         "command": command,
@@ -227,9 +228,7 @@ def write_card(card: Path, hf: Path, checks: Sequence[Check], command: str) -> N
         "seconds": round(sum(check.seconds for check in checks), 1),
         "checks": [check.record() for check in checks],
     }
-    aside = card.with_name(card.name + ".writing")
-    aside.write_text(yaml.safe_dump(facts, sort_keys=False, allow_unicode=True, width=120), encoding="utf-8")
-    aside.rename(card)
+    put_in_place(card, yaml.safe_dump(facts, sort_keys=False, allow_unicode=True, width=120))
 
 
 def vllm_is_there() -> bool:

@@ -16,6 +16,7 @@ from millrace.config.changes import Change, change_lines, explain_changes
 from millrace.config.errors import ConfigError
 from millrace.config.loading import dump_recipe, load_recipe
 from millrace.config.schema import Recipe
+from millrace.files import put_in_place
 
 RECIPE, VERSIONS, LOCK = "recipe.yaml", "versions.json", "run.lock"
 
@@ -54,8 +55,8 @@ def explain(
 def record(recipe: Recipe, run_dir: Path) -> None:
     """Write the resolved recipe and the versions of what runs it into the folder."""
     run_dir.mkdir(parents=True, exist_ok=True)
-    _write(run_dir / RECIPE, dump_recipe(recipe))
-    _write(run_dir / VERSIONS, json.dumps(versions(), indent=2) + "\n")
+    put_in_place(run_dir / RECIPE, dump_recipe(recipe))
+    put_in_place(run_dir / VERSIONS, json.dumps(versions(), indent=2) + "\n")
 
 
 def recorded_recipe(run_dir: Path) -> Recipe | None:
@@ -131,9 +132,3 @@ def _refuse_past_changes(changes: Sequence[Change], run_dir: Path) -> None:
                 ]
             )
         )
-
-
-def _write(file: Path, text: str) -> None:
-    aside = file.with_name(file.name + ".tmp")
-    aside.write_text(text, encoding="utf-8")
-    aside.rename(file)

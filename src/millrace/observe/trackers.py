@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import time
 import uuid
 from collections.abc import Mapping
@@ -19,6 +18,7 @@ from typing import Any, Protocol
 from millrace.config.loading import written
 from millrace.config.schema import MlflowConfig, Recipe, WandbConfig
 from millrace.errors import MillraceError
+from millrace.files import put_in_place
 
 log = logging.getLogger("millrace")
 
@@ -163,10 +163,8 @@ def _run_id(run_dir: Path, tracker: str, place: str) -> str | None:
 
 
 def _remember(run_dir: Path, tracker: str, place: str, run_id: str) -> None:
-    file = run_dir / "trackers.json"
-    aside = file.with_suffix(".json.tmp")
-    aside.write_text(json.dumps({**_ids(run_dir), tracker: {"place": place, "id": run_id}}, indent=2) + "\n")
-    os.replace(aside, file)
+    ids = {**_ids(run_dir), tracker: {"place": place, "id": run_id}}
+    put_in_place(run_dir / "trackers.json", json.dumps(ids, indent=2) + "\n")
 
 
 def _ids(run_dir: Path) -> dict[str, dict[str, str]]:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from millrace.files import put_in_place
 from millrace.observe.lines import read_lines
 from millrace.observe.trackers import Tracker
 
@@ -30,10 +30,8 @@ class MetricsWriter:
         """Cut the file before `first_step`; returns what was cut off, by step."""
         rows = read_metrics(self.path)
         if rows:
-            aside = self.path.with_suffix(".jsonl.tmp")
             kept = (row for row in rows if row["step"] < first_step)
-            aside.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
-            os.replace(aside, self.path)
+            put_in_place(self.path, "".join(json.dumps(row) + "\n" for row in kept))
         return {row["step"]: row for row in rows if row["step"] >= first_step}
 
     def write(self, step: int, stage: str, values: Mapping[str, float]) -> None:

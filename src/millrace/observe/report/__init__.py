@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
+from millrace.files import put_in_place
 from millrace.observe.report.page import render_page
 from millrace.observe.report.record import read_run
 
@@ -12,7 +12,5 @@ from millrace.observe.report.record import read_run
 def write_report(run_dir: Path) -> Path:
     """Write the report of what a run has recorded so far and return its path. Raises NoRun where no run has written."""
     path = run_dir / "report.html"
-    aside = path.with_suffix(".html.tmp")
-    aside.write_text(render_page(read_run(run_dir)), encoding="utf-8")
-    os.replace(aside, path)
+    put_in_place(path, render_page(read_run(run_dir)))
     return path
