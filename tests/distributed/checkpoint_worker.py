@@ -11,24 +11,23 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import torch
 from ranks import free_port
+from running_policy import cpu_trainer, running_policy
 from torch import Tensor
 
 from millrace.checkpoint_store import CheckpointError, CheckpointStore
-from millrace.config.model_shape import ModelShape
-from millrace.config.schema import ModelConfig, OptimizerConfig, ParallelConfig, TrainerConfig
+from millrace.config.schema import ModelConfig, OptimizerConfig, ParallelConfig
 from millrace.converters.fingerprint import fingerprint
 from millrace.data.batch import TokenBatch
 from millrace.megatron.checkpoint import Checkpointer
 from millrace.megatron.policy import Policy
 from millrace.megatron.sharded_state import check_metadata
-from millrace.megatron.topology import init_distributed
 
 LAYOUTS = {
     "tp2_sp": ("qwen3", "float32", ParallelConfig(tp=2, sequence_parallel=True), False),
@@ -47,34 +46,12 @@ STEPS, SAVED_AT = 6, 3
 PROBE = torch.arange(24).reshape(2, 12) * 7 % 256
 
 
-@contextmanager
 def running(
     folder: Path, base: str, dtype: str, parallel: ParallelConfig, distributed: bool, *, forward_only: bool = False
-) -> Iterator[Policy]:
-    """A policy in process groups of its own."""
-    os.environ["MASTER_PORT"] = str(int(os.environ["MASTER_PORT"]) + 1)
-    trainer = TrainerConfig(
-        device="cpu",
-        max_tokens_per_micro_batch=64,
-        distributed_optimizer=distributed,
-        threads_per_rank=1,
-        collective_timeout_s=60,
-    )
-    topology = init_distributed(parallel, trainer, seed=7)
-    path = folder / base
-    policy = Policy(
-        ModelConfig(path=str(path), dtype=dtype),
-        ModelShape.from_hf(str(path)),
-        parallel,
-        trainer,
-        topology,
-        optimizer=None if forward_only else OPTIMIZER,
-        seed=7,
-    )
-    try:
-        yield policy
-    finally:
-        topology.close()
+) -> AbstractContextManager[Policy]:
+    model = ModelConfig(path=str(folder / base), dtype=dtype)
+    trainer = cpu_trainer(max_tokens_per_micro_batch=64, distributed_optimizer=distributed)
+    return running_policy(model, parallel, trainer, optimizer=None if forward_only else OPTIMIZER, seed=7)
 
 
 def batch_of(step: int) -> TokenBatch:

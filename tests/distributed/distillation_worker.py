@@ -6,7 +6,6 @@ Usage: distillation_worker.py CASES.json FOLDER; every rank writes FOLDER/CASE-R
 from __future__ import annotations
 
 import json
-import os
 import sys
 from operator import attrgetter
 from pathlib import Path
@@ -14,16 +13,15 @@ from typing import Any
 
 import torch
 from distillation_reference import HIGH, LOW, TEACHERS, TEMPERATURE, TOP_K
+from running_policy import copied, cpu_trainer, running_policy
 from torch import Tensor
 
 from millrace.algorithms.distillation import mopd_loss_fn
-from millrace.config.model_shape import ModelShape
-from millrace.config.schema import ModelConfig, OptimizerConfig, ParallelConfig, TrainerConfig
+from millrace.config.schema import ModelConfig, OptimizerConfig, ParallelConfig
 from millrace.data.batch import TokenBatch
 from millrace.megatron import weights
 from millrace.megatron.divergence import Divergence, TeacherStates
 from millrace.megatron.policy import Policy
-from millrace.megatron.topology import init_distributed
 
 DIVERGENCES: dict[str, dict[str, Any]] = {
     "full": {},
@@ -36,22 +34,15 @@ DIVERGENCES: dict[str, dict[str, Any]] = {
 
 def main(cases: list[dict[str, Any]], folder: Path) -> None:
     for case in cases:
-        os.environ["MASTER_PORT"] = str(case["port"])
-        parallel = ParallelConfig(**case["parallel"])
-        trainer = TrainerConfig(
-            device="cpu",
-            threads_per_rank=1,
-            collective_timeout_s=60,
-            max_tokens_per_micro_batch=case["capacity"],
-            logprob_chunk_tokens=7,
-        )
-        topology = init_distributed(parallel, trainer, seed=1)
-        path = case["checkpoints"]["student"]
-        shape, config = ModelShape.from_hf(path), ModelConfig(path=path, dtype="float32")
-        policy = Policy(config, shape, parallel, trainer, topology, optimizer=OptimizerConfig(lr=1e-3), seed=1)
-        batch = torch.load(case["batch"], weights_only=False)
-        torch.save(results(policy, batch, case["checkpoints"]), folder / f"{case['name']}-{topology.rank}.pt")
-        topology.close()
+        with running_policy(
+            ModelConfig(path=case["checkpoints"]["student"], dtype="float32"),
+            ParallelConfig(**case["parallel"]),
+            cpu_trainer(max_tokens_per_micro_batch=case["capacity"], logprob_chunk_tokens=7),
+            optimizer=OptimizerConfig(lr=1e-3),
+            port=case["port"],
+        ) as policy:
+            found = results(policy, torch.load(case["batch"], weights_only=False), case["checkpoints"])
+            torch.save(found, folder / f"{case['name']}-{policy.topology.rank}.pt")
 
 
 def results(policy: Policy, batch: TokenBatch, checkpoints: dict[str, str]) -> dict[str, Any]:
@@ -106,7 +97,7 @@ def loss_and_gradient(policy: Policy, batch: TokenBatch, signal: str, divergence
 def gradients(policy: Policy) -> dict[str, Tensor]:
     """This rank's gradients as Hugging Face tensors."""
     bound = weights.bind(policy.module, policy.shape, policy.topology, of=attrgetter("main_grad"))
-    return {name: tensor.detach().clone() for name, tensor in weights.hf_tensors(bound)}
+    return copied(weights.hf_tensors(bound))
 
 
 if __name__ == "__main__":

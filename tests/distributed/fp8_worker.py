@@ -15,20 +15,18 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from layout_data import example_batch, negative_log_likelihood
+from running_policy import copied, cpu_trainer, running_policy
 
-from millrace.config.model_shape import ModelShape
 from millrace.config.schema import (
     LoraConfig,
     ModelConfig,
     OptimizerConfig,
     ParallelConfig,
     PrecisionConfig,
-    TrainerConfig,
 )
 from millrace.megatron.checkpoint import Checkpointer
 from millrace.megatron.policy import Policy
 from millrace.megatron.precision import PLAIN
-from millrace.megatron.topology import init_distributed
 
 TP2, DP2 = ParallelConfig(tp=2, sequence_parallel=True), ParallelConfig(dp=2)
 LAYOUTS = {"tp2": TP2, "dp2": DP2, "pp2": ParallelConfig(pp=2), "tp2 without sp": ParallelConfig(tp=2)}
@@ -51,33 +49,15 @@ def policy_of(
     recompute: str = "none",
     lora: LoraConfig | None = None,
 ) -> Iterator[Policy]:
-    os.environ["MASTER_PORT"] = str(int(os.environ["MASTER_PORT"]) + 1)
-    trainer = TrainerConfig(device="cpu", threads_per_rank=1, collective_timeout_s=60, recompute=recompute)
-    topology = init_distributed(parallel, trainer, seed=1)
-    path = folder / family
-    policy = Policy(
-        ModelConfig(path=str(path), dtype="float32", lora=lora),
-        ModelShape.from_hf(path),
-        parallel,
-        trainer,
-        topology,
-        optimizer=OptimizerConfig(lr=1e-3),
-        seed=1,
-        precision=precision,
-    )
-    policy.load_hf(str(path))
-    try:
+    model = ModelConfig(path=str(folder / family), dtype="float32", lora=lora)
+    trainer, optimizer = cpu_trainer(recompute=recompute), OptimizerConfig(lr=1e-3)
+    with running_policy(model, parallel, trainer, optimizer=optimizer, precision=precision) as policy:
+        policy.load_hf(model.path)
         yield policy
-    finally:
-        topology.close()
 
 
 def losses(policy: Policy, steps: int) -> list[float]:
     return [policy.train_step(example_batch(), negative_log_likelihood)["loss"] for _ in range(steps)]
-
-
-def weights(policy: Policy) -> dict[str, torch.Tensor]:
-    return {name: tensor.detach().clone() for name, tensor in policy.hf_tensors()}
 
 
 def resumed(folder: Path) -> dict[str, Any]:
@@ -87,14 +67,14 @@ def resumed(folder: Path) -> dict[str, Any]:
     with policy_of(folder, TP2, DELAYED) as policy:
         losses(policy, 2)
         checkpoint = checkpoints.save(policy, 2, {})
-        found["at once"] = losses(policy, 2), weights(policy), policy.emulation.history.state()
+        found["at once"] = losses(policy, 2), copied(policy.hf_tensors()), policy.emulation.history.state()
     with policy_of(folder, TP2, DELAYED) as policy:
         checkpoints.load(policy, checkpoint)
-        found["resumed"] = losses(policy, 2), weights(policy), policy.emulation.history.state()
+        found["resumed"] = losses(policy, 2), copied(policy.hf_tensors()), policy.emulation.history.state()
     with policy_of(folder, TP2, DELAYED) as policy:
         checkpoints.load(policy, checkpoint)
         policy.emulation.history.reset()
-        found["without its history"] = losses(policy, 2), weights(policy), policy.emulation.history.state()
+        found["without its history"] = losses(policy, 2), copied(policy.hf_tensors()), policy.emulation.history.state()
     with policy_of(folder, DP2, DELAYED) as policy:
         checkpoints.load(policy, checkpoint)
         found["at another layout"] = losses(policy, 2), {}, policy.emulation.history.state()
@@ -105,7 +85,7 @@ def computed_again(folder: Path) -> dict[str, Any]:
     found = {}
     for recompute in ("none", "full"):
         with policy_of(folder, DP2, DELAYED, recompute=recompute) as policy:
-            found[recompute] = losses(policy, 3), weights(policy)
+            found[recompute] = losses(policy, 3), copied(policy.hf_tensors())
     return found
 
 

@@ -6,9 +6,7 @@ Usage: layout_worker.py CASES.json FOLDER; every rank writes FOLDER/CASE-RANK.pt
 from __future__ import annotations
 
 import json
-import os
 import sys
-from collections.abc import Iterable
 from dataclasses import replace
 from operator import attrgetter
 from pathlib import Path
@@ -16,33 +14,25 @@ from typing import Any
 
 import torch
 from layout_data import example_batch, example_tokens, negative_log_likelihood
+from running_policy import copied, cpu_trainer, running_policy
 from torch import Tensor
 
-from millrace.config.model_shape import ModelShape
-from millrace.config.schema import ModelConfig, OptimizerConfig, ParallelConfig, TrainerConfig
+from millrace.config.schema import ModelConfig, OptimizerConfig, ParallelConfig
 from millrace.megatron import weights
 from millrace.megatron.policy import Policy
-from millrace.megatron.topology import init_distributed
 
 
 def main(cases: list[dict[str, Any]], folder: Path) -> None:
     for case in cases:
-        os.environ["MASTER_PORT"] = str(case["port"])
-        parallel = ParallelConfig(**case["parallel"])
-        trainer = TrainerConfig(device="cpu", threads_per_rank=1, collective_timeout_s=60, **case["trainer"])
-        topology = init_distributed(parallel, trainer, seed=1)
-        policy = Policy(
+        with running_policy(
             ModelConfig(path=case["model"], dtype=case["dtype"]),
-            ModelShape.from_hf(case["model"]),
-            parallel,
-            trainer,
-            topology,
+            ParallelConfig(**case["parallel"]),
+            cpu_trainer(**case["trainer"]),
             optimizer=OptimizerConfig(lr=1e-3, weight_decay=0.1),
-            seed=1,
-        )
-        found = gradient_alone(policy, case) if case.get("gradient_alone") else results(policy, case)
-        torch.save(found, folder / f"{case['name']}-{topology.rank}.pt")
-        topology.close()
+            port=case["port"],
+        ) as policy:
+            found = gradient_alone(policy, case) if case.get("gradient_alone") else results(policy, case)
+            torch.save(found, folder / f"{case['name']}-{policy.topology.rank}.pt")
 
 
 def results(policy: Policy, case: dict[str, Any]) -> dict[str, Any]:
@@ -92,10 +82,6 @@ def gradients(policy: Policy) -> dict[str, Tensor]:
     """This rank's gradients as Hugging Face tensors."""
     bound = weights.bind(policy.module, policy.shape, policy.topology, of=attrgetter("main_grad"))
     return copied(weights.hf_tensors(bound))
-
-
-def copied(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
-    return {name: tensor.detach().clone() for name, tensor in tensors}
 
 
 if __name__ == "__main__":

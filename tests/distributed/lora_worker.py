@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from layout_data import example_batch, example_tokens, negative_log_likelihood
-from layout_worker import copied
+from running_policy import copied, cpu_trainer
 from torch import Tensor
 
 from millrace.checkpoint_store import CheckpointError
@@ -36,7 +36,7 @@ def main(cases: list[dict[str, Any]], folder: Path) -> None:
     for case in cases:
         os.environ["MASTER_PORT"] = str(case["port"])
         parallel = ParallelConfig(**case["parallel"])
-        trainer = TrainerConfig(device="cpu", threads_per_rank=1, collective_timeout_s=60, **case["trainer"])
+        trainer = cpu_trainer(**case["trainer"])
         topology = init_distributed(parallel, trainer, seed=1)
         found = WORK[case["work"]](case, parallel, trainer, topology)
         torch.save(found, folder / f"{case['name']}-{topology.rank}.pt")

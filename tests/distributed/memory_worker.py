@@ -6,7 +6,6 @@ Usage: memory_worker.py CASES.json FOLDER; every rank writes FOLDER/CASE-RANK.js
 from __future__ import annotations
 
 import json
-import os
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -14,14 +13,13 @@ from typing import Any
 
 import torch
 from layout_data import VOCABULARY, negative_log_likelihood
+from running_policy import cpu_trainer, running_policy
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
-from millrace.config.model_shape import ModelShape
-from millrace.config.schema import ModelConfig, OptimizerConfig, ParallelConfig, TrainerConfig
+from millrace.config.schema import ModelConfig, OptimizerConfig, ParallelConfig
 from millrace.data.batch import TokenBatch
 from millrace.megatron.policy import Policy
-from millrace.megatron.topology import init_distributed
 
 SEQUENCES = 4
 """Sequences of one micro-batch, all equally long."""
@@ -69,29 +67,16 @@ class _Held:
 
 def main(cases: list[dict[str, Any]], folder: Path) -> None:
     for case in cases:
-        os.environ["MASTER_PORT"] = str(case["port"])
-        parallel = ParallelConfig(**case["parallel"])
-        trainer = TrainerConfig(
-            device="cpu",
-            threads_per_rank=1,
-            collective_timeout_s=60,
-            max_tokens_per_micro_batch=case["tokens"],
-            **case["trainer"],
-        )
-        topology = init_distributed(parallel, trainer, seed=1)
-        policy = Policy(
+        with running_policy(
             ModelConfig(path=case["model"], dtype=case["dtype"]),
-            ModelShape.from_hf(case["model"]),
-            parallel,
-            trainer,
-            topology,
+            ParallelConfig(**case["parallel"]),
+            cpu_trainer(max_tokens_per_micro_batch=case["tokens"], **case["trainer"]),
             optimizer=OptimizerConfig(lr=1e-3),
-            seed=1,
-        )
-        found = measured(policy, case)
-        (folder / f"{case['name']}-{topology.rank}.json").write_text(json.dumps(found))
+            port=case["port"],
+        ) as policy:
+            found = measured(policy, case)
+            (folder / f"{case['name']}-{policy.topology.rank}.json").write_text(json.dumps(found))
         del policy
-        topology.close()
 
 
 def measured(policy: Policy, case: dict[str, Any]) -> dict[str, int]:
