@@ -206,10 +206,8 @@ def gpu_problem(fp8: Fp8Recipe, capability: Capability, gpu: str) -> str | None:
 
 def cluster_problems_of_engines(recipe: Recipe, cluster: ClusterConfig) -> Problems:
     """Why the GPUs of a cluster cannot compute what engines are quantised to."""
-    engines = {"fleet": recipe.fleet} if recipe.samples else {}
-    engines |= {f"judges.{name}.engine": judge.engine for name, judge in recipe.judges_used.items() if judge.model}
-    for key, engine in engines.items():
-        capability = CAPABILITIES.get(gpu_key(cluster.node.gpu))
+    capability = CAPABILITIES.get(gpu_key(cluster.node.gpu))
+    for key, engine in recipe.engines_started.items():
         if engine.quantization == "fp8" and capability is not None and capability < (8, 9):
             yield (
                 f"{key}.quantization is fp8, but {cluster.node.gpu} ({GENERATIONS[capability]}, compute capability "

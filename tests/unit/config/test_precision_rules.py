@@ -180,3 +180,21 @@ def test_engines_in_fp8_are_refused_on_gpus_without_it(recipe_file: Path) -> Non
     )
     for gpu in ("l40s", "h100", "b200", "tpu"):
         assert not list(cluster_problems_of_engines(recipe, cluster(gpu)))
+
+
+def test_judges_and_served_teachers_in_fp8_are_refused_on_gpus_without_it(cascade_file: Path) -> None:
+    fp8 = "engine={quantization: fp8, dtype: bfloat16}"
+    recipe = loaded(
+        cascade_file,
+        "judges.genrm={model: judge, " + fp8.replace("engine=", "engine: ") + "}",
+        f"stages.distil.teacher_{fp8}",
+        "stages.distil.placement=served",
+        *ON_GPUS,
+    )
+    keys = ["judges.genrm.engine", "stages.distil.teacher_engine"]
+    problems = list(cluster_problems_of_engines(recipe, cluster("a100")))
+    assert [problem.split(".quantization is fp8, but a100")[0] for problem in problems] == keys
+    assert all(f"set {key}.quantization=none" in problem for key, problem in zip(keys, problems, strict=True))
+    assert not list(cluster_problems_of_engines(recipe, cluster("h100")))
+    on_the_ranks = loaded(cascade_file, f"stages.distil.teacher_{fp8}", *ON_GPUS)
+    assert not list(cluster_problems_of_engines(on_the_ranks, cluster("a100")))
