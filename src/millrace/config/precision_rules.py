@@ -80,8 +80,6 @@ def precision_problems(recipe: Recipe, shape: ModelShape | None) -> Problems:
             f"precision.fp8 is {precision.fp8}, but trainer.device is cpu, which has no FP8 products; {EMULATION}, or "
             "precision.fp8=none"
         )
-    if precision.parameters:
-        yield from _parameters(recipe)
     if precision.fp8 == "delayed":
         yield from _history(recipe)
     if shape is not None:
@@ -97,7 +95,6 @@ def unread_keys(precision: PrecisionConfig) -> Problems:
         "amax_algorithm": ("delayed",),
         "margin": ("delayed",),
         "power_of_two_scales": ("blockwise",),
-        "parameters": ("delayed", "tensorwise", "blockwise", "mxfp8"),
         "first_layers_bf16": ("tensorwise", "blockwise", "mxfp8"),
         "last_layers_bf16": ("tensorwise", "blockwise", "mxfp8"),
         "pad_experts": ("delayed", "tensorwise", "blockwise", "mxfp8"),
@@ -150,21 +147,6 @@ def _dtype(model: ModelConfig, precision: PrecisionConfig) -> Problems:
             f"precision.fp8 is {precision.fp8}, which takes what is not in FP8 as bfloat16, but model.dtype is "
             f"{model.dtype}; set model.dtype=bfloat16"
         )
-
-
-def _parameters(recipe: Recipe) -> Problems:
-    if recipe.precision.emulate:
-        yield (
-            "precision.parameters saves the memory of GPUs, which an emulation does not; its weights are rounded to "
-            "FP8 in any case, so leave it out"
-        )
-    elif not recipe.trainer.distributed_optimizer:
-        yield (
-            "precision.parameters needs the master weights of the distributed optimizer; set "
-            "trainer.distributed_optimizer=true"
-        )
-    if recipe.model.lora is not None:
-        yield "precision.parameters and model.lora exclude each other: adapters stand on weights in model.dtype"
 
 
 def _history(recipe: Recipe) -> Problems:

@@ -67,17 +67,6 @@ def test_the_format_follows_the_recipe_unless_it_is_named() -> None:
             "precision.last_layers_bf16 is 3, but Megatron-Core takes at most the 2 layers of one pipeline stage",
         ),
         (["precision={fp8: mxfp8, emulate: true, pad_experts: true}"], "pad_experts is set, but the model has no ex"),
-        (["precision={fp8: mxfp8, parameters: true}", *ON_GPUS], "set trainer.distributed_optimizer=true"),
-        (["precision={fp8: mxfp8, emulate: true, parameters: true}"], "saves the memory of GPUs"),
-        (
-            [
-                "precision={fp8: mxfp8, parameters: true}",
-                *ON_GPUS,
-                "trainer.distributed_optimizer=true",
-                "model.lora={}",
-            ],
-            "precision.parameters and model.lora exclude each other",
-        ),
         (
             ["precision={fp8: delayed, emulate: true}", "stages.climb.kl.coefficient=0.1"],
             "the reference of stages.climb.kl never train; use tensorwise",
