@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, TypeVar
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -217,6 +218,7 @@ class WeightSync:
         batch = TokenBatch.from_sequences([self._probe])
         with self._phase("probe"):
             expected = self._policy.logprobs(batch, temperature=1.0)[0].tolist()
+        self._make_room()
         with self._phase("begin"):
             if not self._on_main(lambda fleet: self._begin(fleet, sampled, only_unsynced)):
                 return _Verdict()
@@ -231,6 +233,13 @@ class WeightSync:
         verdict = self._on_main(lambda fleet: self._conclude(fleet, version, sent, expected))
         self._met = lives if verdict.report else None
         return verdict
+
+    def _make_room(self) -> None:
+        """Where engines slept on this GPU and wake up now, give back what the allocator keeps of the training's memory.
+        Collective."""
+        if self._config.sleep != "never":
+            torch.cuda.empty_cache()
+            self._gather(self._rank)
 
     def _meet(self) -> object:
         """Build the groups that buckets are broadcast in, where they are, when the engines are others than before; the

@@ -42,7 +42,7 @@ class BroadcastCarrier:
         if meeting is not None:
             try:
                 self._group = joiner(self.kind)(meeting, 0, self._limit)
-            except RuntimeError as error:  # what torch and vLLM raise when ranks stay away
+            except (RuntimeError, OSError) as error:  # what torch, vLLM and a time limit raise when ranks stay away
                 return f"rank {self._rank} did not meet the engines at {meeting.address}:{meeting.port}: {error}"
         return ""
 

@@ -58,8 +58,10 @@ class IpcCarrier:
         return True
 
     def close(self) -> None:
+        """Give the memory back to the GPU, whose engines may wait for room for their caches."""
         self._buffers = [None] * BUCKETS_PER_RANK
         torch.cuda.ipc_collect()
+        torch.cuda.empty_cache()
 
 
 def handle_fields(arguments: tuple[Any, ...], uuid: str) -> dict[str, Any]:
