@@ -58,6 +58,11 @@ GENERATIONS: dict[Capability, str] = {
     (12, 0): "Blackwell of workstations",
 }
 
+PRODUCT_MULTIPLE: dict[Fp8Recipe, int] = {"none": 1, "delayed": 16, "tensorwise": 16, "blockwise": 16, "mxfp8": 32}
+"""The sizes of a matrix that a recipe's products take are divisible by this."""
+GATHERED_BLOCK = 128
+"""Transformer Engine 2.7 to 2.12 gathers no others in FP8 by blocks."""
+
 EMULATION = "set precision.emulate=true with trainer.device=cpu to preview the recipe"
 
 Problems = Iterator[str]
@@ -119,13 +124,23 @@ def model_problems(precision: PrecisionConfig, shape: ModelShape, p: ParallelCon
 
 
 def _widths(fp8: Fp8Recipe, shape: ModelShape, p: ParallelConfig) -> Problems:
-    """FP8 products take matrices of whole multiples of 16, or with MXFP8 of its blocks of 32."""
-    multiple = token_multiple(fp8)
+    """FP8 products take matrices of whole multiples of 16, or with MXFP8 of its blocks of 32; what ranks gather in FP8
+    by blocks of 128 is cut into whole ones."""
+    mamba, latents = shape.mamba, shape.moe_latent_size
+    if gathers_by_blocks(fp8, p) and shape.hidden_size % GATHERED_BLOCK:
+        yield (
+            f"precision.fp8 is {fp8} under sequence parallelism, where ranks gather blocks of {GATHERED_BLOCK}, but "
+            f"the model's hidden_size is {shape.hidden_size}; use tensorwise, or parallel.tp=1"
+        )
+    multiple = PRODUCT_MULTIPLE[fp8]
     widths = {
         "hidden_size": (shape.hidden_size, 1, "tp"),
         "feed-forward columns": (shape.ffn_hidden_size if shape.has_dense_ffn else 0, p.tp, "tp"),
         "columns of an expert": (shape.moe_ffn_hidden_size if shape.num_experts else 0, p.etp, "etp"),
         "columns of the shared expert": (shape.shared_ffn_hidden_size or 0, p.tp, "tp"),
+        "columns of the experts' latents": (latents, 1, "tp"),
+        "channels of a Mamba layer": (mamba.inner if mamba else 0, p.tp, "tp"),
+        "columns into a Mamba layer": (mamba.inner + mamba.convolved + mamba.heads if mamba else 0, p.tp, "tp"),
     }
     for what, (width, ranks, key) in widths.items():
         if ranks > 0 and width // ranks % multiple:
@@ -136,9 +151,14 @@ def _widths(fp8: Fp8Recipe, shape: ModelShape, p: ParallelConfig) -> Problems:
             )
 
 
-def token_multiple(fp8: Fp8Recipe) -> int:
-    """The sizes of a matrix that a recipe's products take, its tokens included, are divisible by this."""
-    return 32 if fp8 == "mxfp8" else 16
+def gathers_by_blocks(fp8: Fp8Recipe, p: ParallelConfig) -> bool:
+    """Whether tensor-parallel ranks gather their tokens in FP8, by blocks of GATHERED_BLOCK x GATHERED_BLOCK."""
+    return fp8 == "blockwise" and p.sequence_parallel and p.tp > 1
+
+
+def token_multiple(fp8: Fp8Recipe, p: ParallelConfig) -> int:
+    """The number of tokens that a rank computes between its tensor-parallel regions is divisible by this."""
+    return GATHERED_BLOCK if gathers_by_blocks(fp8, p) else PRODUCT_MULTIPLE[fp8]
 
 
 def _dtype(model: ModelConfig, precision: PrecisionConfig) -> Problems:

@@ -369,7 +369,7 @@ class Policy:
 
     @property
     def _multiple(self) -> int:
-        return token_multiple(self.precision) * (self.topology.tp if self._sequence_parallel else 1)
+        return token_multiple(self.precision, self.parallel) * (self.topology.tp if self._sequence_parallel else 1)
 
     @property
     def _context(self) -> ContextShare:

@@ -9,6 +9,7 @@ ranks is `fp8_emulation`'s; to Megatron-Core it is no FP8 at all.
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import metadata
@@ -18,7 +19,7 @@ import torch
 
 from millrace.config import precision_rules
 from millrace.config.model_shape import ModelShape
-from millrace.config.schema import Fp8Recipe, PrecisionConfig
+from millrace.config.schema import Fp8Recipe, ParallelConfig, PrecisionConfig
 from millrace.errors import MillraceError
 from millrace.megatron.local_layers import needs_local_layers
 
@@ -92,9 +93,10 @@ def transformer_options(precision: PrecisionConfig, shape: ModelShape) -> dict[s
     return options
 
 
-def token_multiple(precision: PrecisionConfig) -> int:
-    """The number of tokens that a rank computes must be divisible by this."""
-    return precision_rules.token_multiple(precision.fp8) if precision.computes_fp8 else 1
+def token_multiple(precision: PrecisionConfig, parallel: ParallelConfig) -> int:
+    """The number of tokens that a rank computes must be divisible by this; with sequence parallelism, those of its own
+    part."""
+    return precision_rules.token_multiple(precision.fp8, parallel) if precision.computes_fp8 else 1
 
 
 def require_computable(precision: PrecisionConfig, shape: ModelShape, device: torch.device) -> None:
@@ -124,6 +126,7 @@ def require_computable(precision: PrecisionConfig, shape: ModelShape, device: to
     )
     if problem is not None:
         raise PrecisionError(problem)
+    _require_kernels(precision.fp8)
 
 
 def _require_engine(fp8: Fp8Recipe) -> None:
@@ -140,4 +143,16 @@ def _require_engine(fp8: Fp8Recipe) -> None:
         raise PrecisionError(
             f"precision.fp8 is {fp8}, which needs Transformer Engine {oldest}, but {version} is installed; update it, "
             "or set precision.fp8=none"
+        )
+
+
+def _require_kernels(fp8: Fp8Recipe) -> None:
+    """Ask Transformer Engine itself: what it computes depends on its release and on CUDA's besides."""
+    asked = {"blockwise": "check_fp8_block_scaling_support", "mxfp8": "check_mxfp8_support"}
+    engine = importlib.import_module("transformer_engine.pytorch.fp8")
+    able, reason = getattr(engine, asked.get(fp8, "check_fp8_support"))()
+    if not able:
+        raise PrecisionError(
+            f"precision.fp8 is {fp8}, but Transformer Engine {metadata.version('transformer-engine')} with CUDA "
+            f"{torch.version.cuda} does not compute it here ({reason}); update them, or set precision.fp8 to another"
         )

@@ -155,11 +155,15 @@ def test_without_fp8_products_megatron_hears_of_none(precision: PrecisionConfig,
     assert {k: v for k, v in asdict(asked).items() if k not in changing} == {
         k: v for k, v in asdict(plain).items() if k not in changing
     }
-    assert asked.fp8 is None and engine_recipe(precision) is None and token_multiple(precision) == 1
+    assert asked.fp8 is None and engine_recipe(precision) is None and token_multiple(precision, ParallelConfig()) == 1
 
 
 def test_micro_batches_are_filled_up_to_what_fp8_products_take() -> None:
-    assert [token_multiple(precision) for precision, _, _ in CASES.values()] == [16, 16, 16, 32]
+    recipes = [precision for precision, _, _ in CASES.values()]
+    assert [token_multiple(precision, ParallelConfig()) for precision in recipes] == [16, 16, 16, 32]
+    # Gathered in FP8, blocks of 128 tokens are of one rank each.
+    cut = ParallelConfig(tp=2, sequence_parallel=True)
+    assert [token_multiple(precision, cut) for precision in recipes] == [16, 16, 128, 32]
 
 
 def test_fp8_on_cuda_without_transformer_engine_says_how_to_get_it(dense: ModelShape) -> None:
