@@ -182,8 +182,8 @@ class Policy:
         return weights.owned_bytes(weights.bind(self.module, self.shape, self.topology), few_owners=few_owners)
 
     def reset_optimizer(self, config: OptimizerConfig, total_steps: int) -> None:
-        """Start a stage of `total_steps` updates: fresh moments (and a fresh history of FP8's delayed scales), and its
-        schedule from the beginning."""
+        """Start a stage of `total_steps` updates: fresh moments, and its schedule from the beginning. Where FP8 is
+        emulated the history of delayed scales begins afresh too; Transformer Engine goes on with its own."""
         assert self._trained is not None, "a forward-only policy has no optimizer"
         if self.emulation is not None:
             self.emulation.reset()

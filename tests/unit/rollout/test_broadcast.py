@@ -102,6 +102,11 @@ def test_a_worker_that_is_gone_is_noticed_and_nobody_hangs(tmp_path: Path) -> No
     assert time.monotonic() - began < 4 * LIMIT
     assert sent[0].problem.startswith("rank 0 could not send weights: ")
 
+    sent.clear()
+    meet(carriers, readers[1:])  # without the one that is gone
+    exchange(tmp_path / "b", carriers, load, sent)
+    assert [one.problem for one in sent] == [""]
+
 
 def test_a_rank_whom_nobody_meets_says_where_it_waited() -> None:
     meeting = call_meeting("gloo", 3, 1, ["http://127.0.0.1:1"])

@@ -72,8 +72,19 @@ class BroadcastCarrier:
             raise SyncError(f"a bucket did not reach all engines: {error}") from error
 
     def close(self) -> None:
+        """Give the buckets' memory back, and end a group in which a broadcast broke off: it is of no use any more, and
+        on a GPU the broadcast would hold up whoever waits for the whole device."""
+        if self._group is not None and not all(map(self._arrived, range(BUCKETS_PER_RANK))):
+            self._group.close()
+            self._group = None
         self._buffers = [None] * BUCKETS_PER_RANK
         self._transfers = [None] * BUCKETS_PER_RANK
+
+    def _arrived(self, slot: int) -> bool:
+        try:
+            return self.delivered(slot)
+        except SyncError:
+            return False
 
 
 def joiner(kind: str) -> Join:
