@@ -115,18 +115,21 @@ def require_computable(precision: PrecisionConfig, shape: ModelShape, device: to
             f"precision.fp8 is {precision.fp8}, but the trainer runs on CPU ranks, which have no FP8 products; set "
             "precision.emulate=true to preview the recipe, or precision.fp8=none"
         )
-    _require_engine(precision.fp8)
     if needs_local_layers(shape):
         raise PrecisionError(
             f"precision.fp8 is {precision.fp8}, but the layers of {shape.family} are plain torch modules, for "
             "Transformer Engine has none like them; set precision.fp8=none"
         )
-    problem = precision_rules.gpu_problem(
-        precision.fp8, torch.cuda.get_device_capability(), torch.cuda.get_device_name()
-    )
+    require_recipe(precision.fp8)
+
+
+def require_recipe(fp8: Fp8Recipe) -> None:
+    """Raises PrecisionError where Transformer Engine or this GPU does not compute a recipe."""
+    _require_engine(fp8)
+    problem = precision_rules.gpu_problem(fp8, torch.cuda.get_device_capability(), torch.cuda.get_device_name())
     if problem is not None:
         raise PrecisionError(problem)
-    _require_kernels(precision.fp8)
+    _require_kernels(fp8)
 
 
 def _require_engine(fp8: Fp8Recipe) -> None:
