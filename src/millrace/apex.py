@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 from importlib import util
+from pathlib import Path
 
 
 def is_unrelated_apex() -> bool:
-    """Whether an apex is installed that has no optimizers: the unrelated package of that name."""
-    return util.find_spec("apex") is not None and util.find_spec("apex.optimizers") is None
+    """Whether an apex is installed that has no optimizers: the unrelated package of that name. It is not imported, for
+    that ends in an ImportError of its own."""
+    spec = util.find_spec("apex")
+    if spec is None:
+        return False
+    return not any((Path(folder) / "optimizers").is_dir() for folder in spec.submodule_search_locations or ())

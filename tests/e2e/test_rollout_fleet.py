@@ -29,6 +29,7 @@ from millrace.rollout.engine import EngineStartError, free_port
 from millrace.rollout.fleet import Fleet
 from millrace.rollout.fleet_health import State
 from millrace.rollout.member import FleetNeedsSync
+from millrace.rollout.transports.broadcast import BroadcastCarrier
 from millrace.rollout.transports.shared_memory import SharedMemoryCarrier, shared_memory_folder
 from millrace.rollout.types import Request, Rollout, SamplingParams
 from millrace.rollout.weight_sync import SyncMismatch, WeightSync
@@ -376,3 +377,30 @@ def test_an_engine_whose_port_another_process_holds_takes_another_one(
             assert fleet.members[0].health.restarts == 0
         finally:
             fleet.close()
+
+
+class KillsAnEngine(BroadcastCarrier):
+    """Broadcasts that an engine does not live to see the end of."""
+
+    def __init__(self, group: int) -> None:
+        super().__init__("gloo", 0, CONFIG.bucket_bytes, 15)
+        self._victim: int | None = group
+
+    def deliver(self, slot: int, used: int) -> None:
+        if self._victim is not None:
+            os.killpg(self._victim, signal.SIGKILL)
+            self._victim = None
+        super().deliver(slot, used)
+
+
+def test_an_engine_that_dies_in_a_broadcast_takes_no_other_one_with_it(experts: Stand) -> None:
+    fleet = experts.fleet
+    experts.policy.load(experts.checkpoints[1])
+    config = dataclasses.replace(fleet.config, transport="gloo", request_timeout_s=15)
+    second = fleet.members[1]
+    assert second.engine.pid is not None
+    sync = WeightSync(experts.policy, fleet, config, ALONE, carrier=KillsAnEngine(second.engine.pid))
+    report = sync.push(31)
+    assert report.engines == 1 and fleet.members[0].health.version == 31
+    assert second.health.state is not State.SERVING
+    assert_computes_as(experts)

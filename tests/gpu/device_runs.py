@@ -33,7 +33,9 @@ Found = dict[str, Any]
 def alone() -> dict[str, str]:
     """The environment of the one rank of a run."""
     rank = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
-    return {**os.environ, **rank, "MASTER_PORT": str(random.randrange(15000, 32000)), "PYTHONWARNINGS": "ignore"}
+    exact = {"TRITON_F32_DEFAULT": "ieee"}  # mamba-ssm's kernels would multiply float32 with 10 bits of fraction
+    port = {"MASTER_PORT": str(random.randrange(15000, 32000))}
+    return {**os.environ, **rank, **port, **exact, "PYTHONWARNINGS": "ignore"}
 
 
 def measured(folder: Path, device: str, jobs: dict[str, dict[str, Any]], timeout: float = 300) -> dict[str, Found]:

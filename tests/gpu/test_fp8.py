@@ -14,8 +14,7 @@ import torch
 from device_runs import DEVICES, Found, in_turn, mean_distance
 from tiny_checkpoints import write_checkpoint
 
-from millrace.config.precision_rules import gpu_problem
-from millrace.megatron.precision import PrecisionError, _require_engine
+from millrace.megatron.precision import PrecisionError, require_recipe
 
 RECIPES = ("tensorwise", "blockwise", "mxfp8", "delayed")
 LINEAR = 0.01
@@ -34,10 +33,10 @@ def unable(device: str, recipe: Any) -> str | None:
     if device == "cpu":
         return None
     try:
-        _require_engine(recipe)
+        require_recipe(recipe)
     except PrecisionError as error:
         return str(error)
-    return gpu_problem(recipe, torch.cuda.get_device_capability(), torch.cuda.get_device_name())
+    return None
 
 
 @pytest.fixture(scope="module")

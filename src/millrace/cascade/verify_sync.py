@@ -12,6 +12,7 @@ Every rank is started as `python -m millrace.cascade.verify_sync --hf FOLDER --t
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import tempfile
 import time
@@ -42,6 +43,7 @@ from millrace.megatron.worker import (
     ranks,
 )
 from millrace.rollout.fleet import Fleet
+from millrace.rollout.placement import HERE, Seats, visible_gpus
 from millrace.rollout.types import Request, Rollout, SamplingParams
 from millrace.rollout.weight_sync import SyncReport, WeightSync
 
@@ -69,8 +71,15 @@ def running(config: FleetConfig, model: str, run_dir: Path) -> Iterator[Fleet | 
         yield None
         return
     run_dir.mkdir(parents=True, exist_ok=True)
-    with Fleet(config, model, run_dir) as fleet:
+    with Fleet(config, model, run_dir, seats=seats_of_engine(config, int(os.environ.get("WORLD_SIZE", "1")))) as fleet:
         yield fleet
+
+
+def seats_of_engine(config: FleetConfig, trainer_ranks: int) -> Seats:
+    """The GPUs behind the ranks' for NCCL, which takes no two ranks on one; else the engine may share the first."""
+    if config.transport != "nccl":
+        return HERE
+    return Seats(visible_gpus(range(trainer_ranks, trainer_ranks + config.tensor_parallel)))
 
 
 @torch.no_grad()

@@ -58,6 +58,11 @@ GENERATIONS: dict[Capability, str] = {
     (12, 0): "Blackwell of workstations",
 }
 
+PRODUCT_MULTIPLE: dict[Fp8Recipe, int] = {"none": 1, "delayed": 16, "tensorwise": 16, "blockwise": 16, "mxfp8": 32}
+"""The sizes of a matrix that a recipe's products take are divisible by this."""
+GATHERED_BLOCK = 128
+"""Transformer Engine 2.8 to 2.13 gathers nothing else in FP8 by blocks, and later ones gather the rest unrounded."""
+
 EMULATION = "set precision.emulate=true with trainer.device=cpu to preview the recipe"
 
 Problems = Iterator[str]
@@ -80,8 +85,6 @@ def precision_problems(recipe: Recipe, shape: ModelShape | None) -> Problems:
             f"precision.fp8 is {precision.fp8}, but trainer.device is cpu, which has no FP8 products; {EMULATION}, or "
             "precision.fp8=none"
         )
-    if precision.parameters:
-        yield from _parameters(recipe)
     if precision.fp8 == "delayed":
         yield from _history(recipe)
     if shape is not None:
@@ -97,7 +100,6 @@ def unread_keys(precision: PrecisionConfig) -> Problems:
         "amax_algorithm": ("delayed",),
         "margin": ("delayed",),
         "power_of_two_scales": ("blockwise",),
-        "parameters": ("delayed", "tensorwise", "blockwise", "mxfp8"),
         "first_layers_bf16": ("tensorwise", "blockwise", "mxfp8"),
         "last_layers_bf16": ("tensorwise", "blockwise", "mxfp8"),
         "pad_experts": ("delayed", "tensorwise", "blockwise", "mxfp8"),
@@ -122,13 +124,23 @@ def model_problems(precision: PrecisionConfig, shape: ModelShape, p: ParallelCon
 
 
 def _widths(fp8: Fp8Recipe, shape: ModelShape, p: ParallelConfig) -> Problems:
-    """FP8 products take matrices of whole multiples of 16, or with MXFP8 of its blocks of 32."""
-    multiple = token_multiple(fp8)
+    """FP8 products take matrices of whole multiples of 16, or with MXFP8 of its blocks of 32; what ranks gather in FP8
+    by blocks of 128 is cut into whole ones."""
+    mamba, latents = shape.mamba, shape.moe_latent_size
+    if gathers_by_blocks(fp8, p) and shape.hidden_size % GATHERED_BLOCK:
+        yield (
+            f"precision.fp8 is {fp8} under sequence parallelism, where ranks gather blocks of {GATHERED_BLOCK}, but "
+            f"the model's hidden_size is {shape.hidden_size}; use tensorwise, or parallel.tp=1"
+        )
+    multiple = PRODUCT_MULTIPLE[fp8]
     widths = {
         "hidden_size": (shape.hidden_size, 1, "tp"),
         "feed-forward columns": (shape.ffn_hidden_size if shape.has_dense_ffn else 0, p.tp, "tp"),
         "columns of an expert": (shape.moe_ffn_hidden_size if shape.num_experts else 0, p.etp, "etp"),
         "columns of the shared expert": (shape.shared_ffn_hidden_size or 0, p.tp, "tp"),
+        "columns of the experts' latents": (latents, 1, "tp"),
+        "channels of a Mamba layer": (mamba.inner if mamba else 0, p.tp, "tp"),
+        "columns into a Mamba layer": (mamba.inner + mamba.convolved + mamba.heads if mamba else 0, p.tp, "tp"),
     }
     for what, (width, ranks, key) in widths.items():
         if ranks > 0 and width // ranks % multiple:
@@ -139,9 +151,14 @@ def _widths(fp8: Fp8Recipe, shape: ModelShape, p: ParallelConfig) -> Problems:
             )
 
 
-def token_multiple(fp8: Fp8Recipe) -> int:
-    """The sizes of a matrix that a recipe's products take, its tokens included, are divisible by this."""
-    return 32 if fp8 == "mxfp8" else 16
+def gathers_by_blocks(fp8: Fp8Recipe, p: ParallelConfig) -> bool:
+    """Whether tensor-parallel ranks gather their tokens in FP8, by blocks of GATHERED_BLOCK x GATHERED_BLOCK."""
+    return fp8 == "blockwise" and p.sequence_parallel and p.tp > 1
+
+
+def token_multiple(fp8: Fp8Recipe, p: ParallelConfig) -> int:
+    """The number of tokens that a rank computes between its tensor-parallel regions is divisible by this."""
+    return GATHERED_BLOCK if gathers_by_blocks(fp8, p) else PRODUCT_MULTIPLE[fp8]
 
 
 def _dtype(model: ModelConfig, precision: PrecisionConfig) -> Problems:
@@ -150,21 +167,6 @@ def _dtype(model: ModelConfig, precision: PrecisionConfig) -> Problems:
             f"precision.fp8 is {precision.fp8}, which takes what is not in FP8 as bfloat16, but model.dtype is "
             f"{model.dtype}; set model.dtype=bfloat16"
         )
-
-
-def _parameters(recipe: Recipe) -> Problems:
-    if recipe.precision.emulate:
-        yield (
-            "precision.parameters saves the memory of GPUs, which an emulation does not; its weights are rounded to "
-            "FP8 in any case, so leave it out"
-        )
-    elif not recipe.trainer.distributed_optimizer:
-        yield (
-            "precision.parameters needs the master weights of the distributed optimizer; set "
-            "trainer.distributed_optimizer=true"
-        )
-    if recipe.model.lora is not None:
-        yield "precision.parameters and model.lora exclude each other: adapters stand on weights in model.dtype"
 
 
 def _history(recipe: Recipe) -> Problems:
@@ -206,10 +208,8 @@ def gpu_problem(fp8: Fp8Recipe, capability: Capability, gpu: str) -> str | None:
 
 def cluster_problems_of_engines(recipe: Recipe, cluster: ClusterConfig) -> Problems:
     """Why the GPUs of a cluster cannot compute what engines are quantised to."""
-    engines = {"fleet": recipe.fleet} if recipe.samples else {}
-    engines |= {f"judges.{name}.engine": judge.engine for name, judge in recipe.judges_used.items() if judge.model}
-    for key, engine in engines.items():
-        capability = CAPABILITIES.get(gpu_key(cluster.node.gpu))
+    capability = CAPABILITIES.get(gpu_key(cluster.node.gpu))
+    for key, engine in recipe.engines_started.items():
         if engine.quantization == "fp8" and capability is not None and capability < (8, 9):
             yield (
                 f"{key}.quantization is fp8, but {cluster.node.gpu} ({GENERATIONS[capability]}, compute capability "

@@ -25,8 +25,6 @@ from millrace.config.ranges import range_problems
 from millrace.config.schema import (
     BUILT_IN_TEMPLATES,
     OUTPUT_DISCARDING,
-    FleetConfig,
-    MopdStage,
     ParallelConfig,
     Recipe,
     RlStage,
@@ -135,7 +133,7 @@ def _layout_of_model(recipe: Recipe, shape: ModelShape) -> Problems:
             "through Transformer Engine only; set parallel.cp=1"
         )
     yield from _must_divide("fleet.tensor_parallel", recipe.fleet.tensor_parallel, shape.num_heads, "attention heads")
-    for key, engine in _teacher_engines(recipe).items():
+    for key, engine in recipe.teacher_engines.items():
         yield from _must_divide(f"{key}.tensor_parallel", engine.tensor_parallel, shape.num_heads, "attention heads")
 
 
@@ -269,7 +267,7 @@ def _lengths(recipe: Recipe, shape: ModelShape | None) -> Problems:
                 f"{key} is {length}, but a micro-batch holds {capacity} tokens; "
                 f"raise trainer.max_tokens_per_micro_batch to at least {length} or lower {key}"
             )
-    longest |= {f"{key}.max_model_len": engine.max_model_len for key, engine in _teacher_engines(recipe).items()}
+    longest |= {f"{key}.max_model_len": engine.max_model_len for key, engine in recipe.teacher_engines.items()}
     for key, length in longest.items():
         if positions is not None and length > positions:
             yield f"{key} is {length}, but the model has {positions} positions (max_position_embeddings); lower {key}"
@@ -314,8 +312,6 @@ def _fleet(recipe: Recipe) -> Problems:
         yield f"fleet.transport is {fleet.transport}, which needs CUDA; use shared_memory, disk or gloo on CPU"
     if fleet.transport == "gloo" and recipe.trainer.device == "cuda":
         yield "fleet.transport is gloo, which is for trainer and engines on CPU; use nccl on GPUs"
-    if fleet.quantization == "fp8" and fleet.dtype != "bfloat16":
-        yield f"fleet.quantization is fp8, which keeps all else in bfloat16, but fleet.dtype is {fleet.dtype}"
     if fleet.sleep != "never" and fleet.transport != "ipc":
         yield (
             f"fleet.sleep is {fleet.sleep}, but with transport {fleet.transport} engines do not share the "
@@ -352,10 +348,10 @@ def _verifiers(recipe: Recipe) -> Problems:
 
 
 def _servers(recipe: Recipe) -> Problems:
-    """Every vLLM server that the run starts stays on one interface and behind its token."""
+    """Every vLLM server that the run starts stays on one interface and behind its token, and keeps to its data type."""
     servers = {"fleet": recipe.fleet} if recipe.samples else {}
     own = {f"judges.{name}.engine": judge.engine for name, judge in recipe.judges.items() if judge.model is not None}
-    own |= _teacher_engines(recipe)
+    own |= recipe.teacher_engines
     for key, server in (servers | own).items():
         for taken in sorted(OWN_SERVER_ARGUMENTS & {argument.split("=")[0] for argument in server.extra_args}):
             yield f"{key}.extra_args: {taken} is set by Millrace and guards the engines; leave it out"
@@ -364,18 +360,11 @@ def _servers(recipe: Recipe) -> Problems:
                 f"{key}.interface is {server.interface!r}, which listens on every network of this machine; "
                 "name the one interface address that the trainer reaches"
             )
+        if server.quantization == "fp8" and server.dtype != "bfloat16":
+            yield f"{key}.quantization is fp8, which keeps all else in bfloat16, but {key}.dtype is {server.dtype}"
     for key, server in own.items():
         if server.addresses:
             yield f"{key}.addresses are not used, for this server is started by Millrace; leave them out"
-
-
-def _teacher_engines(recipe: Recipe) -> dict[str, FleetConfig]:
-    """How the teachers are served, by the key that says so, for each stage that serves them."""
-    return {
-        f"stages.{stage.name}.teacher_engine": stage.teacher_engine
-        for stage in recipe.stages
-        if isinstance(stage, MopdStage) and stage.placement == "served"
-    }
 
 
 def _is_this_host(address: str) -> bool:

@@ -11,8 +11,8 @@ weights, which hold no other numbers than weights that are rounded at each use.
 
 Delayed scaling takes its scales from the largest values of earlier steps, over all micro-batches and all ranks.
 Transformer Engine moves its history on after each micro-batch: with one micro-batch a step the two are the same. A
-fresh history, as at the start of each stage, has the scale 1. Checkpoints hold the history, so that a resumed run goes
-on bit for bit.
+fresh history, as at the start of each stage, has the scale 1; Transformer Engine has one at its first step alone.
+Checkpoints hold the history, so that a resumed run goes on bit for bit.
 """
 
 from __future__ import annotations

@@ -13,8 +13,7 @@ from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 
-from millrace.config.schema import OptimizerConfig, PrecisionConfig, TrainerConfig
-from millrace.megatron.precision import PLAIN, optimizer_options
+from millrace.config.schema import OptimizerConfig, TrainerConfig
 
 
 def learning_rate(step: int, config: OptimizerConfig, total_steps: int) -> float:
@@ -37,19 +36,13 @@ def learning_rate(step: int, config: OptimizerConfig, total_steps: int) -> float
 
 
 def build_optimizer(
-    config: OptimizerConfig,
-    trainer: TrainerConfig,
-    dtype: torch.dtype,
-    model: DistributedDataParallel,
-    precision: PrecisionConfig = PLAIN,
+    config: OptimizerConfig, trainer: TrainerConfig, dtype: torch.dtype, model: DistributedDataParallel
 ) -> MegatronOptimizer:
     """A fresh optimizer over the model's parameters. Collective."""
-    return get_megatron_optimizer(optimizer_settings(config, trainer, dtype, precision), [model])
+    return get_megatron_optimizer(optimizer_settings(config, trainer, dtype), [model])
 
 
-def optimizer_settings(
-    config: OptimizerConfig, trainer: TrainerConfig, dtype: torch.dtype, precision: PrecisionConfig = PLAIN
-) -> MegatronOptimizerConfig:
+def optimizer_settings(config: OptimizerConfig, trainer: TrainerConfig, dtype: torch.dtype) -> MegatronOptimizerConfig:
     """Megatron-Core's description of the optimizer."""
     return MegatronOptimizerConfig(
         optimizer="adam",
@@ -63,7 +56,6 @@ def optimizer_settings(
         params_dtype=dtype,
         bf16=dtype == torch.bfloat16,
         use_distributed_optimizer=trainer.distributed_optimizer,
-        **optimizer_options(precision),
     )
 
 

@@ -45,7 +45,7 @@ from millrace.megatron.microbatch import MicroBatch, cut_batch
 from millrace.megatron.model import HiddenStateModel, build_model
 from millrace.megatron.offload import HostState
 from millrace.megatron.optimizer import build_optimizer, learning_rate, set_hyper_parameters
-from millrace.megatron.precision import PLAIN, data_parallel_options, token_multiple
+from millrace.megatron.precision import PLAIN, token_multiple
 from millrace.megatron.topology import Topology
 
 log = logging.getLogger(__name__)
@@ -118,7 +118,7 @@ class Policy:
         if optimizer is None:
             self.module.requires_grad_(False)
         else:
-            self._trained = _with_gradient_buffers(self.module, trainer, precision)
+            self._trained = _with_gradient_buffers(self.module, trainer)
             self.reset_optimizer(optimizer, total_steps=0)
 
     def frozen_twin(self) -> Policy:
@@ -182,13 +182,13 @@ class Policy:
         return weights.owned_bytes(weights.bind(self.module, self.shape, self.topology), few_owners=few_owners)
 
     def reset_optimizer(self, config: OptimizerConfig, total_steps: int) -> None:
-        """Start a stage of `total_steps` updates: fresh moments (and a fresh history of FP8's delayed scales), and its
-        schedule from the beginning."""
+        """Start a stage of `total_steps` updates: fresh moments, and its schedule from the beginning. Where FP8 is
+        emulated the history of delayed scales begins afresh too; Transformer Engine goes on with its own."""
         assert self._trained is not None, "a forward-only policy has no optimizer"
         if self.emulation is not None:
             self.emulation.reset()
         self.optimizer = self._host_state = None  # free the old state first
-        self.optimizer = build_optimizer(config, self.trainer, self.dtype, self._trained, self.precision)
+        self.optimizer = build_optimizer(config, self.trainer, self.dtype, self._trained)
         if self.trainer.offload_optimizer:
             self._host_state = HostState(self.optimizer, self.module.parameters())
             self._host_state.take_out()
@@ -369,7 +369,7 @@ class Policy:
 
     @property
     def _multiple(self) -> int:
-        return token_multiple(self.precision) * (self.topology.tp if self._sequence_parallel else 1)
+        return token_multiple(self.precision, self.parallel) * (self.topology.tp if self._sequence_parallel else 1)
 
     @property
     def _context(self) -> ContextShare:
@@ -468,25 +468,22 @@ class Policy:
                 )
 
 
-def _with_gradient_buffers(
-    module: HiddenStateModel, trainer: TrainerConfig, precision: PrecisionConfig
-) -> DistributedDataParallel:
+def _with_gradient_buffers(module: HiddenStateModel, trainer: TrainerConfig) -> DistributedDataParallel:
     """Megatron-Core's data parallelism: gradients add up in float32 buffers, reduced once a step by plain sums."""
     config = module.config
     config.finalize_model_grads_func = _finalize_sums
-    wrapped = DistributedDataParallel(config, data_parallel_settings(trainer, precision), module)
+    wrapped = DistributedDataParallel(config, data_parallel_settings(trainer), module)
     if trainer.overlap_gradient_reduction:
         config.no_sync_func = wrapped.no_sync  # gradients of all but the last micro-batch only add up
     return wrapped
 
 
-def data_parallel_settings(trainer: TrainerConfig, precision: PrecisionConfig = PLAIN) -> DistributedDataParallelConfig:
+def data_parallel_settings(trainer: TrainerConfig) -> DistributedDataParallelConfig:
     """Megatron-Core's description of data parallelism."""
     return DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
         overlap_grad_reduce=trainer.overlap_gradient_reduction,
         use_distributed_optimizer=trainer.distributed_optimizer,
-        **data_parallel_options(precision),
     )
 
 

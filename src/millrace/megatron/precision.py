@@ -1,13 +1,15 @@
 """FP8 on GPUs: what the recipe's `precision` means to Megatron-Core and to Transformer Engine.
 
-Megatron-Core turns fields of its configs into a recipe object of Transformer Engine and computes a layer's linears
-under it. `transformer_options`, `data_parallel_options` and `optimizer_options` are those fields; `engine_recipe` is
-the object that comes of them, by class and arguments, so that it can be said, and tested, where Transformer Engine is
-not installed. The emulation on CPU ranks is `fp8_emulation`'s; to Megatron-Core it is no FP8 at all.
+Megatron-Core turns fields of its config into a recipe object of Transformer Engine and computes a layer's linears under
+it. `transformer_options` are those fields; `engine_recipe` is the object that comes of them, by class and arguments, so
+that it can be said, and tested, where Transformer Engine is not installed. Weights stay in the model's type, for they
+are what checkpoints, exports and weight syncs read; Transformer Engine multiplies copies in FP8. The emulation on CPU
+ranks is `fp8_emulation`'s; to Megatron-Core it is no FP8 at all.
 """
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import metadata
@@ -17,7 +19,7 @@ import torch
 
 from millrace.config import precision_rules
 from millrace.config.model_shape import ModelShape
-from millrace.config.schema import Fp8Recipe, PrecisionConfig
+from millrace.config.schema import Fp8Recipe, ParallelConfig, PrecisionConfig
 from millrace.errors import MillraceError
 from millrace.megatron.local_layers import needs_local_layers
 
@@ -73,7 +75,6 @@ def transformer_options(precision: PrecisionConfig, shape: ModelShape) -> dict[s
     options: dict[str, Any] = {
         "fp8": precision.chosen_format,
         "fp8_recipe": precision.fp8,
-        "fp8_param": precision.parameters,
     }
     if precision.fp8 == "delayed":
         options |= {
@@ -92,28 +93,10 @@ def transformer_options(precision: PrecisionConfig, shape: ModelShape) -> dict[s
     return options
 
 
-def data_parallel_options(precision: PrecisionConfig) -> dict[str, Any]:
-    """Fields of Megatron-Core's DistributedDataParallelConfig: FP8 weights are gathered as they are."""
-    if not precision.computes_fp8:
-        return {}
-    return {"fp8_param_gather": precision.parameters, **_shared_buffer(precision)}
-
-
-def optimizer_options(precision: PrecisionConfig) -> dict[str, Any]:
-    """Fields of Megatron-Core's OptimizerConfig: how the optimizer writes master weights into FP8 ones."""
-    if not precision.computes_fp8:
-        return {}
-    return {"fp8_recipe": precision.fp8, **_shared_buffer(precision)}
-
-
-def _shared_buffer(precision: PrecisionConfig) -> dict[str, Any]:
-    """MXFP8 has a weight twice, by rows and by columns; they are gathered in bfloat16 through the gradients' buffer."""
-    return {"reuse_grad_buf_for_mxfp8_param_ag": precision.parameters and precision.fp8 == "mxfp8"}
-
-
-def token_multiple(precision: PrecisionConfig) -> int:
-    """The number of tokens that a rank computes must be divisible by this."""
-    return precision_rules.token_multiple(precision.fp8) if precision.computes_fp8 else 1
+def token_multiple(precision: PrecisionConfig, parallel: ParallelConfig) -> int:
+    """The number of tokens that a rank computes must be divisible by this; with sequence parallelism, those of its own
+    part."""
+    return precision_rules.token_multiple(precision.fp8, parallel) if precision.computes_fp8 else 1
 
 
 def require_computable(precision: PrecisionConfig, shape: ModelShape, device: torch.device) -> None:
@@ -132,17 +115,21 @@ def require_computable(precision: PrecisionConfig, shape: ModelShape, device: to
             f"precision.fp8 is {precision.fp8}, but the trainer runs on CPU ranks, which have no FP8 products; set "
             "precision.emulate=true to preview the recipe, or precision.fp8=none"
         )
-    _require_engine(precision.fp8)
     if needs_local_layers(shape):
         raise PrecisionError(
             f"precision.fp8 is {precision.fp8}, but the layers of {shape.family} are plain torch modules, for "
             "Transformer Engine has none like them; set precision.fp8=none"
         )
-    problem = precision_rules.gpu_problem(
-        precision.fp8, torch.cuda.get_device_capability(), torch.cuda.get_device_name()
-    )
+    require_recipe(precision.fp8)
+
+
+def require_recipe(fp8: Fp8Recipe) -> None:
+    """Raises PrecisionError where Transformer Engine or this GPU does not compute a recipe."""
+    _require_engine(fp8)
+    problem = precision_rules.gpu_problem(fp8, torch.cuda.get_device_capability(), torch.cuda.get_device_name())
     if problem is not None:
         raise PrecisionError(problem)
+    _require_kernels(fp8)
 
 
 def _require_engine(fp8: Fp8Recipe) -> None:
@@ -159,4 +146,16 @@ def _require_engine(fp8: Fp8Recipe) -> None:
         raise PrecisionError(
             f"precision.fp8 is {fp8}, which needs Transformer Engine {oldest}, but {version} is installed; update it, "
             "or set precision.fp8=none"
+        )
+
+
+def _require_kernels(fp8: Fp8Recipe) -> None:
+    """Ask Transformer Engine itself: what it computes depends on its release and on CUDA's besides."""
+    asked = {"blockwise": "check_fp8_block_scaling_support", "mxfp8": "check_mxfp8_support"}
+    engine = importlib.import_module("transformer_engine.pytorch.fp8")
+    able, reason = getattr(engine, asked.get(fp8, "check_fp8_support"))()
+    if not able:
+        raise PrecisionError(
+            f"precision.fp8 is {fp8}, but Transformer Engine {metadata.version('transformer-engine')} with CUDA "
+            f"{torch.version.cuda} does not compute it here ({reason}); update them, or set precision.fp8 to another"
         )

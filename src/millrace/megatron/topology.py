@@ -97,8 +97,8 @@ def init_distributed(parallel: ParallelConfig, trainer: TrainerConfig, seed: int
     rank, world = _ranks_from_environment()
     _check_layout(parallel, world)
     if device.type == "cuda":
+        torch.cuda.set_device(device)  # before anything that is imported looks at the first GPU
         fill_gaps()
-        torch.cuda.set_device(device)
     else:
         adapt()
         torch.set_num_threads(trainer.threads_per_rank or max(1, (os.cpu_count() or 1) // world))

@@ -177,10 +177,10 @@ class MemoryModel:
         return Role(name=f"trainer{stage}", ranks=p.tp * p.cp * p.dp, device=device, host=host)
 
     def _fp8_weights(self, pp_rank: int) -> Items:
-        """The linears' weights in FP8, by rows and by columns: beside those in bfloat16, whose place they take with
-        `precision.parameters`. What activations in FP8 save is not counted."""
+        """The linears' weights in FP8, by rows and by columns, beside those in bfloat16. What activations in FP8 save
+        is not counted."""
         precision, p, shape = self.recipe.precision, self.recipe.parallel, self.shape
-        if self.on_cpu or not precision.computes_fp8 or precision.parameters:
+        if self.on_cpu or not precision.computes_fp8:
             return {}
         last = shape.num_layers - precision.last_layers_bf16
         layers = [n for n in shape.stage_layers(p.pp, pp_rank) if precision.first_layers_bf16 <= n < last]

@@ -23,7 +23,8 @@ NOT_A_NUMBER = "float values are not JSON compliant"
 
 
 class EnginesLost(SyncError):
-    """Every engine that took part in a sync died on the way; a sync with those that come back may work."""
+    """Engines died in a sync: all of them, or one whose part in a broadcast the others wait for. A sync with those that
+    are left or come back may work."""
 
 
 @dataclass
@@ -50,6 +51,8 @@ class Receivers:
         self.members = list(members)
         self.workers: dict[int, list[WorkerReport]] = {}
         """Reports of each engine's workers, by the engine's index."""
+        self.lost = False
+        """Whether one died on the way."""
         self._report, self._sampled, self._limit = report, sampled, limit
 
     async def begin(self) -> None:
@@ -138,4 +141,5 @@ class Receivers:
         except (EngineUnreachable, RequestTimeout):
             pass
         self._report(member, Suspected())
+        self.lost = True
         return None

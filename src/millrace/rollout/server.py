@@ -45,6 +45,10 @@ _LAUNCHER_VARIABLES = frozenset(
 )
 """What torchrun tells a trainer rank about itself; an engine that inherited it would try to join the trainer."""
 
+_TRAINER_VARIABLES = frozenset({"CUDA_DEVICE_MAX_CONNECTIONS", "PYTORCH_CUDA_ALLOC_CONF"})
+"""How a trainer rank uses its GPU. In expandable segments, for one, an engine's all-reduce could not open the memory of
+its other ranks."""
+
 
 def engine_device() -> Device:
     """`cpu` where vLLM's CPU build is installed, else `cuda`."""
@@ -99,7 +103,8 @@ def server_environment(
     gpus: Sequence[str] = (),
 ) -> dict[str, str]:
     """Environment of one server: the inherited one without the trainer's ranks, with the token and vLLM's settings."""
-    environment = {key: value for key, value in inherited.items() if key not in _LAUNCHER_VARIABLES}
+    not_its_own = _LAUNCHER_VARIABLES | _TRAINER_VARIABLES
+    environment = {key: value for key, value in inherited.items() if key not in not_its_own}
     environment = {key: value for key, value in environment.items() if not key.startswith("TORCHELASTIC_")}
     # Bytes that come over the wire are never unpickled, whatever the shell of the user says.
     environment.pop("VLLM_ALLOW_INSECURE_SERIALIZATION", None)

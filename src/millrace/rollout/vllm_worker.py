@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -35,7 +36,7 @@ from vllm.platforms import current_platform
 from millrace.converters.fingerprint import fingerprint
 from millrace.rollout.transports.arrival import BucketReader
 from millrace.rollout.transports.broadcast import joiner
-from millrace.rollout.transports.groups import Meeting, Transfer
+from millrace.rollout.transports.groups import Meeting, Transfer, within
 
 if current_platform.is_cpu():
     # vLLM imports this module before it builds the model.
@@ -44,6 +45,9 @@ if current_platform.is_cpu():
     cpu_experts.install()
     if os.environ.get(cpu_fp8.VARIABLE):
         cpu_fp8.install()
+
+POLL_SECONDS = 0.0002
+"""How often a broadcast on its way is asked whether it has arrived."""
 
 
 @dataclass
@@ -117,7 +121,7 @@ class WeightReceiver:
             _note_held(receipt, parameters.get(kept_as), kept_as, bucket[name])
         with set_current_vllm_config(self.vllm_config):  # type: ignore[attr-defined]
             receipt.loaded |= model.load_weights(iter(bucket.items()))  # type: ignore[operator]
-        _let_go_of(bucket, model)
+        _let_go_of(bucket, model, self.device)  # type: ignore[attr-defined]
 
     @torch.no_grad()
     def millrace_finish(self) -> dict[str, Any]:
@@ -185,12 +189,20 @@ def _values(model: nn.Module, name: str) -> Tensor:
 class NcclGroup:
     """vLLM's own communicator, as its weight-transfer plane builds it, on the current device.
 
-    NCCL has no time limit of its own: whoever waits for a transfer has one, and `close` ends one that will not end.
+    NCCL has no time limit of its own: the meeting and each wait for a broadcast have one here, and `close` ends what
+    will not end.
     """
 
     def __init__(self, meeting: Meeting, rank: int, limit: float) -> None:
-        device = torch.cuda.current_device()
-        self._communicator = stateless_init_process_group(meeting.address, meeting.port, rank, meeting.world, device)
+        device, self._limit = torch.cuda.current_device(), limit
+        # vLLM lets the thread that builds a communicator go on in another CUDA stream, in which a trainer rank could
+        # use none of the memory that its allocator keeps for the stream it was in.
+        self._communicator = within(
+            limit,
+            lambda: stateless_init_process_group(meeting.address, meeting.port, rank, meeting.world, device),
+        )
+        if self._communicator.disabled:  # and its broadcasts would do nothing
+            raise RuntimeError("vLLM cannot load NCCL, or VLLM_DISABLE_PYNCCL is set")
         self._stream = torch.cuda.Stream(device)
 
     def broadcast(self, data: Tensor) -> Transfer:
@@ -199,34 +211,39 @@ class NcclGroup:
         self._communicator.broadcast(data, src=0, stream=self._stream)
         event = torch.cuda.Event()
         event.record(self._stream)
-        return _NcclTransfer(event)
+        return _NcclTransfer(event, self._limit)
 
     def close(self) -> None:
         self._communicator.destroy()
 
 
 class _NcclTransfer:
-    def __init__(self, event: torch.cuda.Event) -> None:
-        self._event = event
+    def __init__(self, event: torch.cuda.Event, limit: float) -> None:
+        self._event, self._limit = event, limit
 
     def done(self) -> bool:
         return bool(self._event.query())
 
     def wait(self) -> None:
-        torch.cuda.current_stream().wait_event(self._event)
+        end = time.monotonic() + self._limit
+        while not self.done():  # a stream that waited for a sender which has died could not be ended
+            if time.monotonic() > end:
+                raise TimeoutError(f"a broadcast did not arrive within {self._limit:g} s")
+            time.sleep(POLL_SECONDS)
 
 
-def _let_go_of(bucket: dict[str, Tensor], model: nn.Module) -> None:
+def _let_go_of(bucket: dict[str, Tensor], model: nn.Module, device: torch.device) -> None:
     """Copy what a layer still waits with, so that the sender may overwrite or remove the bucket.
 
-    The reload keeps the tensors of a layer that is not complete, say one whose experts come from several ranks.
+    The reload keeps the tensors of a layer that is not complete, say one whose experts come from several ranks. From
+    another GPU they come to this one, whose stream is waited for before the sender is told.
     """
     shared = {tensor.untyped_storage().data_ptr() for tensor in bucket.values()}
     for module in model.modules():
         for _, call in get_layerwise_info(module).loaded_weights:
             for key, value in call.arguments.items():
                 if isinstance(value, Tensor) and not value.is_meta and value.untyped_storage().data_ptr() in shared:
-                    call.arguments[key] = value.clone()
+                    call.arguments[key] = value.to(device, copy=True) if value.is_cuda else value.clone()
 
 
 def _tied(model: nn.Module) -> set[str]:

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, TypeVar
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -217,6 +218,7 @@ class WeightSync:
         batch = TokenBatch.from_sequences([self._probe])
         with self._phase("probe"):
             expected = self._policy.logprobs(batch, temperature=1.0)[0].tolist()
+        self._make_room()
         with self._phase("begin"):
             if not self._on_main(lambda fleet: self._begin(fleet, sampled, only_unsynced)):
                 return _Verdict()
@@ -232,6 +234,13 @@ class WeightSync:
         self._met = lives if verdict.report else None
         return verdict
 
+    def _make_room(self) -> None:
+        """Where engines slept on this GPU and wake up now, give back what the allocator keeps of the training's memory.
+        Collective."""
+        if self._config.sleep != "never":
+            torch.cuda.empty_cache()
+            self._gather(self._rank)
+
     def _meet(self) -> object:
         """Build the groups that buckets are broadcast in, where they are, when the engines are others than before; the
         lives of the engines that are in them."""
@@ -245,9 +254,7 @@ class WeightSync:
         meetings = [one for (one,) in self._gather((meeting,)) if one is not None]
         joining = self._fleet.begin(self._receivers.meet(meetings)) if self._fleet else None
         problems = self._gather(self._carrier.meet(meeting))
-        self._on_main(lambda fleet: joining.result() if joining else None)
-        if any(problems):
-            raise SyncError("; ".join(filter(None, problems)))
+        self._on_main(lambda fleet: self._finish_together(joining, problems))
         return lives
 
     def _send(self, sampled: Callable[[str], bool]) -> Sent:
@@ -291,10 +298,7 @@ class WeightSync:
 
     def _verify(self, fleet: Fleet, version: int, sent: list[Sent], expected: list[float]) -> _Verdict:
         receivers = self._receivers
-        assert self._feeding is not None
-        self._feeding.result()
-        if problems := [rank.problem for rank in sent if rank.problem]:
-            raise SyncError("; ".join(problems))
+        self._finish_together(self._feeding, [rank.problem for rank in sent])
         with self._phase("finish"):
             fleet.call(receivers.finish(version))
         with self._phase("verify"):
@@ -320,6 +324,21 @@ class WeightSync:
             probe_max=max(max(d) for d in differences),
         )
         return _Verdict(report=report)
+
+    def _finish_together(self, work: concurrent.futures.Future[None] | None, problems: Sequence[str]) -> None:
+        """Wait for what the engines do while the ranks do their part, which is where `problems` are from.
+
+        Raises EnginesLost where an engine died: a broadcast ends for those that live as well, and for the ranks.
+        """
+        assert work is not None
+        try:
+            work.result()
+            if any(problems):
+                raise SyncError("; ".join(filter(None, problems)))
+        except SyncError as error:
+            if self._receivers.lost:
+                raise EnginesLost(str(error)) from error
+            raise
 
     @property
     def _link(self) -> Link:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import pytest
 import torch
 
-from millrace.cascade.verify_sync import Evidence, judge
+from millrace.cascade.verify_sync import Evidence, judge, seats_of_engine
+from millrace.config.schema import FleetConfig
 from millrace.rollout.bandwidth import Link
+from millrace.rollout.placement import HERE
 from millrace.rollout.types import Rollout
 from millrace.rollout.weight_sync import SyncReport
 
@@ -63,3 +66,9 @@ def test_an_engine_that_kept_its_old_weights_does_not_pass():
     given = evidence()
     verdict = judge(replace(given, before=given.swapped), 1e-4)
     assert verdict.summary == "the swapped engine: its answers did not change with the weights"
+
+
+def test_nccl_gets_an_engine_on_gpus_that_no_rank_computes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6,7")
+    assert seats_of_engine(FleetConfig(transport="nccl"), 2).gpus == ["6"]
+    assert seats_of_engine(FleetConfig(transport="ipc"), 2) == HERE

@@ -2,18 +2,21 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from tiny_checkpoints import write_checkpoint
 
 from millrace.config.cluster import ClusterConfig, NodeConfig
 from millrace.config.loading import load_recipe
+from millrace.config.model_shape import ModelShape
 from millrace.config.precision_rules import (
     CAPABILITIES,
     GENERATIONS,
     cluster_problems_of_engines,
     cluster_problems_of_precision,
     gpu_problem,
+    model_problems,
 )
 from millrace.config.rules import check_recipe
-from millrace.config.schema import PrecisionConfig, Recipe
+from millrace.config.schema import ParallelConfig, PrecisionConfig, Recipe
 from millrace.planning.hardware import GPUS
 
 RECIPES = ("delayed", "tensorwise", "blockwise", "mxfp8")
@@ -67,17 +70,6 @@ def test_the_format_follows_the_recipe_unless_it_is_named() -> None:
             "precision.last_layers_bf16 is 3, but Megatron-Core takes at most the 2 layers of one pipeline stage",
         ),
         (["precision={fp8: mxfp8, emulate: true, pad_experts: true}"], "pad_experts is set, but the model has no ex"),
-        (["precision={fp8: mxfp8, parameters: true}", *ON_GPUS], "set trainer.distributed_optimizer=true"),
-        (["precision={fp8: mxfp8, emulate: true, parameters: true}"], "saves the memory of GPUs"),
-        (
-            [
-                "precision={fp8: mxfp8, parameters: true}",
-                *ON_GPUS,
-                "trainer.distributed_optimizer=true",
-                "model.lora={}",
-            ],
-            "precision.parameters and model.lora exclude each other",
-        ),
         (
             ["precision={fp8: delayed, emulate: true}", "stages.climb.kl.coefficient=0.1"],
             "the reference of stages.climb.kl never train; use tensorwise",
@@ -96,11 +88,29 @@ def test_what_cannot_be_computed_or_would_not_be_read_is_refused(
 def test_matrices_must_be_of_a_width_that_fp8_products_take(recipe_file: Path) -> None:
     """96 feed-forward columns over two ranks are 48, of which 16 is a divisor and 32 is none."""
     tp2 = "parallel={tp: 2, sequence_parallel: true}"
-    assert check_recipe(loaded(recipe_file, "precision.fp8=blockwise", tp2, *ON_GPUS)) == []
+    assert check_recipe(loaded(recipe_file, "precision.fp8=tensorwise", tp2, *ON_GPUS)) == []
     (problem,) = check_recipe(loaded(recipe_file, "precision.fp8=mxfp8", tp2, *ON_GPUS))
     assert "multiples of 32, but the model has 96 feed-forward columns over parallel.tp=2; lower parallel.tp" in problem
     (problem,) = check_recipe(loaded(recipe_file, "precision.fp8=mxfp8", "model.path=moe", *ON_GPUS))
     assert "48 columns of an expert; set precision.fp8=none" in problem
+
+
+def test_blocks_that_ranks_gather_are_whole(recipe_file: Path) -> None:
+    blockwise = ("precision.fp8=blockwise", *ON_GPUS)
+    assert check_recipe(loaded(recipe_file, "parallel.tp=2", *blockwise)) == []
+    (problem,) = check_recipe(loaded(recipe_file, "parallel={tp: 2, sequence_parallel: true}", *blockwise))
+    assert "gather blocks of 128, but the model's hidden_size is 64; use tensorwise" in problem
+
+
+def test_a_mamba_layers_projection_is_of_such_a_width_too(tmp_path: Path) -> None:
+    """It brings forth 2 x 64 channels, twice 2 groups of 16 and 8 heads: 200 columns."""
+    sizes = {"mamba_num_heads": 8, "mamba_head_dim": 8, "n_groups": 2, "ssm_state_size": 16}
+    shape = ModelShape.from_hf(write_checkpoint("nemotron_h", tmp_path, **sizes))
+    problems = list(model_problems(PrecisionConfig(fp8="tensorwise"), shape, ParallelConfig()))
+    assert problems == [
+        "precision.fp8 is tensorwise, whose products take multiples of 16, but the model has 200 columns into a Mamba "
+        "layer; set precision.fp8=none"
+    ]
 
 
 def test_teachers_on_the_ranks_have_no_history_for_delayed_scales(cascade_file: Path) -> None:
@@ -180,3 +190,21 @@ def test_engines_in_fp8_are_refused_on_gpus_without_it(recipe_file: Path) -> Non
     )
     for gpu in ("l40s", "h100", "b200", "tpu"):
         assert not list(cluster_problems_of_engines(recipe, cluster(gpu)))
+
+
+def test_judges_and_served_teachers_in_fp8_are_refused_on_gpus_without_it(cascade_file: Path) -> None:
+    fp8 = "engine={quantization: fp8, dtype: bfloat16}"
+    recipe = loaded(
+        cascade_file,
+        "judges.genrm={model: judge, " + fp8.replace("engine=", "engine: ") + "}",
+        f"stages.distil.teacher_{fp8}",
+        "stages.distil.placement=served",
+        *ON_GPUS,
+    )
+    keys = ["judges.genrm.engine", "stages.distil.teacher_engine"]
+    problems = list(cluster_problems_of_engines(recipe, cluster("a100")))
+    assert [problem.split(".quantization is fp8, but a100")[0] for problem in problems] == keys
+    assert all(f"set {key}.quantization=none" in problem for key, problem in zip(keys, problems, strict=True))
+    assert not list(cluster_problems_of_engines(recipe, cluster("h100")))
+    on_the_ranks = loaded(cascade_file, f"stages.distil.teacher_{fp8}", *ON_GPUS)
+    assert not list(cluster_problems_of_engines(on_the_ranks, cluster("a100")))

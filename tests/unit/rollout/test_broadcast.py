@@ -16,7 +16,7 @@ from torch import Tensor
 from millrace.rollout.transports.arrival import BucketReader
 from millrace.rollout.transports.broadcast import BroadcastCarrier
 from millrace.rollout.transports.buckets import Feeder, Outbox, Sent, clear
-from millrace.rollout.transports.groups import GlooGroup, address_towards, call_meeting
+from millrace.rollout.transports.groups import GlooGroup, address_towards, call_meeting, within
 
 BUCKET_BYTES = 4000
 Load = Callable[[list[Path], list[str]], Awaitable[None]]
@@ -102,11 +102,27 @@ def test_a_worker_that_is_gone_is_noticed_and_nobody_hangs(tmp_path: Path) -> No
     assert time.monotonic() - began < 4 * LIMIT
     assert sent[0].problem.startswith("rank 0 could not send weights: ")
 
+    sent.clear()
+    meet(carriers, readers[1:])  # without the one that is gone
+    exchange(tmp_path / "b", carriers, load, sent)
+    assert [one.problem for one in sent] == [""]
+
 
 def test_a_rank_whom_nobody_meets_says_where_it_waited() -> None:
     meeting = call_meeting("gloo", 3, 1, ["http://127.0.0.1:1"])
     problem = BroadcastCarrier("gloo", 3, BUCKET_BYTES, 0.5).meet(meeting)
     assert f"rank 3 did not meet the engines at 127.0.0.1:{meeting.port}" in problem
+
+
+def test_what_has_no_time_limit_of_its_own_gets_one_and_stays_in_its_own_thread() -> None:
+    """As NCCL, which waits for ever, and vLLM, which changes the CUDA stream of the thread that it runs in."""
+    for_ever = threading.Event()
+    with pytest.raises(TimeoutError, match=r"not done within 0\.05 s"):
+        within(0.05, for_ever.wait)
+    for_ever.set()
+    assert within(LIMIT, threading.get_ident) != threading.get_ident()
+    with pytest.raises(ZeroDivisionError):
+        within(LIMIT, lambda: 1 // 0)
 
 
 def test_a_rank_that_owns_nothing_meets_nobody() -> None:

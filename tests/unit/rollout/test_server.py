@@ -18,6 +18,8 @@ INHERITED = {
     "MASTER_PORT": "1",
     "TORCHELASTIC_RUN_ID": "x",
     "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",
+    "CUDA_DEVICE_MAX_CONNECTIONS": "1",
+    "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",
 }
 
 
@@ -39,6 +41,11 @@ def test_the_token_is_in_the_environment_and_not_on_the_command_line() -> None:
 def test_an_engine_does_not_inherit_the_trainers_rank() -> None:
     assert not {"RANK", "MASTER_PORT", "TORCHELASTIC_RUN_ID"} & environment(FleetConfig()).keys()
     assert environment(FleetConfig())["PATH"] == "/bin"
+
+
+def test_an_engine_does_not_use_its_gpu_as_a_trainer_rank_does() -> None:
+    inherited = environment(FleetConfig(tensor_parallel=2), "cuda").keys()
+    assert not {"CUDA_DEVICE_MAX_CONNECTIONS", "PYTORCH_CUDA_ALLOC_CONF"} & inherited
 
 
 @pytest.mark.parametrize("transport", ["shared_memory", "disk", "nccl", "ipc"])

@@ -1,4 +1,5 @@
 import base64
+from pathlib import Path
 
 import pytest
 import torch
@@ -26,6 +27,15 @@ def test_every_worker_of_the_fleet_gets_a_rank_of_its_own() -> None:
 def test_gpu_transports_are_refused_without_cuda(tmp_path, transport) -> None:
     with pytest.raises(SyncError, match=f"fleet.transport: {transport} needs CUDA.*shared_memory"):
         make_carrier(FleetConfig(transport=transport), tmp_path, 0)
+
+
+@pytest.mark.parametrize("variable", ["PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"])
+def test_memory_that_no_other_process_can_open_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, variable: str
+) -> None:
+    monkeypatch.setenv(variable, "max_split_size_mb:512,expandable_segments:True")
+    with pytest.raises(SyncError, match=rf"expandable segments \({variable}\)"):
+        make_carrier(FleetConfig(transport="ipc"), tmp_path, 0)
 
 
 def test_a_cuda_handle_travels_as_json_and_nothing_of_it_is_pickled() -> None:

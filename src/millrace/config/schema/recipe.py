@@ -10,7 +10,7 @@ from millrace.config.schema.model import ModelConfig
 from millrace.config.schema.observe import ObserveConfig
 from millrace.config.schema.precision import PrecisionConfig
 from millrace.config.schema.sampling import EvaluationConfig
-from millrace.config.schema.stages import SamplingStage, StageConfig
+from millrace.config.schema.stages import MopdStage, SamplingStage, StageConfig
 from millrace.config.schema.trainer import CheckpointConfig, ParallelConfig, TrainerConfig
 
 
@@ -57,3 +57,19 @@ class Recipe:
         """The judges that a judged domain names: those that run as long as the run does."""
         named = {domain.judge for domain in self.domains.values() if domain.environment in JUDGED}
         return {name: judge for name, judge in self.judges.items() if name in named}
+
+    @property
+    def teacher_engines(self) -> dict[str, FleetConfig]:
+        """How the teachers are served, by the key that says so, for each stage that serves them."""
+        return {
+            f"stages.{stage.name}.teacher_engine": stage.teacher_engine
+            for stage in self.stages
+            if isinstance(stage, MopdStage) and stage.placement == "served"
+        }
+
+    @property
+    def engines_started(self) -> dict[str, FleetConfig]:
+        """The vLLM servers that the run starts, by the key that says how: of the fleet, of judges and of teachers."""
+        started = {"fleet": self.fleet} if self.samples and self.fleet.engines else {}
+        started |= {f"judges.{name}.engine": judge.engine for name, judge in self.judges_used.items() if judge.model}
+        return started | self.teacher_engines

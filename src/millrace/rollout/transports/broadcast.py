@@ -42,7 +42,7 @@ class BroadcastCarrier:
         if meeting is not None:
             try:
                 self._group = joiner(self.kind)(meeting, 0, self._limit)
-            except RuntimeError as error:  # what torch and vLLM raise when ranks stay away
+            except (RuntimeError, OSError) as error:  # what torch, vLLM and a time limit raise when ranks stay away
                 return f"rank {self._rank} did not meet the engines at {meeting.address}:{meeting.port}: {error}"
         return ""
 
@@ -72,8 +72,19 @@ class BroadcastCarrier:
             raise SyncError(f"a bucket did not reach all engines: {error}") from error
 
     def close(self) -> None:
+        """Give the buckets' memory back, and end a group in which a broadcast broke off: it is of no use any more, and
+        on a GPU the broadcast would hold up whoever waits for the whole device."""
+        if self._group is not None and not all(map(self._arrived, range(BUCKETS_PER_RANK))):
+            self._group.close()
+            self._group = None
         self._buffers = [None] * BUCKETS_PER_RANK
         self._transfers = [None] * BUCKETS_PER_RANK
+
+    def _arrived(self, slot: int) -> bool:
+        try:
+            return self.delivered(slot)
+        except SyncError:
+            return False
 
 
 def joiner(kind: str) -> Join:

@@ -8,15 +8,19 @@ by device alone: gloo here, NCCL by vLLM's own communicator (`vllm_worker.NcclGr
 from __future__ import annotations
 
 import socket
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 from urllib.parse import urlsplit
 
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.distributed_c10d import ProcessGroupGloo
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -76,6 +80,23 @@ def address_towards(hosts: Sequence[str]) -> str:
         if not seen.startswith("127."):
             break
     return seen
+
+
+def within(limit: float, work: Callable[[], T]) -> T:
+    """What `work` returns or raises, in a thread of its own; TimeoutError, and the thread left to itself, when it takes
+    more than `limit` seconds."""
+    outcome: Future[T] = Future()
+
+    def run() -> None:
+        try:
+            outcome.set_result(work())
+        except BaseException as error:  # noqa: BLE001  it is raised where the result is asked for
+            outcome.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    if not wait([outcome], limit).done:
+        raise TimeoutError(f"it was not done within {limit:g} s")
+    return outcome.result()
 
 
 class GlooGroup:

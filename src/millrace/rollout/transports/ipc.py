@@ -7,6 +7,7 @@ what comes over the wire (VLLM_ALLOW_INSECURE_SERIALIZATION); that is never allo
 from __future__ import annotations
 
 import base64
+import os
 from collections.abc import Collection, Mapping
 from typing import Any
 
@@ -30,6 +31,12 @@ class IpcCarrier:
     few_senders = False
 
     def __init__(self, bucket_bytes: int) -> None:
+        for variable in ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"):
+            if "expandable_segments:true" in os.environ.get(variable, "").lower():
+                raise SyncError(
+                    f"fleet.transport: ipc opens memory that expandable segments ({variable}) do not let another "
+                    "process open; unset them, or use nccl"
+                )
         require_cuda(self.kind)
         self._bucket_bytes = bucket_bytes
         self._buffers: list[Tensor | None] = [None] * BUCKETS_PER_RANK
@@ -58,8 +65,10 @@ class IpcCarrier:
         return True
 
     def close(self) -> None:
+        """Give the memory back to the GPU, whose engines may wait for room for their caches."""
         self._buffers = [None] * BUCKETS_PER_RANK
         torch.cuda.ipc_collect()
+        torch.cuda.empty_cache()
 
 
 def handle_fields(arguments: tuple[Any, ...], uuid: str) -> dict[str, Any]:
