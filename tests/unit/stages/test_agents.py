@@ -42,6 +42,7 @@ from .turn_worlds import (
 
 ROOMY = TurnRules(SamplingConfig(max_response_tokens=10_000), TurnsConfig(), context=100_000)
 TOOLS = [{"type": "function", "function": {"name": "now", "parameters": {"type": "object", "properties": {}}}}]
+NESTED = {"function": {"name": "now", "arguments": "[" * 100_000}}
 CALL = '<tool_call>\n{"name": "now", "arguments": {}}\n</tool_call>'
 
 
@@ -345,6 +346,8 @@ def test_an_agent_that_hangs_costs_its_episode_and_can_ask_no_more(tokenizers):
         ({"messages": []}, "a list of at least one message"),
         ({"messages": [{"content": "x"}]}, "message 0 has no role"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "only text can be read"),
+        ({"messages": [{"role": "assistant", "tool_calls": 5}]}, "tool_calls must be a list, not 5"),
+        ({"messages": [{"role": "assistant", "tool_calls": [NESTED]}]}, "the arguments of now are not valid JSON"),
     ],
 )
 def test_what_cannot_be_served_is_refused_with_a_sentence_and_spends_nothing(tokenizers, more, sentence):

@@ -302,6 +302,36 @@ def test_a_session_that_never_opens_costs_only_itself(tokenizers):
     assert scored.rollout.answer == ()
 
 
+def test_what_an_environment_says_that_is_no_text_costs_only_its_episode(tokenizers):
+    scored, _, _ = play(tokenizers["chatml"], [Turn(spoken("a"), ["half \ud83d"]), Turn(spoken("b"), END)])
+    assert scored.reward.masked and "cannot be rendered: the text has half of a surrogate pair" in scored.reward.reason
+    assert list(scored.rollout.answer) == spoken("a")
+
+
+@pytest.mark.parametrize("loops", range(6))
+def test_a_session_that_opens_in_the_moment_in_which_its_episode_is_cancelled_is_closed(tokenizers, loops):
+    class Waiting(ScriptedEnvironment):
+        async def open(self, row):
+            await room.wait()
+            return await super().open(row)
+
+    environment, script, room = Waiting(), [Turn(spoken("a"), 60)], asyncio.Event()
+    turns = TurnEpisode(episode(tokenizers["chatml"], script), 0, ROOMY, tokenizers["chatml"], ScriptedPolicy(script))
+
+    async def cancelled():
+        task = asyncio.ensure_future(turns.play(environment))
+        await asyncio.sleep(0.01)
+        room.set()
+        for _ in range(loops):
+            await asyncio.sleep(0)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+    asyncio.run(cancelled())
+    assert environment.opened == environment.closed == 1
+
+
 def test_a_session_is_closed_when_its_episode_is_cancelled_in_the_middle_of_a_step(tokenizers):
     environment, script = ScriptedEnvironment(), [Turn(spoken("a"), 60)]
     turns = TurnEpisode(episode(tokenizers["chatml"], script), 0, ROOMY, tokenizers["chatml"], ScriptedPolicy(script))
