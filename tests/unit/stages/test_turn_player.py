@@ -78,6 +78,7 @@ class AnsweringFleet:
 
     def __init__(self, lost_at=None):
         self.asked, self.lost_at, self.syncs = [], lost_at, 0
+        self.batched = []
         self.pool = concurrent.futures.ThreadPoolExecutor(8)
 
     def _answer(self, request, index=0):
@@ -85,6 +86,7 @@ class AnsweringFleet:
         return Rollout(request.id, index, request.prompt, (*text, IM_END), (-0.5,) * 3, "stop", 3, "http://engine")
 
     def submit(self, requests):
+        self.batched += requests
         answers = [[self._answer(request, k) for k in range(request.sampling.n)] for request in requests]
         return self.pool.submit(lambda: answers), lambda: (0, 0, 0)
 
@@ -176,6 +178,7 @@ def test_when_all_engines_were_lost_open_episodes_start_again_and_ended_ones_do_
     ]
     assert environment.opened.count("a") == environment.opened.count("b") == 2
     assert environment.opened.count("c") == 4
+    assert [request.id for request in fleet.batched] == [play.episodes[1].request_id], "answers in one turn are kept"
     assert sorted(environment.closed) == sorted(environment.opened)
     last = play.episodes[3].request_id
     first, second = ([r.prompt for r in fleet.asked if r.id.startswith(f"{last}/{k}/")] for k in (0, 1))
