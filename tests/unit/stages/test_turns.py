@@ -20,16 +20,17 @@ from millrace.stages.turns import TurnEpisode
 from .turn_worlds import (
     END_OF_TEXT,
     FORMS,
+    ROOMY,
     ScriptedEnvironment,
     ScriptedPolicy,
     Turn,
     between,
     open_tokenizer,
+    random_text,
     slow_tokens,
     spoken,
 )
 
-ROOMY = TurnRules(SamplingConfig(max_response_tokens=10_000), TurnsConfig(), context=100_000)
 END = Reward(1.0, "solved")
 
 
@@ -78,25 +79,6 @@ def expected(form, prompt_length, script, rules):
     raise AssertionError("a script ends with a reward")
 
 
-LETTERS = "ab <>/é漢\n\t{}\"'=0 \U0001f600"
-WORDS = (
-    "</think>",
-    "<tool_call>",
-    "</tool_call>",
-    "<think>",
-    "<tool_response>",
-    "assistant",
-    "\n\n",
-    "probe7",
-    "{{ x }}",
-)
-
-
-def random_text(draw, most):
-    pieces = [draw.choice(WORDS) if draw.random() < 0.2 else draw.choice(LETTERS) for _ in range(draw.randint(0, most))]
-    return "".join(pieces)
-
-
 def random_script(draw):
     turns = draw.randint(1, 6)
     script = []
@@ -107,14 +89,6 @@ def random_script(draw):
         last = number == turns - 1
         script.append(Turn(tokens, END if last else [random_text(draw, 10) for _ in range(draw.randint(1, 3))]))
     return script
-
-
-@pytest.fixture(scope="module")
-def tokenizers(tmp_path_factory):
-    made = {form: open_tokenizer(tmp_path_factory.mktemp("t"), template) for form, (template, _) in FORMS.items()}
-    for tokenizer in made.values():  # half of the turns end with it
-        tokenizer.stop_token_ids = (END_OF_TEXT, IM_END)
-    return made
 
 
 @pytest.mark.parametrize("form", FORMS)
