@@ -94,8 +94,10 @@ def _prepared(message: Message, reads_reasoning: bool, without_reasoning: bool) 
     plain["content"] = _text(message.get("content"))
     if plain["role"] != "assistant":
         return plain
-    if plain.get("tool_calls"):
-        plain["tool_calls"] = [_call(call) for call in plain["tool_calls"]]
+    if calls := plain.get("tool_calls"):
+        if not isinstance(calls, list):
+            raise DataError(f"its tool_calls must be a list, not {_kind(calls)}")
+        plain["tool_calls"] = [_call(call) for call in calls]
     return _with_reasoning(plain, reads_reasoning, without_reasoning)
 
 
@@ -156,8 +158,9 @@ def _call(call: Any) -> dict[str, Any]:
     if isinstance(arguments, str):
         try:
             arguments = json.loads(arguments or "{}")
-        except json.JSONDecodeError as error:
-            raise DataError(f"the arguments of {function['name']} are not valid JSON: {error.msg}") from error
+        except (ValueError, RecursionError) as error:
+            why = error.msg if isinstance(error, json.JSONDecodeError) else error
+            raise DataError(f"the arguments of {function['name']} are not valid JSON: {why}") from error
     if not isinstance(arguments, Mapping | None):
         raise DataError(f"the arguments of {function['name']} must be an object, not {_kind(arguments)}")
     outer = {key: value for key, value in call.items() if key not in ("name", "arguments")}

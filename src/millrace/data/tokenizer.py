@@ -75,8 +75,13 @@ class ChatTokenizer:
         self._silent_ids = self._find_silent_ids()
 
     def encode(self, text: str) -> list[int]:
-        """Plain text to ids, nothing added."""
-        return self._tokenizer.encode(text, add_special_tokens=False)
+        """Plain text to ids, nothing added. Raises DataError for a text with half of a surrogate pair in it."""
+        try:
+            return self._tokenizer.encode(text, add_special_tokens=False)
+        except TypeError as error:  # all that tokenizers says of such a text
+            raise DataError(
+                "the text has half of a surrogate pair (such as \\ud800) in it, which is no character; leave it out"
+            ) from error
 
     def decode(self, tokens: Sequence[int], *, skip_special: bool = True) -> str:
         """Ids to text, by default without special tokens such as the end of turn. `<think>`, `<tool_call>` and their

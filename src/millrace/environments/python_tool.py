@@ -110,7 +110,8 @@ class PythonToolSession:
         return Reward(reward.value, reward.reason, {**reward.details, **self._details()}, reward.masked)
 
     async def cut(self, by: Cut) -> Reward:
-        return Reward(0.0, f"no final answer within the limit of {by}", self._details())
+        """No answer is a wrong one. Time alone, which an episode waits for engines in, is no fault of it."""
+        return Reward(0.0, f"no final answer within the limit of {by}", self._details(), masked=by == "time")
 
     async def close(self) -> None:
         self._interpreter.close()

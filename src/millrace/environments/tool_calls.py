@@ -78,7 +78,7 @@ def _call(block: str, declared: Mapping[str, Mapping[str, Any]]) -> ToolCall:
 
 def _json_call(block: str) -> ToolCall:
     try:
-        call = json.loads(block)
+        call = _loads(block)
     except (ValueError, RecursionError) as error:
         why = error.msg if isinstance(error, json.JSONDecodeError) else str(error)
         raise ToolCallError(
@@ -121,7 +121,7 @@ def _typed(function: str, key: str, value: str, schema: Any) -> Any:
     if not named or unknown or ("string" in named and value != "null"):
         return value
     try:
-        read = json.loads(value)
+        read = _loads(value)
     except (ValueError, RecursionError):
         read = {"True": True, "False": False, "None": None}.get(value.strip(), value)
     if any(_is(read, kind) for kind in named):
@@ -129,6 +129,14 @@ def _typed(function: str, key: str, value: str, schema: Any) -> Any:
     if "string" in named:
         return value
     raise ToolCallError(f"the parameter {key} of {function} must be of type {' or '.join(named)}, not {value[:80]!r}")
+
+
+def _loads(text: str) -> Any:
+    """JSON whose strings are text: it can also name half of a surrogate pair, and a tool that shows that again says
+    what has no tokens. Raises ValueError or RecursionError."""
+    value = json.loads(text)
+    json.dumps(value, ensure_ascii=False).encode()
+    return value
 
 
 def _is(value: Any, kind: str) -> bool:

@@ -61,6 +61,7 @@ class JsonServer:
     def __init__(self, handle: Callable[[Call], Awaitable[Reply]], host: str, port: int, what: str) -> None:
         self._handle, self._host, self._port, self._what = handle, host, port, what
         self._server: asyncio.Server | None = None
+        self._ended = False
         self._connections: set[asyncio.Task[None]] = set()
 
     async def __aenter__(self) -> JsonServer:
@@ -78,11 +79,12 @@ class JsonServer:
     ) -> None:
         """Breaks off the connections that are open."""
         assert self._server is not None
+        self._ended = True
         self._server.close()
         for task in self._connections:
             task.cancel()
+        # Not `wait_closed`, which from Python 3.12 on waits for clients too: one that reads no more would hold the run.
         await asyncio.gather(*self._connections, return_exceptions=True)
-        await self._server.wait_closed()
 
     @property
     def url(self) -> str:
@@ -91,6 +93,9 @@ class JsonServer:
         return f"http://[{self._host}]:{port}" if ":" in self._host else f"http://{self._host}:{port}"
 
     async def _connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        if self._ended:  # it was taken in the moment of the end
+            writer.transport.abort()
+            return
         task = asyncio.current_task()
         assert task is not None
         self._connections.add(task)
@@ -100,6 +105,7 @@ class JsonServer:
             log.debug("%s: a client left", self._what)
         except asyncio.CancelledError:  # asyncio would report it, though it is how the server ends its connections
             log.debug("%s: a connection is broken off", self._what)
+            writer.transport.abort()  # what the client does not read would keep it open
         finally:
             self._connections.discard(task)
             writer.close()
@@ -130,7 +136,7 @@ class _Connection:
                 return
             if call is None:
                 return
-            await self._send(await self._handle(call))
+            await self._send(await self._handle(call), head=call.method == "HEAD")
             if self._protocol.our_state is not h11.DONE or self._protocol.their_state is not h11.DONE:
                 return
             self._protocol.start_next_cycle()
@@ -168,12 +174,13 @@ class _Connection:
             async with asyncio.timeout(IDLE_SECONDS):
                 self._protocol.receive_data(await self._reader.read(READ_BYTES))
 
-    async def _send(self, reply: Reply) -> None:
+    async def _send(self, reply: Reply, *, head: bool = False) -> None:
         content = json.dumps(reply.body).encode()
         headers = [("content-type", "application/json"), ("content-length", str(len(content)))]
         with contextlib.suppress(ConnectionError):  # the client need not have waited
             await self._write(h11.Response(status_code=reply.status, headers=headers))
-            await self._write(h11.Data(data=content))
+            if not head:
+                await self._write(h11.Data(data=content))
             await self._write(h11.EndOfMessage())
 
     async def _write(self, event: Any) -> None:

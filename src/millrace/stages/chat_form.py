@@ -85,7 +85,7 @@ def _call(call: Any) -> list[Any]:
     if isinstance(arguments, str):
         try:
             arguments = json.loads(arguments or "{}")
-        except ValueError:
+        except (ValueError, RecursionError):
             return [function.get("name"), arguments]
     return [function.get("name"), arguments]
 

@@ -152,15 +152,16 @@ class EpisodePlayer:
     def _answer(self, play: Play, answers: _Answers) -> None:
         """Sample the single-turn answers, and play the other episodes meanwhile."""
         assert self._fleet is not None and self._console is not None
-        future, progress = self._fleet.submit([self._request(episode, play) for episode in play.single])
+        asked = [] if answers.rollouts else play.single
+        future, progress = self._fleet.submit([self._request(episode, play) for episode in asked])
         try:
             self._play_turns(play, answers.played)
-            with self._console.bar(play.what, len(play.single) * play.n) as bar:
-                answers.rollouts = follow(
-                    future, progress, lambda done, total, tokens: bar.update(done, f"{tokens:,} tokens")
-                )
+            with self._console.bar(play.what, len(asked) * play.n) as bar:
+                follow(future, progress, lambda done, total, tokens: bar.update(done, f"{tokens:,} tokens"))
         finally:
-            future.cancel()
+            # It may be at its end when the engines are lost for the episodes of many turns.
+            if not future.cancel() and future.exception() is None:
+                answers.rollouts += future.result()
 
     def _request(self, episode: Episode, play: Play) -> Request:
         params = SamplingParams(

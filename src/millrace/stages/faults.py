@@ -21,7 +21,7 @@ class EnvironmentFault(Exception):
         return Reward(0.0, str(self), masked=True)
 
 
-async def within(what: str, call: Coroutine[Any, Any, T], seconds: float) -> T:
+async def within(what: str, call: Coroutine[Any, Any, T] | asyncio.Future[T], seconds: float) -> T:
     """What an environment returns within so many seconds. One that does not even end when it is cancelled is left
     behind. Raises EnvironmentFault for all that it does wrong."""
     task = asyncio.ensure_future(call)

@@ -10,6 +10,7 @@ import asyncio
 import logging
 from dataclasses import dataclass, field
 
+from millrace.data.errors import DataError
 from millrace.data.tokenizer import ChatTokenizer
 from millrace.environments.base import Cut, Reward, Session, TurnEnvironment
 from millrace.stages.faults import EnvironmentFault, within
@@ -40,7 +41,7 @@ class TurnEpisode:
     async def play(self, environment: TurnEnvironment) -> Scored:
         """To its end. What the environment does wrong is a masked reward; raises what the fleet raises."""
         try:
-            session = await within("opening its session", environment.open(self.episode.row), self.rules.limits.open_s)
+            session = await self._open(environment)
         except EnvironmentFault as fault:
             return self._scored(fault.reward(), None)
         try:
@@ -51,6 +52,16 @@ class TurnEpisode:
             await self._close(session)
         return self._scored(reward, cut)
 
+    async def _open(self, environment: TurnEnvironment) -> Session:
+        opening = asyncio.ensure_future(environment.open(self.episode.row))
+        try:
+            return await within("opening its session", opening, self.rules.limits.open_s)
+        except asyncio.CancelledError:
+            # It may have come in the same moment: nobody else would give back what it holds.
+            if opening.done() and not opening.cancelled() and opening.exception() is None:
+                await self._close(opening.result())
+            raise
+
     async def _take_turns(self, session: Session) -> tuple[Reward, Cut | None]:
         limits, stream = self.rules.limits, self._stream
         deadline = asyncio.get_running_loop().time() + limits.episode_s
@@ -60,7 +71,10 @@ class TurnEpisode:
                 outcome = await within("a step of its environment", session.step(stream.last_text()), limits.step_s)
                 if isinstance(outcome, Reward):
                     return outcome, None
-                cut = stream.observe(outcome.messages, deadline)
+                try:
+                    cut = stream.observe(outcome.messages, deadline)
+                except DataError as error:
+                    raise EnvironmentFault(f"what its environment said cannot be rendered: {error}") from error
             if cut is not None:
                 return await within("its environment's score", session.cut(cut), limits.step_s), cut
 

@@ -140,7 +140,13 @@ def test_overlong_conversations_are_an_error_or_are_dropped_and_counted(
         (conversation(7), "message 1: its content must be text, not 7"),
         (conversation("x", tool_calls=[{}]), "message 1: a tool call has no 'name'"),
         (conversation("x", tool_calls=[{"name": "f", "arguments": "{"}]), "the arguments of f are not valid JSON"),
+        (
+            conversation("x", tool_calls=[{"name": "f", "arguments": "[" * 9000}]),
+            "f are not valid JSON: maximum recurs",
+        ),
+        (conversation("x", tool_calls=[{"name": "f", "arguments": "9" * 9000}]), "f are not valid JSON: Exceeds"),
         (conversation("x", tool_calls=[{"name": "f", "arguments": [1]}]), "the arguments of f must be an object"),
+        (conversation("x", tool_calls=7), "message 1: its tool_calls must be a list, not 7"),
         ({"prompt": "x"}, "no field 'messages'"),
     ],
 )

@@ -142,6 +142,11 @@ def test_thinking_is_refused_for_prompts_of_a_template_with_one_form(tmp_path: P
         tokenizer.render_prompt([USER], thinking=False)
 
 
+def test_half_of_a_surrogate_pair_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"half of a surrogate pair \(such as .ud800\) in it, which is no character"):
+        ChatTokenizer(checkpoint(tmp_path), VOCABULARY).render_prompt([{"role": "user", "content": "smile \ud83d"}])
+
+
 def test_a_prompt_tells_what_of_the_answer_it_opened(tmp_path: Path) -> None:
     nemotron = ChatTokenizer(checkpoint(tmp_path), VOCABULARY, chat_template="nemotron")
     assert nemotron.answer_opening(nemotron.render_prompt([USER])) == "<think>\n"

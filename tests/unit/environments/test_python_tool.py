@@ -121,6 +121,21 @@ def test_the_limits_of_all_calls_are_told():
     assert spent[1] == ["Error: the 0.25 s of all calls are used up; give the final answer"]
 
 
+@pytest.mark.parametrize(("by", "masked"), [("turns", False), ("tokens", False), ("context", False), ("time", True)])
+def test_an_episode_that_a_limit_cuts_has_no_answer_and_time_alone_is_no_fault_of_it(by, masked):
+    environment = PythonToolEnvironment(
+        PythonToolConfig(), SandboxConfig(), MathEnvironment(verify_timeout_s=10, workers=1)
+    )
+
+    async def cut():
+        session = await environment.open(ROW)
+        return await session.cut(by)
+
+    reward = asyncio.run(cut())
+    assert (reward.value, reward.masked) == (0.0, masked)
+    assert reward.reason == f"no final answer within the limit of {by}"
+
+
 def test_calls_that_cannot_be_carried_out_are_answered_in_words():
     said = converse(
         [

@@ -61,6 +61,8 @@ def test_calls_in_the_reasoning_and_in_reasoning_that_never_ends_do_not_count() 
         ("<tool_call>" + "[" * 100_000 + "</tool_call>", "not valid JSON"),
         ('<tool_call>{"arguments": {}}</tool_call>', 'has no "name"'),
         ("<tool_call>[1]</tool_call>", 'has no "name"'),
+        ('<tool_call>{"name": "add", "arguments": {"note": ["\\ud83d"]}}</tool_call>', "surrogates not allowed"),
+        (xml("add", tags='["\\ud83d"]'), "parameter tags of add must be of type array"),
         ('<tool_call>{"name": "add", "arguments": "a"}</tool_call>', "must be a JSON object"),
         ("<tool_call><function=></function></tool_call>", "must begin with <function=NAME>"),
         ("<tool_call><function=add><parameter=a>1</function></tool_call>", "parameter a of add does not end"),

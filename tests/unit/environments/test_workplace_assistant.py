@@ -162,7 +162,8 @@ def test_analytics_count_by_day(env):
 
 
 def test_no_call_that_a_policy_can_write_raises(env):
-    rng, values = random.Random(5), ["", "x", "00002001", "2023-11-30", "(", "9" * 5000, None, -1, 1.5, [1], {"a": 1}]
+    rng, texts = random.Random(5), ["", "x", "00002001", "2023-11-30", "(", "9" * 5000, "\ud800"]
+    values = [*texts, None, -1, 1.5, 10**400, float("inf"), [1], {"a": 1}]
 
     async def storm():
         session = await env.open(row_of([]))
@@ -171,6 +172,7 @@ def test_no_call_that_a_policy_can_write_raises(env):
             arguments = {name: rng.choice(values) for name in tool.parameters if rng.random() < 0.9}
             outcome = await session.step(said([tool.name, arguments]))
             assert isinstance(outcome, Observation)
+            "".join(message["content"] for message in outcome.messages).encode()
         return await session.step("Done.")
 
     assert isinstance(asyncio.run(storm()), Reward)

@@ -1,7 +1,9 @@
 """The JSON server behind the chat endpoint: real sockets, whole requests and broken ones."""
 
 import asyncio
+import contextlib
 import json
+import socket
 
 import httpx
 import pytest
@@ -22,13 +24,20 @@ def with_server(use, handle=echo):
         async with JsonServer(handle, "127.0.0.1", 0, "the echo") as server:
             return await use(server)
 
-    return asyncio.run(served())
+    return asyncio.run(asyncio.wait_for(served(), 10))
+
+
+HEAD_THEN_GET = b"HEAD / HTTP/1.1\r\nHost: x\r\n\r\nGET / HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"
+
+
+def address(server):
+    host, port = server.url.removeprefix("http://").split(":")
+    return host, int(port)
 
 
 async def raw(server, content):
     """What comes back for bytes, until the server closes."""
-    host, port = server.url.removeprefix("http://").split(":")
-    reader, writer = await asyncio.open_connection(host, int(port))
+    reader, writer = await asyncio.open_connection(*address(server))
     writer.write(content)
     writer.write_eof()
     reply = await asyncio.wait_for(reader.read(), 5)
@@ -102,6 +111,40 @@ def test_the_end_breaks_off_what_is_under_way_at_once():
             await asyncio.wait_for(task, 5)
 
     asyncio.run(served())
+
+
+@pytest.mark.parametrize("loops", range(8))
+def test_a_connection_that_is_taken_in_the_moment_of_the_end_is_ended_too(loops):
+    async def served():
+        async with JsonServer(echo, "127.0.0.1", 0, "the echo") as server:
+            client = socket.create_connection(address(server))
+            for _ in range(loops):
+                await asyncio.sleep(0)
+        await asyncio.sleep(0.05)
+        client.close()
+        return asyncio.all_tasks() - {asyncio.current_task()}
+
+    assert asyncio.run(served()) == set()
+
+
+def test_a_client_that_reads_no_more_does_not_hold_the_end():
+    async def much(call):
+        return Reply(200, {"text": "x" * (32 << 20)})
+
+    async def use(server):
+        client = socket.create_connection(address(server))
+        client.sendall(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
+        await asyncio.sleep(0.2)
+        return client
+
+    with with_server(use, much) as client, contextlib.suppress(ConnectionResetError):
+        client.settimeout(5)
+        assert sum(len(piece) for piece in iter(lambda: client.recv(1 << 20), b"")) < 32 << 20
+
+
+def test_a_request_for_the_head_gets_no_body_and_the_next_one_is_answered():
+    both = with_server(lambda server: raw(server, HEAD_THEN_GET))
+    assert both.count(b"HTTP/1.1 201") == 2 and both.count(b'"path"') == 1
 
 
 def test_a_port_that_is_taken_is_named():

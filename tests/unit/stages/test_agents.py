@@ -3,28 +3,21 @@
 import asyncio
 import concurrent.futures
 import dataclasses
-import json
 import random
 import time
-from types import SimpleNamespace
 
 import httpx
 import pytest
-from tiny_checkpoints import IM_END, VOCABULARY, write_tokenizer
+from tiny_checkpoints import IM_END
 
 from millrace.config.schema import AgentConfig, DomainConfig, SamplingConfig, TurnsConfig
-from millrace.data.tokenizer import ChatTokenizer
 from millrace.environments.agent import AgentServerEnvironment
 from millrace.environments.base import AgentEnvironment, Reward, TurnEnvironment
 from millrace.environments.registry import make_environment
-from millrace.observe.console import RunConsole
-from millrace.rollout.member import FleetNeedsSync
-from millrace.rollout.types import Rollout
 from millrace.stages.agents import AgentEpisode
 from millrace.stages.chat_endpoint import ChatEndpoint
 from millrace.stages.collect import rollout_metrics
-from millrace.stages.domains import Domain
-from millrace.stages.episodes import EpisodePlayer, Play
+from millrace.stages.episodes import Play
 from millrace.stages.groups import Episode
 from millrace.stages.stream import TurnRules
 
@@ -32,25 +25,19 @@ from .agent_worlds import agent_server
 from .turn_worlds import (
     END_OF_TEXT,
     FORMS,
+    ROOMY,
+    AnsweringFleet,
     ScriptedPolicy,
     Turn,
     between,
-    open_tokenizer,
+    random_text,
     slow_tokens,
     spoken,
 )
 
-ROOMY = TurnRules(SamplingConfig(max_response_tokens=10_000), TurnsConfig(), context=100_000)
 TOOLS = [{"type": "function", "function": {"name": "now", "parameters": {"type": "object", "properties": {}}}}]
+NESTED = {"function": {"name": "now", "arguments": "[" * 100_000}}
 CALL = '<tool_call>\n{"name": "now", "arguments": {}}\n</tool_call>'
-
-
-@pytest.fixture(scope="module")
-def tokenizers(tmp_path_factory):
-    made = {form: open_tokenizer(tmp_path_factory.mktemp("t"), template) for form, (template, _) in FORMS.items()}
-    for tokenizer in made.values():
-        tokenizer.stop_token_ids = (END_OF_TEXT, IM_END)
-    return made
 
 
 ROW = {"responses_create_params": {"input": [{"role": "user", "content": "go"}], "metadata": {"of": "a row"}}}
@@ -81,12 +68,6 @@ def play(tokenizer, agent, script, rules=ROOMY, *, thinking=None, concurrency=8,
 # ---- token streams
 
 
-def stray(draw):
-    letters = "ab <>/é漢\n\t{}\"'=0 \U0001f600"
-    words = ("</think>", "<think>", CALL, "<tool_call>", "probe7", "{{ x }}", "\n\n")
-    return "".join(draw.choice(words if draw.random() < 0.3 else letters) for _ in range(draw.randint(0, 8)))
-
-
 @pytest.mark.parametrize("form", FORMS)
 def test_streams_that_an_agent_drives_are_those_of_a_slow_reference(tokenizers, form):
     draw, tokenizer, thinking = random.Random(form), tokenizers[form], FORMS[form][1]
@@ -95,12 +76,12 @@ def test_streams_that_an_agent_drives_are_those_of_a_slow_reference(tokenizers, 
         turns = draw.randint(1, 6)
         # Bytes cut anywhere: what a model writes need not be what a tokenizer would make of its text.
         script = [
-            [token for token in slow_tokens(stray(draw)) if draw.random() < 0.95]
+            [token for token in slow_tokens(random_text(draw, 8)) if draw.random() < 0.95]
             + slow_tokens(CALL if draw.random() < 0.5 else "")
             + [draw.choice([IM_END, END_OF_TEXT])]
             for _ in range(turns)
         ]
-        results = [[stray(draw) for _ in range(draw.randint(1, 3))] for _ in range(turns - 1)]
+        results = [[random_text(draw, 8) for _ in range(draw.randint(1, 3))] for _ in range(turns - 1)]
         heard = []
 
         def agent(asking, draw=draw, results=results, heard=heard, turns=turns):
@@ -345,6 +326,8 @@ def test_an_agent_that_hangs_costs_its_episode_and_can_ask_no_more(tokenizers):
         ({"messages": []}, "a list of at least one message"),
         ({"messages": [{"content": "x"}]}, "message 0 has no role"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "only text can be read"),
+        ({"messages": [{"role": "assistant", "tool_calls": 5}]}, "tool_calls must be a list, not 5"),
+        ({"messages": [{"role": "assistant", "tool_calls": [NESTED]}]}, "the arguments of now are not valid JSON"),
     ],
 )
 def test_what_cannot_be_served_is_refused_with_a_sentence_and_spends_nothing(tokenizers, more, sentence):
@@ -379,61 +362,29 @@ def test_a_key_of_nobody_is_refused_and_the_model_is_listed(tokenizers):
 # ---- side by side, as the player plays them
 
 
-class EchoingFleet:
-    """Engines that answer each prompt with its user's first word and the number of the turn; lost before the turn
-    number `lost_at`."""
+def echo(prompt, index):
+    """The user's first word and the number of the turn."""
+    word = prompt.partition("user\n")[2].split()[0]
+    return f"{word} {prompt.count('assistant')}"
 
-    config = SimpleNamespace(max_model_len=4000)
 
-    def __init__(self, lost_at=None):
-        self.asked, self.lost_at, self.syncs = 0, lost_at, 0
-        self.pool = concurrent.futures.ThreadPoolExecutor(16)
-
-    def submit(self, requests):
-        assert not requests
-        return self.pool.submit(list), lambda: (0, 0, 0)
-
-    def submit_turn(self, request):
-        self.asked += 1
-        return self.pool.submit(self._turn, request, self.asked)
-
-    def _turn(self, request, number):
-        time.sleep(random.random() * 0.02)
-        if self.lost_at is not None and number >= self.lost_at:
-            raise FleetNeedsSync("no engine holds synced weights")
-        prompt = bytes(token for token in request.prompt if token < 256).decode()
-        word = prompt.split("user\n")[1].split()[0]
-        answer = (*f"{word} {prompt.count('assistant')}".encode(), IM_END)
-        return Rollout(request.id, 0, request.prompt, answer, (-0.5,) * len(answer), "stop", 3, "http://engine")
-
-    def sync(self):
-        self.lost_at, self.syncs = None, self.syncs + 1
+def echoing_fleet(lost_at=None):
+    return AnsweringFleet(echo, lost_at=lost_at, seconds=lambda: random.random() * 0.02)
 
 
 @pytest.fixture
-def open_player(tmp_path, control):
-    write_tokenizer(tmp_path)
-    (tmp_path / "config.json").write_text("{}")
-    (tmp_path / "logs").mkdir()
-    tokenizer, console, players = ChatTokenizer(tmp_path, VOCABULARY), RunConsole(tmp_path), []
-
+def open_player(player_of, rows_file):
     def open_player(rows, fleet, url, n, **agent):
-        file = tmp_path / "rows.jsonl"
-        file.write_text("".join(json.dumps(each) + "\n" for each in rows))
-        config = DomainConfig(
-            environment="agent", train=str(file), held_out=str(file), agent=AgentConfig(url=url, **agent)
-        )
-        domain = Domain("d", config, make_environment(config), tokenizer)
+        file = rows_file(rows)
+        config = DomainConfig(environment="agent", train=file, held_out=file, agent=AgentConfig(url=url, **agent))
+        player, domains = player_of(fleet, d=(config, make_environment(config)))
+        domain = domains["d"]
         assert isinstance(domain.environment, AgentEnvironment)
         assert not isinstance(domain.environment, TurnEnvironment)
-        players.append(EpisodePlayer(control, fleet.sync, tokenizer, fleet, {"d": domain}, console))
         episodes = [domain.episode(domain.train, place, seed=100 * place) for place in range(len(rows))]
-        return players[-1], Play(episodes, SamplingConfig(max_response_tokens=1000), n, "rl 1/2 rollouts")
+        return player, Play(episodes, SamplingConfig(max_response_tokens=1000), n, "rl 1/2 rollouts")
 
-    yield open_player
-    for player in players:
-        player.close()
-    console.close()
+    return open_player
 
 
 def words(count):
@@ -455,7 +406,7 @@ def conversing(asking):
 
 def test_episodes_side_by_side_do_not_mix(open_player):
     with agent_server(conversing) as server:
-        player, play = open_player(words(12), EchoingFleet(), server.url, 3, concurrency=16)
+        player, play = open_player(words(12), echoing_fleet(), server.url, 3, concurrency=16)
         groups = player.play(play)
         again = player.play(play)
     assert server.most_at_one_time > 4 and len(server.rows) == 72
@@ -471,7 +422,7 @@ def test_episodes_side_by_side_do_not_mix(open_player):
 
 
 def test_when_all_engines_were_lost_the_agents_open_episodes_start_again(open_player):
-    fleet = EchoingFleet(lost_at=9)
+    fleet = echoing_fleet(lost_at=9)
     with agent_server(conversing) as server:
         player, play = open_player(words(6), fleet, server.url, 2)
         groups = player.play(play)
@@ -481,7 +432,7 @@ def test_when_all_engines_were_lost_the_agents_open_episodes_start_again(open_pl
 
 def test_an_agent_is_given_so_many_episodes_at_one_time(open_player):
     with agent_server(conversing) as server:
-        player, play = open_player(words(8), EchoingFleet(), server.url, 1, concurrency=2)
+        player, play = open_player(words(8), echoing_fleet(), server.url, 1, concurrency=2)
         assert all(group.rewards == [1.0] for group in player.play(play))
     assert server.most_at_one_time == 2
 
@@ -510,4 +461,4 @@ def test_an_agent_without_a_place_in_time_masks_the_episode(tokenizers):
 
 def test_rows_that_no_agent_can_be_given_are_named(open_player):
     with pytest.raises(Exception, match=r"rows.jsonl:1: responses_create_params.input must be a string or"):
-        open_player([{"responses_create_params": {"input": []}}], EchoingFleet(), "http://127.0.0.1:9", 1)
+        open_player([{"responses_create_params": {"input": []}}], echoing_fleet(), "http://127.0.0.1:9", 1)

@@ -8,52 +8,32 @@ import time
 
 import pytest
 from judge_server import Said, judge_server, shown, verdict
-from tiny_checkpoints import VOCABULARY, write_tokenizer
 
 from millrace.config.schema import DomainConfig, JudgeConfig, RlhfStage, RlStage
-from millrace.data.tokenizer import ChatTokenizer
 from millrace.environments.judge import HttpEndpoint, Judge, JudgeError
 from millrace.environments.registry import make_environment
-from millrace.observe.console import RunConsole
 from millrace.observe.metrics import METRICS
 from millrace.rollout.types import Rollout
 from millrace.stages.collect import rollout_metrics
 from millrace.stages.control import Stopped
-from millrace.stages.domains import Domain
-from millrace.stages.episodes import EpisodePlayer
 from millrace.stages.rlhf import comparison
 
 STAGE = RlhfStage(name="rlhf", domains=("chat",), steps=1, think_length_weight=0.0, answer_length_weight=0.0)
 
 
 @pytest.fixture
-def open_player(tmp_path, control):
+def open_player(player_of, tokenizer, rows_file):
     """A function from a judge's URL to a player of the domain chat, which it judges."""
-    write_tokenizer(tmp_path)
-    (tmp_path / "config.json").write_text("{}")
-    (tmp_path / "logs").mkdir()
-    (tmp_path / "train.jsonl").write_text('{"prompt": "say a"}\n{"prompt": "say b"}\n')
-    (tmp_path / "held_out.jsonl").write_text('{"prompt": "say c", "reference": "c"}\n')
-    tokenizer = ChatTokenizer(tmp_path, VOCABULARY)
-    console = RunConsole(tmp_path)
-    players = []
+    train = rows_file([{"prompt": "say a"}, {"prompt": "say b"}], "train")
+    held_out = rows_file([{"prompt": "say c", "reference": "c"}], "held_out")
+    config = DomainConfig(environment="genrm", train=train, held_out=held_out, judge="j")
 
     def open_player(url, **settings):
-        config = DomainConfig(
-            environment="genrm",
-            train=str(tmp_path / "train.jsonl"),
-            held_out=str(tmp_path / "held_out.jsonl"),
-            judge="j",
-        )
         judge = Judge("j", JudgeConfig(url=url, retries=0, **settings), HttpEndpoint(url, None))
-        domain = Domain("chat", config, make_environment(config, {"j": judge}), tokenizer)
-        players.append(EpisodePlayer(control, None, tokenizer, None, {"chat": domain}, console))
-        return players[-1], domain, tokenizer
+        player, domains = player_of(None, chat=(config, make_environment(config, {"j": judge})))
+        return player, domains["chat"], tokenizer
 
-    yield open_player
-    for player in players:
-        player.close()
-    console.close()
+    return open_player
 
 
 def rollouts(tokenizer, answers, cut=()):

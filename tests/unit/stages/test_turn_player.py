@@ -1,29 +1,23 @@
 """The player with episodes of one turn and of many: an engine lost on the way, a stop in the middle, the order."""
 
 import asyncio
-import concurrent.futures
 import dataclasses
-import json
 import os
 import signal
 import threading
 import time
-from types import SimpleNamespace
 
 import pytest
-from tiny_checkpoints import IM_END, VOCABULARY, write_tokenizer
 
 from millrace.config.schema import DomainConfig, SamplingConfig
-from millrace.data.tokenizer import ChatTokenizer
 from millrace.environments.base import Observation, Reward
 from millrace.environments.registry import make_environment
-from millrace.observe.console import RunConsole
 from millrace.rollout.member import FleetNeedsSync
-from millrace.rollout.types import Rollout
 from millrace.stages.control import Stopped
-from millrace.stages.domains import Domain
-from millrace.stages.episodes import EpisodePlayer, Play
+from millrace.stages.episodes import Play
 from millrace.stages.verdicts import TooManyMasked
+
+from .turn_worlds import AnsweringFleet
 
 
 class Countdown:
@@ -71,91 +65,38 @@ class CountdownSession:
         self.environment.closed.append(self.row["prompt"])
 
 
-class AnsweringFleet:
-    """Engines that answer "ok"; all of them are lost before the turn number `lost_at`, until `sync` is called."""
+SAY_OK = {"prompt": "say ok", "instruction_id_list": ["punctuation:no_comma"], "kwargs": [{}]}
+ROWS = [{"prompt": "a", "turns": 1}, {"prompt": "b", "turns": 3}, {"prompt": "c", "turns": 12}]
 
-    config = SimpleNamespace(max_model_len=1000)
 
-    def __init__(self, lost_at=None):
-        self.asked, self.lost_at, self.syncs = [], lost_at, 0
-        self.pool = concurrent.futures.ThreadPoolExecutor(8)
-
-    def _answer(self, request, index=0):
-        text = tuple(b"ok")
-        return Rollout(request.id, index, request.prompt, (*text, IM_END), (-0.5,) * 3, "stop", 3, "http://engine")
-
-    def submit(self, requests):
-        answers = [[self._answer(request, k) for k in range(request.sampling.n)] for request in requests]
-        return self.pool.submit(lambda: answers), lambda: (0, 0, 0)
-
-    def submit_turn(self, request):
-        self.asked.append(request)
-        return self.pool.submit(self._turn, request, len(self.asked))
-
-    def _turn(self, request, number):
-        time.sleep(0.005)
-        if self.lost_at is not None and number >= self.lost_at:
-            raise FleetNeedsSync("no engine holds synced weights: push weights, then go on")
-        return self._answer(request)
-
-    def sync(self):
-        self.lost_at, self.syncs = None, self.syncs + 1
+def fleet_of(**options):
+    return AnsweringFleet(lambda prompt, index: "ok", **options)
 
 
 @pytest.fixture
-def open_player(tmp_path, control):
-    write_tokenizer(tmp_path)
-    (tmp_path / "config.json").write_text("{}")
-    (tmp_path / "logs").mkdir()
-    tokenizer, console, players = ChatTokenizer(tmp_path, VOCABULARY), RunConsole(tmp_path), []
-
+def open_player(player_of, rows_file):
     def open_player(rows, fleet):
-        files = {}
-        for name, of_domain in (("count", rows), ("if", [{"prompt": "say ok"}])):
-            of_if = {"instruction_id_list": ["punctuation:no_comma"], "kwargs": [{}]}
-            files[name] = str(tmp_path / f"{name}.jsonl")
-            lines = of_domain if name == "count" else [row | of_if for row in of_domain]
-            (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-        plain = DomainConfig(environment="instruction_following", train=files["if"], held_out=files["if"])
-        config = dataclasses.replace(
-            plain,
-            environment="python_tool",
-            train=files["count"],
-            held_out=files["count"],
-        )
+        counted, said = rows_file(rows, "count"), rows_file([SAY_OK], "if")
+        plain = DomainConfig(environment="instruction_following", train=said, held_out=said)
+        config = dataclasses.replace(plain, environment="python_tool", train=counted, held_out=counted)
         environment = Countdown()
-        domains = {
-            "count": Domain("count", config, environment, tokenizer),
-            "if": Domain("if", plain, make_environment(plain), tokenizer),
-        }
-        players.append(EpisodePlayer(control, fleet.sync, tokenizer, fleet, domains, console))
+        player, domains = player_of(fleet, **{"count": (config, environment), "if": (plain, make_environment(plain))})
         episodes = [domains["count"].episode(domains["count"].train, n, seed=10 * n) for n in range(len(rows))]
         episodes.insert(1, domains["if"].episode(domains["if"].train, 0, seed=0))
-        return players[-1], environment, Play(episodes, SamplingConfig(max_response_tokens=100), 2, "rl 1/2 rollouts")
+        return player, environment, Play(episodes, SamplingConfig(max_response_tokens=100), 2, "rl 1/2 rollouts")
 
-    yield open_player
-    for player in players:
-        player.close()
-    console.close()
+    return open_player
 
 
 def turns_of(groups):
     return [[answer.rollout.turns for answer in group.answers] for group in groups]
 
 
-ROWS = [{"prompt": "a", "turns": 1}, {"prompt": "b", "turns": 3}, {"prompt": "c", "turns": 12}]
-
-
 def test_groups_come_in_the_order_of_their_episodes_whatever_their_turns(open_player):
-    player, environment, play = open_player(ROWS, AnsweringFleet())
+    player, environment, play = open_player(ROWS, fleet_of())
     groups = player.play(play)
     assert [group.episode for group in groups] == list(play.episodes)
-    assert [[answer.rollout.turns for answer in group.answers] for group in groups] == [
-        [1, 1],
-        [1, 1],
-        [3, 3],
-        [12, 12],
-    ]
+    assert turns_of(groups) == [[1, 1], [1, 1], [3, 3], [12, 12]]
     assert all(group.rewards == [1.0, 1.0] for group in groups)
     assert sorted(environment.closed) == sorted(environment.opened) == list("aabbcc")
     assert [a.rollout.index for a in groups[2].answers] == [0, 1]
@@ -164,18 +105,14 @@ def test_groups_come_in_the_order_of_their_episodes_whatever_their_turns(open_pl
 
 
 def test_when_all_engines_were_lost_open_episodes_start_again_and_ended_ones_do_not(open_player):
-    fleet = AnsweringFleet(lost_at=18)
+    fleet = fleet_of(lost_at=18)
     player, environment, play = open_player(ROWS, fleet)
     groups = player.play(play)
     assert fleet.syncs == 1
-    assert [[answer.rollout.turns for answer in group.answers] for group in groups] == [
-        [1, 1],
-        [1, 1],
-        [3, 3],
-        [12, 12],
-    ]
+    assert turns_of(groups) == [[1, 1], [1, 1], [3, 3], [12, 12]]
     assert environment.opened.count("a") == environment.opened.count("b") == 2
     assert environment.opened.count("c") == 4
+    assert [request.id for request in fleet.batched] == [play.episodes[1].request_id], "answers in one turn are kept"
     assert sorted(environment.closed) == sorted(environment.opened)
     last = play.episodes[3].request_id
     first, second = ([r.prompt for r in fleet.asked if r.id.startswith(f"{last}/{k}/")] for k in (0, 1))
@@ -186,7 +123,7 @@ def test_when_all_engines_were_lost_open_episodes_start_again_and_ended_ones_do_
 
 
 def test_a_stop_in_the_middle_closes_every_session(open_player):
-    player, environment, play = open_player([{"prompt": "a", "turns": 2, "seconds": 60}], AnsweringFleet())
+    player, environment, play = open_player([{"prompt": "a", "turns": 2, "seconds": 60}], fleet_of())
     threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start()
     began = time.monotonic()
     with pytest.raises(Stopped):
@@ -197,7 +134,7 @@ def test_a_stop_in_the_middle_closes_every_session(open_player):
 
 def test_episodes_run_beside_each_other_and_not_in_step(open_player):
     rows = [{"prompt": f"p{n}", "turns": 2, "seconds": 0.3} for n in range(30)]
-    player, environment, play = open_player(rows, AnsweringFleet())
+    player, environment, play = open_player(rows, fleet_of())
     began = time.monotonic()
     assert len(player.play(play)) == 31
     assert time.monotonic() - began < 10, "one after the other they would take 36 s"
@@ -206,9 +143,9 @@ def test_episodes_run_beside_each_other_and_not_in_step(open_player):
 
 def test_broken_environments_stop_the_run_only_when_they_are_most(open_player):
     good, bad = {"prompt": "a", "turns": 2}, {"prompt": "b", "turns": 2, "broken": True}
-    player, _, play = open_player([good, bad], AnsweringFleet())
+    player, _, play = open_player([good, bad], fleet_of())
     groups = player.play(play)
     assert [len(group.rewards) for group in groups] == [2, 2, 0]
-    player, _, play = open_player([good, bad, bad], AnsweringFleet())
+    player, _, play = open_player([good, bad, bad], fleet_of())
     with pytest.raises(TooManyMasked, match=r"4 of 6 answers in count are masked, most often: .*RuntimeError"):
         player.play(play)

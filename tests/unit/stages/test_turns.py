@@ -20,16 +20,17 @@ from millrace.stages.turns import TurnEpisode
 from .turn_worlds import (
     END_OF_TEXT,
     FORMS,
+    ROOMY,
     ScriptedEnvironment,
     ScriptedPolicy,
     Turn,
     between,
     open_tokenizer,
+    random_text,
     slow_tokens,
     spoken,
 )
 
-ROOMY = TurnRules(SamplingConfig(max_response_tokens=10_000), TurnsConfig(), context=100_000)
 END = Reward(1.0, "solved")
 
 
@@ -78,25 +79,6 @@ def expected(form, prompt_length, script, rules):
     raise AssertionError("a script ends with a reward")
 
 
-LETTERS = "ab <>/é漢\n\t{}\"'=0 \U0001f600"
-WORDS = (
-    "</think>",
-    "<tool_call>",
-    "</tool_call>",
-    "<think>",
-    "<tool_response>",
-    "assistant",
-    "\n\n",
-    "probe7",
-    "{{ x }}",
-)
-
-
-def random_text(draw, most):
-    pieces = [draw.choice(WORDS) if draw.random() < 0.2 else draw.choice(LETTERS) for _ in range(draw.randint(0, most))]
-    return "".join(pieces)
-
-
 def random_script(draw):
     turns = draw.randint(1, 6)
     script = []
@@ -107,14 +89,6 @@ def random_script(draw):
         last = number == turns - 1
         script.append(Turn(tokens, END if last else [random_text(draw, 10) for _ in range(draw.randint(1, 3))]))
     return script
-
-
-@pytest.fixture(scope="module")
-def tokenizers(tmp_path_factory):
-    made = {form: open_tokenizer(tmp_path_factory.mktemp("t"), template) for form, (template, _) in FORMS.items()}
-    for tokenizer in made.values():  # half of the turns end with it
-        tokenizer.stop_token_ids = (END_OF_TEXT, IM_END)
-    return made
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -300,6 +274,36 @@ def test_a_session_that_never_opens_costs_only_itself(tokenizers):
     scored = asyncio.run(turns.play(Full()))
     assert scored.reward == Reward(0.0, "opening its session took longer than 0.05 s", masked=True)
     assert scored.rollout.answer == ()
+
+
+def test_what_an_environment_says_that_is_no_text_costs_only_its_episode(tokenizers):
+    scored, _, _ = play(tokenizers["chatml"], [Turn(spoken("a"), ["half \ud83d"]), Turn(spoken("b"), END)])
+    assert scored.reward.masked and "cannot be rendered: the text has half of a surrogate pair" in scored.reward.reason
+    assert list(scored.rollout.answer) == spoken("a")
+
+
+@pytest.mark.parametrize("loops", range(6))
+def test_a_session_that_opens_in_the_moment_in_which_its_episode_is_cancelled_is_closed(tokenizers, loops):
+    class Waiting(ScriptedEnvironment):
+        async def open(self, row):
+            await room.wait()
+            return await super().open(row)
+
+    environment, script, room = Waiting(), [Turn(spoken("a"), 60)], asyncio.Event()
+    turns = TurnEpisode(episode(tokenizers["chatml"], script), 0, ROOMY, tokenizers["chatml"], ScriptedPolicy(script))
+
+    async def cancelled():
+        task = asyncio.ensure_future(turns.play(environment))
+        await asyncio.sleep(0.01)
+        room.set()
+        for _ in range(loops):
+            await asyncio.sleep(0)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+    asyncio.run(cancelled())
+    assert environment.opened == environment.closed == 1
 
 
 def test_a_session_is_closed_when_its_episode_is_cancelled_in_the_middle_of_a_step(tokenizers):

@@ -1,22 +1,30 @@
-"""Environments, policies and a slow way to lay out token streams, for the tests of episodes with many turns."""
+"""Environments, policies, fleets and a slow way to lay out token streams, for the tests of episodes with many turns."""
 
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
 import re
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any
 
 from chat_checkpoints import CHATML, THINKING_ONCE
 from tiny_checkpoints import IM_END, VOCABULARY, write_tokenizer
 
+from millrace.config.schema import SamplingConfig, TurnsConfig
 from millrace.data.tokenizer import ChatTokenizer
 from millrace.environments.base import Cut, Observation, Reward
+from millrace.rollout.member import FleetNeedsSync
 from millrace.rollout.types import Request, Rollout
+from millrace.stages.stream import TurnRules
 
 SPECIAL = {"<|endoftext|>": 256, "<|im_start|>": 257, "<|im_end|>": 258}
 END_OF_TEXT = 256
+
+ROOMY = TurnRules(SamplingConfig(max_response_tokens=10_000), TurnsConfig(), context=100_000)
 
 FORMS = {
     "chatml": (CHATML, None),
@@ -45,6 +53,25 @@ def slow_tokens(text: str) -> list[int]:
     for piece in re.split(r"(<\|[a-z_]+\|>)", text):
         ids += [SPECIAL[piece]] if piece in SPECIAL else list(piece.encode())
     return ids
+
+
+LETTERS = "ab <>/é漢\n\t{}\"'=0 \U0001f600"
+WORDS = (
+    "</think>",
+    "<tool_call>",
+    "</tool_call>",
+    "<think>",
+    "<tool_response>",
+    "assistant",
+    "\n\n",
+    "probe7",
+    "{{ x }}",
+)
+
+
+def random_text(draw, most):
+    pieces = [draw.choice(WORDS) if draw.random() < 0.2 else draw.choice(LETTERS) for _ in range(draw.randint(0, most))]
+    return "".join(pieces)
 
 
 @dataclass
@@ -120,6 +147,50 @@ class ScriptedPolicy:
         logp = tuple(-0.5 - 0.001 * place for place in range(len(kept)))
         reason = "stop" if len(kept) == len(tokens) else "length"
         return Rollout(request.id, 0, request.prompt, kept, logp, reason, 7, "http://engine")
+
+
+class AnsweringFleet:
+    """Engines that answer a prompt with what `answer(its text, number of the answer)` says. All of them are lost before
+    the turn number `lost_at`, until `sync` is called."""
+
+    def __init__(
+        self,
+        answer: Callable[[str, int], str],
+        *,
+        room: int = 30_000,
+        lost_at: int | None = None,
+        seconds: Callable[[], float] = lambda: 0.005,
+    ) -> None:
+        self.config = SimpleNamespace(max_model_len=room)
+        self.asked: list[Request] = []
+        """Turns, in their order."""
+        self.batched: list[Request] = []
+        self.lost_at, self.syncs = lost_at, 0
+        self._answer, self._seconds = answer, seconds
+        self._pool = concurrent.futures.ThreadPoolExecutor(16)
+
+    def submit(self, requests):
+        self.batched += requests
+        answers = [[self._rollout(request, k) for k in range(request.sampling.n)] for request in requests]
+        return self._pool.submit(lambda: answers), lambda: (0, 0, 0)
+
+    def submit_turn(self, request):
+        self.asked.append(request)
+        return self._pool.submit(self._turn, request, len(self.asked))
+
+    def sync(self):
+        self.lost_at, self.syncs = None, self.syncs + 1
+
+    def _turn(self, request, number):
+        time.sleep(self._seconds())
+        if self.lost_at is not None and number >= self.lost_at:
+            raise FleetNeedsSync("no engine holds synced weights: push weights, then go on")
+        return self._rollout(request, int(request.id.split("/")[-2]))
+
+    def _rollout(self, request, index):
+        prompt = bytes(token for token in request.prompt if token < 256).decode()
+        answer = (*self._answer(prompt, index).encode(), IM_END)
+        return Rollout(request.id, index, request.prompt, answer, (-0.5,) * len(answer), "stop", 3, "http://engine")
 
 
 def spoken(text: str, end: int = IM_END) -> list[int]:

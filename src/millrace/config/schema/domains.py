@@ -46,7 +46,7 @@ class TurnsConfig:
     together."""
     episode_s: float = 3600.0
     """Wall time of an episode, in which it waits for engines too; looked at while an engine answers and after each step
-    of the environment."""
+    of the environment. One whose time is up is masked."""
     step_s: float = 1200.0
     """Wall time of one step of the environment. A longer one is the environment's fault, so its episode ends and is
     masked. A tool's own limit, which the policy is told of, must be shorter."""

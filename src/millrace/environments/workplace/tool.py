@@ -67,7 +67,8 @@ class Tool:
     def _text(self, name: str, value: Any) -> str:
         if isinstance(value, str):
             return value
-        if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
+        whole = isinstance(value, int) and not isinstance(value, bool)
+        if whole or (isinstance(value, float) and math.isfinite(value)):
             return str(value)
         raise ToolFailed(f"{name} must be text")
 
