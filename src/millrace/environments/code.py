@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 from millrace.config.schema import SandboxConfig
@@ -27,7 +27,7 @@ from millrace.environments.sandbox.service import CodeVerifier, Outcome, Sandbox
 
 Language = Literal["python", "cpp"]
 
-FENCED = re.compile(r"^[ \t]*```[ \t]*([\w+-]*)[^\n]*\n(.*?)^[ \t]*```[ \t]*$", re.DOTALL | re.MULTILINE)
+FENCE = re.compile(r"^[ \t]*```[ \t]*([\w+-]*)([^\n]*)$", re.MULTILINE)
 TAGS: Mapping[str, Language] = {
     "python": "python", "python3": "python", "py": "python",
     "cpp": "cpp", "c++": "cpp", "cxx": "cpp", "cc": "cpp",
@@ -79,7 +79,6 @@ class CodeEnvironment:
         source, language = found
         if len(source) > LONGEST_PROGRAM:
             return _not_run("program too long", self.verifier.tier)
-        problem = self._problem(row)
         try:
             outcome = await self.verifier.verify(
                 CppProgram(source) if language == "cpp" else Program(source, problem.function),
@@ -137,8 +136,20 @@ class CodeEnvironment:
 def last_program(text: str, languages: Sequence[Language]) -> tuple[str, Language] | None:
     """The last fenced block in one of these languages, and which; a block that says nothing is in the first."""
     tags = {"": languages[0], **{tag: language for tag, language in TAGS.items() if language in languages}}
-    blocks = [(code, tags[tag]) for word, code in FENCED.findall(text) if (tag := word.lower()) in tags]
+    blocks = [(code, tags[tag]) for word, code in _fenced(text) if (tag := word.lower()) in tags]
     return blocks[-1] if blocks and blocks[-1][0].strip() else None
+
+
+def _fenced(text: str) -> Iterator[tuple[str, str]]:
+    """What each fenced block says it is in, and its content. Time is linear in the text, also where a policy repeats
+    itself and opens a thousand blocks."""
+    opened: re.Match[str] | None = None
+    for fence in FENCE.finditer(text):
+        if opened is None:
+            opened = fence
+        elif not fence[1] and not fence[2].strip():
+            yield opened[1], text[opened.end() + 1 : fence.start()]
+            opened = None
 
 
 def _compiler_limits(config: SandboxConfig) -> Limits:
