@@ -17,6 +17,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 from millrace.config.schema import SandboxConfig
+from millrace.config.stage_rules import LEAST_PROGRAM_MB, MOST_PROGRAM_MB
 from millrace.environments.answer import final_text
 from millrace.environments.base import Message, Reward
 from millrace.environments.code_rows import CodeRowError, Problem, opening, opening_problem, read_problem
@@ -35,7 +36,6 @@ TAGS: Mapping[str, Language] = {
 
 LONGEST_PROGRAM = 200_000
 """Characters of a program that is still run."""
-MOST_MEMORY_MB = 4096
 RECENT_ROWS = 16
 """Rows whose tests are kept unpacked."""
 
@@ -175,10 +175,12 @@ def _not_run(reason: str, tier: str) -> Reward:
 
 
 def _own_limits_problem(row: Mapping[str, Any]) -> str | None:
-    for name, most in (("time_limit_s", 3600.0), ("memory_limit_mb", MOST_MEMORY_MB), ("tolerance", 1.0)):
+    for name, most in (("time_limit_s", 3600.0), ("memory_limit_mb", MOST_PROGRAM_MB), ("tolerance", 1.0)):
         value = row.get(name)
         if value is None:
             continue
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= most:
             return f"{name} must be a number above 0 and at most {most:g}, not {value!r}"
+    if 0 < (row.get("memory_limit_mb") or 0) < LEAST_PROGRAM_MB:
+        return f"memory_limit_mb is {row['memory_limit_mb']}, and an interpreter needs {LEAST_PROGRAM_MB}"
     return None

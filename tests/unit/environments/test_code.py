@@ -259,6 +259,7 @@ def test_a_row_is_validated_when_its_file_is_opened():
         "a row needs prompt, or the problem's text in question or question_content"
     )
     assert env.validate({**STREAMS, "memory_limit_mb": 9999}).startswith("memory_limit_mb must be a number above 0")
+    assert env.validate({**STREAMS, "memory_limit_mb": 16}) == "memory_limit_mb is 16, and an interpreter needs 64"
     assert env.validate({**STREAMS, "time_limit_s": True}).startswith("time_limit_s must be a number")
     asyncio.run(env.close())
 

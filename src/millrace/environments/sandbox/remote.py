@@ -110,7 +110,7 @@ class RemotePlace:
         reply = self._replies[number] = asyncio.get_running_loop().create_future()
         try:
             self._writer.write(message)
-            with contextlib.suppress(ConnectionError):  # whoever reads the connection sees its end too
+            with contextlib.suppress(OSError):  # whoever reads the connection sees its end too
                 await self._writer.drain()
             return await reply
         finally:

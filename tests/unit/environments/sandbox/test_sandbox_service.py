@@ -170,6 +170,23 @@ def test_a_box_that_is_gone_is_a_fault_and_the_next_run_starts_afresh():
         box.close()
 
 
+NEIGHBOUR = """
+import ctypes
+libc = ctypes.CDLL(None)
+libc.sbrk.argtypes, libc.sbrk.restype = [ctypes.c_ssize_t], ctypes.c_void_p
+end, wanted = libc.sbrk(0), "REHTONA_FO_NOITULOS"[::-1].encode()
+print(ctypes.string_at(end - (1 << 20), 1 << 20).count(wanted))
+"""
+
+
+def test_a_program_finds_nothing_of_those_that_ran_before_it():
+    with no_process_left():
+        box = open_tier("zygote") if zygote_works() else pytest.skip("no zygote on this machine")
+        box.run(Program("#" + 400 * "SOLUTION_OF_ANOTHER"), b"SOLUTION_OF_ANOTHER", LIMITS)
+        assert box.run(Program(NEIGHBOUR), b"", LIMITS).stdout == b"0\n"
+        box.close()
+
+
 def zygote_works():
     try:
         return choose_tier("zygote") == "zygote"
