@@ -347,6 +347,22 @@ def test_apptainer_gets_an_image_and_nothing_of_the_host(tmp_path, monkeypatch):
     assert out_of_memory(Run("exited", 137, b"", b"")) and not out_of_memory(Run("wall", 9, b"", b""))
 
 
+def test_where_bubblewrap_does_not_work_the_domain_is_refused_at_the_start(tmp_path, monkeypatch):
+    (tmp_path / "bwrap").write_text("#!/bin/sh\necho 'bwrap: no namespaces' >&2\nexit 1")
+    (tmp_path / "bwrap").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    with pytest.raises(NoSandboxError, match=r"swe.container bubblewrap on this machine: .*bwrap"):
+        environment("swe_agentic", swe=SweAgenticConfig(container="bubblewrap"))
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root runs commands as another user, who cannot see all that it can")
+def test_where_a_checkout_cannot_be_seen_the_domain_is_refused_at_the_start(shipped, tmp_path, monkeypatch):
+    tmp_path.chmod(0o700)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    with pytest.raises(NoSandboxError, match=r"this machine: a folder in .* cannot be shown in a box"):
+        agent(shipped)
+
+
 def test_where_there_is_no_container_the_domain_is_refused(monkeypatch):
     monkeypatch.setattr("shutil.which", lambda name: None)
     with pytest.raises(NoSandboxError, match=r"swe.container apptainer on this machine: apptainer is not installed"):

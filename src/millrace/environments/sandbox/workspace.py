@@ -11,6 +11,7 @@ import os
 import shutil
 import signal
 import subprocess
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
@@ -21,6 +22,7 @@ from millrace.environments.sandbox.confine import NOBODY, leaves_root, memory_fi
 from millrace.environments.sandbox.native import NOT_STARTED
 from millrace.environments.sandbox.run import Command, Limits, Run, SandboxFault
 from millrace.environments.sandbox.single_boxes import BubblewrapBox, _bubblewrap_options
+from millrace.environments.sandbox.tiers import open_tier
 
 WORK = "/testbed"
 """Where commands see the folder."""
@@ -28,6 +30,7 @@ COPY = "/millrace-copy"
 TMP_BYTES = 256 << 20
 """Size of a command's /tmp, which is gone after it."""
 
+CANARY_LIMITS = Limits(processes=64)
 UNPACK_LIMITS = Limits(wall_s=1800.0, cpu_s=1800)
 """Of copying a repository out of an image, which may have to be fetched first."""
 APPTAINER_FAULT = 255
@@ -39,7 +42,7 @@ class LocalWorkspace:
     """One bubblewrap for each command, with the machine's own programs.
 
     Raises:
-        Unavailable: bubblewrap does not work here, or git is not below /usr.
+        Unavailable: bubblewrap does not work here, or git does not in it.
     """
 
     name = "bubblewrap"
@@ -47,9 +50,17 @@ class LocalWorkspace:
     """Memory is limited for each process, which is told so: what is killed was killed by something else."""
 
     def __init__(self) -> None:
-        _FolderBox(Path("/"))
         if not os.path.exists("/usr/bin/git"):
             raise Unavailable("commands see what is below /usr, and there is no /usr/bin/git; install git")
+        open_tier("bubblewrap").close()
+        with tempfile.TemporaryDirectory(prefix="millrace-canary-") as folder:
+            self.own(Path(folder))
+            try:
+                run = self.run(Path(folder), ["git", "init", "--quiet"], CANARY_LIMITS)
+            except SandboxFault as fault:
+                raise Unavailable(f"a folder in {tempfile.gettempdir()} cannot be shown in a box ({fault})") from fault
+        if not run.clean:
+            raise Unavailable(f"git does not work in a box ({run.stderr.decode(errors='replace').strip()[-300:]})")
 
     def run(self, folder: Path, argv: Sequence[str], limits: Limits, *, stdin: bytes = b"", image: str = "") -> Run:
         """Run a command in a folder, which it may change. Raises SandboxFault: the box could not be made."""
