@@ -219,8 +219,9 @@ def test_calls_that_are_wrong_are_answered(shipped):
         call("edit", action="view", path="/etc/passwd"),
         call("edit", action="insert", path="README.md", line=99, text="x"),
     ]
-    shown = play(agent(shipped), shipped[1]["slugs"], *wrong)
+    *shown, nul = play(agent(shipped), shipped[1]["slugs"], *wrong, shell("echo \0"))
     assert all("Error: " in text(each) for each in shown)
+    assert text(nul) == "bash: embedded null byte\n[exit status 127]"
 
 
 def test_an_episode_that_is_cancelled_leaves_nothing(shipped, tmp_path, monkeypatch):
@@ -279,6 +280,7 @@ def test_rows_of_both_forms_are_read():
         (BENCH, {"base_commit": None}, "no base_commit; a row is either like SWE-bench's or has execution_result"),
         (BENCH, {"FAIL_TO_PASS": "[]"}, "FAIL_TO_PASS that is no list of at least one test"),
         (BENCH, {"FAIL_TO_PASS": "test"}, "FAIL_TO_PASS that is no list of at least one test"),
+        (BENCH, {"test_patch": ["a"]}, "test_patch that is no text"),
         (BENCH, {"test_format": "nose"}, "test_format 'nose'; it must be pytest or unittest or r2e"),
         (R2E, {"expected_output_json": None}, "no expected_output_json, which must be an object or one as JSON"),
         (R2E, {"expected_output_json": "{}"}, "no test whose outcome decides"),

@@ -35,4 +35,7 @@ def ask(address: tuple[str, int], message: Mapping[str, Any], limit_s: float) ->
         body = replies.read(size)
         if not body or len(body) < size:
             raise ConnectionResetError(f"{address[0]}:{address[1]} closed the connection")
+    try:
         return dict(json.loads(body))
+    except (ValueError, TypeError):
+        raise ConnectionError(f"{address[0]}:{address[1]} answers with what is no message") from None

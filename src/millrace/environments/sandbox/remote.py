@@ -145,6 +145,8 @@ class RemotePlace:
     def _accepted(self, welcome: dict[str, Any]) -> dict[str, Any]:
         if "refused" in welcome:
             raise NoSandboxError(f"the verifier of {self.name} refuses: {welcome['refused']}")
+        if not {"tier", "workers"} <= welcome.keys():
+            raise ConnectionError(f"who answers for the verifier of {self.name} is none")
         return welcome
 
     async def _stay_connected(self, changed: Callable[[], None]) -> None:

@@ -62,6 +62,9 @@ def read_task(row: Row) -> Task:
     """Raises SweRowError."""
     if not isinstance(row.get("problem_statement"), str) or not row["problem_statement"].strip():
         raise SweRowError("no problem_statement")
+    for name in ("test_command", "test_format", "test_patch"):
+        if not isinstance(row.get(name), str | None):
+            raise SweRowError(f"{name} that is no text")
     task = _r2e(row) if row.get("execution_result_content") is not None else _swe_bench(row)
     if task.test_format not in FORMATS:
         raise SweRowError(f"test_format {task.test_format!r}; it must be {' or '.join(FORMATS)}")

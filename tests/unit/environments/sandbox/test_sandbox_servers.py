@@ -188,18 +188,45 @@ def test_a_program_that_goes_without_an_answer_is_lost_and_not_waited_for(monkey
     assert without_job.reason == "the verifier of node 0 was lost"
 
 
-@pytest.mark.parametrize("said", [b"", b"\0\0", b"\0\0\0\7", b'\0\0\0\x09{"tier"'])
-def test_an_answer_that_breaks_off_is_a_lost_connection(said):
+@contextmanager
+def stranger(*answers):
+    """The address of one who gives these answers, one to a connection, and hangs up."""
+
     def answer():
-        channel, _ = listener.accept()
-        with channel:
-            channel.recv(1 << 16)
-            channel.sendall(said)
+        for said in answers:
+            channel, _ = listener.accept()
+            with channel:
+                channel.recv(1 << 16)
+                channel.sendall(said)
 
     with socket.create_server(("127.0.0.1", 0)) as listener, ThreadPoolExecutor(1) as threads:
-        threads.submit(answer)
-        with pytest.raises(ConnectionResetError, match="closed the connection"):
-            ask(listener.getsockname(), {}, 5.0)
+        done = threads.submit(answer)
+        yield listener.getsockname()
+        done.result(5.0)
+
+
+@pytest.mark.parametrize("said", [b"", b"\0\0", b"\0\0\0\7", b'\0\0\0\x09{"tier"', b"\0\0\0\2hm", b"\0\0\0\0017"])
+def test_an_answer_that_breaks_off_or_is_none_is_a_lost_connection(said):
+    with stranger(said) as address, pytest.raises(ConnectionError, match=r"127.0.0.1:\d+ (closed|answers with)"):
+        ask(address, {}, 5.0)
+
+
+def test_a_verifier_that_answers_like_a_stranger_is_tried_again(monkeypatch):
+    monkeypatch.setattr(remote, "RETRY_S", 0.01)
+    welcome = pack({"tier": "unsafe", "workers": 1})
+    answers = [pack({}), welcome, pack({}), b"\0\0\0\2hm", welcome + pack({}) + b"\0\0\0\2hm", welcome]
+
+    async def connections(place):
+        times = asyncio.Queue()
+        place.open(lambda: times.put_nowait(place.tier))
+        async with asyncio.timeout(10.0):
+            found = [await times.get() for _ in range(2)]
+        await place.close()
+        return found
+
+    with stranger(*answers) as address:
+        place = RemotePlace(VerifierServer("node 0", lambda: address, "token"), "unsafe", compiles=False)
+        assert asyncio.run(connections(place)) == ["unsafe", "unsafe"]
 
 
 def test_a_server_that_cannot_make_the_wanted_box_refuses_at_the_start(tmp_path, monkeypatch):
