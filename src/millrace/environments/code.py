@@ -13,10 +13,11 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 from millrace.config.schema import SandboxConfig
+from millrace.config.stage_rules import LEAST_PROGRAM_MB, MOST_PROGRAM_MB
 from millrace.environments.answer import final_text
 from millrace.environments.base import Message, Reward
 from millrace.environments.code_rows import CodeRowError, Problem, opening, opening_problem, read_problem
@@ -27,7 +28,7 @@ from millrace.environments.sandbox.service import CodeVerifier, Outcome, Sandbox
 
 Language = Literal["python", "cpp"]
 
-FENCED = re.compile(r"^[ \t]*```[ \t]*([\w+-]*)[^\n]*\n(.*?)^[ \t]*```[ \t]*$", re.DOTALL | re.MULTILINE)
+FENCE = re.compile(r"^[ \t]*```[ \t]*([\w+-]*)([^\n]*)$", re.MULTILINE)
 TAGS: Mapping[str, Language] = {
     "python": "python", "python3": "python", "py": "python",
     "cpp": "cpp", "c++": "cpp", "cxx": "cpp", "cc": "cpp",
@@ -35,7 +36,6 @@ TAGS: Mapping[str, Language] = {
 
 LONGEST_PROGRAM = 200_000
 """Characters of a program that is still run."""
-MOST_MEMORY_MB = 4096
 RECENT_ROWS = 16
 """Rows whose tests are kept unpacked."""
 
@@ -79,7 +79,6 @@ class CodeEnvironment:
         source, language = found
         if len(source) > LONGEST_PROGRAM:
             return _not_run("program too long", self.verifier.tier)
-        problem = self._problem(row)
         try:
             outcome = await self.verifier.verify(
                 CppProgram(source) if language == "cpp" else Program(source, problem.function),
@@ -137,8 +136,20 @@ class CodeEnvironment:
 def last_program(text: str, languages: Sequence[Language]) -> tuple[str, Language] | None:
     """The last fenced block in one of these languages, and which; a block that says nothing is in the first."""
     tags = {"": languages[0], **{tag: language for tag, language in TAGS.items() if language in languages}}
-    blocks = [(code, tags[tag]) for word, code in FENCED.findall(text) if (tag := word.lower()) in tags]
+    blocks = [(code, tags[tag]) for word, code in _fenced(text) if (tag := word.lower()) in tags]
     return blocks[-1] if blocks and blocks[-1][0].strip() else None
+
+
+def _fenced(text: str) -> Iterator[tuple[str, str]]:
+    """What each fenced block says it is in, and its content. Time is linear in the text, also where a policy repeats
+    itself and opens a thousand blocks."""
+    opened: re.Match[str] | None = None
+    for fence in FENCE.finditer(text):
+        if opened is None:
+            opened = fence
+        elif not fence[1] and not fence[2].strip():
+            yield opened[1], text[opened.end() + 1 : fence.start()]
+            opened = None
 
 
 def _compiler_limits(config: SandboxConfig) -> Limits:
@@ -164,10 +175,12 @@ def _not_run(reason: str, tier: str) -> Reward:
 
 
 def _own_limits_problem(row: Mapping[str, Any]) -> str | None:
-    for name, most in (("time_limit_s", 3600.0), ("memory_limit_mb", MOST_MEMORY_MB), ("tolerance", 1.0)):
+    for name, most in (("time_limit_s", 3600.0), ("memory_limit_mb", MOST_PROGRAM_MB), ("tolerance", 1.0)):
         value = row.get(name)
         if value is None:
             continue
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= most:
             return f"{name} must be a number above 0 and at most {most:g}, not {value!r}"
+    if 0 < (row.get("memory_limit_mb") or 0) < LEAST_PROGRAM_MB:
+        return f"memory_limit_mb is {row['memory_limit_mb']}, and an interpreter needs {LEAST_PROGRAM_MB}"
     return None

@@ -16,7 +16,6 @@
 from __future__ import annotations
 
 import base64
-import binascii
 import io
 import json
 import pickle
@@ -34,6 +33,11 @@ Row = Mapping[str, Any]
 
 MOST_UNPACKED_BYTES = 1 << 30
 """Of private tests; more is no test set but a bomb."""
+
+UNREADABLE_PICKLE = (
+    pickle.UnpicklingError, EOFError, AttributeError, IndexError, KeyError, TypeError, OverflowError, MemoryError,
+)  # fmt: skip
+"""What reading one may raise that is damaged."""
 
 TEXT_FIELDS = ("question", "question_content")
 
@@ -160,12 +164,20 @@ def _live_code_bench(row: Row) -> Problem:
 def _stream_case(given: Any, expected: Any) -> Case:
     if not isinstance(given, str) or not isinstance(expected, str):
         raise CodeRowError("tests of standard streams whose input and output are not both text (function is not given)")
+    try:
+        (given + expected).encode()
+    except UnicodeEncodeError as error:
+        raise CodeRowError(f"a test whose input or output no program can be given or print ({error})") from None
     return Case(given, expected)
 
 
 def _call_case(arguments: Any, expected: Any) -> Case:
     if not isinstance(arguments, list):
         raise CodeRowError("tests of a function whose input is no list of arguments")
+    try:
+        json.dumps(expected, allow_nan=False)
+    except ValueError:
+        raise CodeRowError("a test of a function that expects NaN or Infinity, which no answer is") from None
     return Case(json.dumps(arguments), expected)
 
 
@@ -209,7 +221,7 @@ def _unpacked(given: Any, field: str) -> Any:
         unpack = zlib.decompressobj()
         packed = unpack.decompress(base64.b64decode(given, validate=True), MOST_UNPACKED_BYTES)
         text = _TextOnly(io.BytesIO(packed)).load()
-    except (binascii.Error, zlib.error, pickle.UnpicklingError, EOFError, ValueError) as error:
+    except (zlib.error, *UNREADABLE_PICKLE, ValueError) as error:
         raise CodeRowError(f"{field} that is neither JSON nor packed text ({error})") from None
     return _parsed(text, field)
 

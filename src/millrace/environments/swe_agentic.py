@@ -156,9 +156,7 @@ class SweSession:
     def __init__(self, environment: SweAgenticEnvironment, task: Task, image: str, source: Path | None) -> None:
         self._environment, self._config = environment, environment.config
         self._workspace, self._task, self._image, self._source = environment.workspace, task, image, source
-        self._holder = tempfile.TemporaryDirectory(prefix="millrace-swe-", ignore_cleanup_errors=True)
-        self._root = Path(self._holder.name)
-        self._root.chmod(0o711)
+        self._holder: tempfile.TemporaryDirectory[str] | None = None
         self._at_work = threading.Lock()
         """Held by what goes on in the folder, also when nobody waits for it any more: it is removed behind that."""
         self._calls = self._failed = 0
@@ -174,7 +172,7 @@ class SweSession:
         )
 
     async def start(self) -> None:
-        await self._run(lambda: self._check_out("agent"))
+        await self._run(self._make)
 
     async def step(self, answer: str) -> Observation | Reward:
         try:
@@ -208,7 +206,17 @@ class SweSession:
     async def close(self) -> None:
         self._environment.leave()
         with contextlib.suppress(RuntimeError):  # the environment is closed already; the interpreter's end removes it
-            await self._run(self._holder.cleanup)
+            await self._run(self._remove)
+
+    def _make(self) -> None:
+        self._holder = tempfile.TemporaryDirectory(prefix="millrace-swe-", ignore_cleanup_errors=True)
+        self._root = Path(self._holder.name)
+        self._root.chmod(0o711)
+        self._check_out("agent")
+
+    def _remove(self) -> None:
+        if self._holder is not None:
+            self._holder.cleanup()
 
     async def _run(self, action: Callable[[], T]) -> T:
         def alone() -> T:

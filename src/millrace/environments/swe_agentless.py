@@ -16,7 +16,6 @@ from __future__ import annotations
 import asyncio
 import difflib
 import json
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -52,7 +51,6 @@ MOST_NAMED = 5
 """Paths of an answer that count, the first ones."""
 CONTEXT_LINES = 6
 """Lines around a change that the judge sees."""
-LAST_FENCE = re.compile(r"```[^\n]*\n(.*?)```", re.DOTALL)
 NOT_ASKED = {"verdicts": 0.0, "failed": 0.0, "unparsable": 0.0, "seconds": 0.0}
 
 
@@ -170,14 +168,20 @@ def _localises(row: Mapping[str, Any]) -> bool:
 
 
 def _localisation(row: Mapping[str, Any], text: str) -> Reward:
-    blocks = LAST_FENCE.findall(text)
-    named = [line.strip().strip("`").removeprefix("./") for line in (blocks[-1] if blocks else "").splitlines()]
+    named = [line.strip().strip("`").removeprefix("./") for line in _last_fenced(text).splitlines()]
     named = list(dict.fromkeys(name for name in named if name))[:MOST_NAMED]
     if not named:
         return _unasked(0.0, "no paths in a fenced block", parsed=False, applied=False)
     wanted = {edit.path or edit.target for edit in parse_edits(row["golden_patch"])}
     found = len(wanted & set(named))
     return _unasked(found / len(wanted), f"{found} of {len(wanted)} files found")
+
+
+def _last_fenced(text: str) -> str:
+    """The lines of the last fenced block that closes, without the one that opens it."""
+    *closed, _ = text.split("```")
+    blocks = [block for block in closed[1::2] if "\n" in block]
+    return blocks[-1].partition("\n")[2] if blocks else ""
 
 
 def _unasked(value: float, reason: str, *, parsed: bool = True, applied: bool = True) -> Reward:

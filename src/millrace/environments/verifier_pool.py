@@ -62,7 +62,7 @@ class PoolCounts:
 
 
 class VerifierStartError(MillraceError):
-    """A worker could not be started: the verifier's module cannot be imported here."""
+    """A worker could not be started: the verifier's module cannot be imported, or there is no room for a process."""
 
 
 class VerifierPool:
@@ -169,15 +169,7 @@ class _Worker:
         with self._lock:
             if self._retired:
                 raise _WorkerGoneError
-            self.process = process = subprocess.Popen(
-                [sys.executable, *self._arguments],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.DEVNULL,
-                bufsize=0,
-                env={**os.environ, "OMP_NUM_THREADS": "1"},
-                start_new_session=True,  # Ctrl-C goes to the owner, which then ends its workers in order
-            )
+            self.process = process = self._start()
         self._counts.add("starts")
         try:
             _exchange(process, b"", time.monotonic() + START_LIMIT_S)
@@ -190,6 +182,23 @@ class _Worker:
                 f"{' '.join([sys.executable, *self._arguments])} </dev/null"
             ) from error
         return process
+
+    def _start(self) -> subprocess.Popen[bytes]:
+        try:
+            return subprocess.Popen(
+                [sys.executable, *self._arguments],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                bufsize=0,
+                env={**os.environ, "OMP_NUM_THREADS": "1"},
+                start_new_session=True,  # Ctrl-C goes to the owner, which then ends its workers in order
+            )
+        except OSError as error:
+            raise VerifierStartError(
+                f"no process can be started for the verifier {self._arguments[2]} ({error}); see that this machine has "
+                "memory, processes and open files left"
+            ) from error
 
 
 class _WorkerGoneError(Exception):

@@ -106,6 +106,9 @@ def test_a_row_has_limits_of_its_own():
         ("```python\na", None),
         ("say ```python a```", None),
         ("  ```python\n  a\n  ```", "  a\n"),
+        ("```python\r\na\r\n```\r\n", "a\r\n"),
+        pytest.param("```python\n" * 20_000, None, id="opens blocks without end"),
+        pytest.param("```python\n" * 20_000 + "a\n```", "```python\n" * 19_999 + "a\n", id="closes the first of many"),
     ],
 )
 def test_the_program_is_the_last_block_of_python(text, program):
@@ -218,6 +221,7 @@ class Call:
         return (print, ("called",))
 
 
+DAMAGED = base64.b64encode(zlib.compress(b"N\x98\xce.")).decode()
 EVIL = base64.b64encode(zlib.compress(pickle.dumps(Call()))).decode()
 
 
@@ -228,12 +232,15 @@ EVIL = base64.b64encode(zlib.compress(pickle.dumps(Call()))).decode()
         ({"tests": []}, "an empty list of tests, which every program would pass"),
         ({"tests": [{"input": "", "output": "\n"}]}, "tests that all expect no output"),
         ({"tests": [{"input": 1, "output": "1"}]}, "input and output are not both text"),
+        ({"tests": [{"input": "\ud800", "output": "1"}]}, "a test whose input or output no program can be given"),
+        ({"tests": [{"input": [1], "output": [float("nan")]}], "function": "f"}, "that expects NaN or Infinity"),
         ({"tests": [{"input": 1, "output": "1"}], "function": "f"}, "whose input is no list of arguments"),
         ({"tests": [{"input": [], "output": 1}], "function": "f()"}, "function 'f()', which is no name"),
         ({"tests": ["x"]}, "tests that are no list of objects"),
         ({"input_output": "{"}, "input_output that is not one JSON value"),
         ({"input_output": '{"inputs": ["1"], "outputs": []}'}, "no lists inputs and outputs of one length"),
         (live([], "!!"), "private_test_cases that is neither JSON nor packed text"),
+        (live([], DAMAGED), r"neither JSON nor packed text"),
         (live([], EVIL), r"neither JSON nor packed text \(it asks for builtins.print\)"),
         (live(CALL_TESTS, "[]"), "tests of types .'functional'., and None as metadata.func_name"),
     ],
@@ -252,6 +259,7 @@ def test_a_row_is_validated_when_its_file_is_opened():
         "a row needs prompt, or the problem's text in question or question_content"
     )
     assert env.validate({**STREAMS, "memory_limit_mb": 9999}).startswith("memory_limit_mb must be a number above 0")
+    assert env.validate({**STREAMS, "memory_limit_mb": 16}) == "memory_limit_mb is 16, and an interpreter needs 64"
     assert env.validate({**STREAMS, "time_limit_s": True}).startswith("time_limit_s must be a number")
     asyncio.run(env.close())
 
@@ -278,6 +286,10 @@ def test_a_problem_without_a_prompt_is_asked_for_in_the_form_that_is_judged():
         ("3.1", "3", 1e-6, False),
         ("nan", "3", 1.0, False),
         ("inf", "3", 1.0, False),
+        ("1_0", "10", 1e-6, False),
+        ("-1.e1", "-10", 1e-6, True),
+        pytest.param("1" * 1_000_000 + "x", "1.5", 1e-6, False, id="nearly a long number"),
+        ("10 nan", "10.0 nan", 1e-6, True),
         ("3 4", "3", 1e-6, False),
         ("yes", "no", 1e-6, False),
     ],
@@ -303,6 +315,9 @@ def test_text_is_compared_line_by_line(given, expected, tolerance, same):
         ("0.30000000000000004", 0.3, None, False),
         ("[0.30000000000000004]", [0.3], 1e-9, True),
         ("1e999", 1e308, 1.0, False),
+        pytest.param(str(10**4299), 10**4299, None, True, id="long integer"),
+        pytest.param("[" * 900 + "1" + "]" * 900, json.loads("[" * 900 + "1" + "]" * 900), None, True, id="deep"),
+        pytest.param("[" * 900 + "2" + "]" * 900, json.loads("[" * 900 + "1" + "]" * 900), None, False, id="deeper"),
     ],
 )
 def test_values_are_compared_with_their_types(given, expected, tolerance, same):

@@ -1,6 +1,7 @@
 """The Python tool in every sandbox that can be made here: what the policy is shown, its limits, and the reward."""
 
 import asyncio
+import os
 import subprocess
 import sys
 import time
@@ -14,7 +15,7 @@ from millrace.environments.math import MathEnvironment
 from millrace.environments.python_tool import LOST, NAME, PythonToolEnvironment
 from millrace.environments.sandbox.boxes import Unavailable
 from millrace.environments.sandbox.interpreter import Interpreter, SessionLauncher
-from millrace.environments.sandbox.run import Limits
+from millrace.environments.sandbox.run import Limits, SandboxFault
 from millrace.environments.sandbox.tiers import TIERS, open_tier
 
 ROW = {"prompt": "what is 6 times 7?", "answer": 42}
@@ -147,6 +148,21 @@ def test_calls_that_cannot_be_carried_out_are_answered_in_words():
     assert said[0][0].startswith("Error: the tool call is not valid JSON")
     assert said[1] == [f"Error: there is no tool search; the only one is {NAME}"]
     assert said[2] == [f"Error: {NAME} needs the parameter code, a string"]
+
+
+def test_an_interpreter_that_cannot_be_started_leaves_no_descriptor(monkeypatch):
+    launcher = SessionLauncher("zygote")
+    monkeypatch.setattr(sys, "_base_executable", "/nonexistent/python")
+
+    async def go():
+        interpreters = [Interpreter(launcher, Limits()) for _ in range(3)]
+        before = len(os.listdir("/proc/self/fd"))
+        for each in interpreters:
+            with pytest.raises(SandboxFault, match=r"zygote: .*No such file"):
+                await each.call("1", 5)
+        assert len(os.listdir("/proc/self/fd")) == before
+
+    asyncio.run(go())
 
 
 def test_nothing_is_left_of_a_session_that_is_closed_in_the_middle_of_a_call(tier):

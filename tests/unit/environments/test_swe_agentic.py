@@ -128,6 +128,34 @@ printf '#!/bin/sh\\ntouch /testbed/escaped' > .git/hooks/post-index-change && ch
     assert (both.value, both.reason) == (1.0, "resolved")
 
 
+def test_what_an_agent_puts_where_hidden_tests_go_is_its_own_fault(shipped):
+    new = "diff --git a/{0} b/{0}\nnew file mode 100644\n--- /dev/null\n+++ b/{0}\n@@ -0,0 +1 @@\n+# new\n"
+    empty = "diff --git a/more/__init__.py b/more/__init__.py\nnew file mode 100644\nindex 0000000..e69de29\n"
+    row = shipped[1]["slugs"]
+    row = {**row, "test_patch": (row.get("test_patch") or "") + empty + new.format("more/test_more.py")}
+    same = shell("mkdir more && echo '# mine' > more/__init__.py && echo '# mine' > more/test_more.py")
+    both = play(agent(shipped), row, apply(row), same, SUBMIT)[-1]
+    assert (both.value, both.reason) == (1.0, "resolved")
+    for way in ("echo > more", "ln -s tests more"):
+        reward = play(agent(shipped), row, apply(row), shell(way), SUBMIT)[-1]
+        assert (reward.value, reward.masked) == (0.0, False) and reward.reason.startswith("the patch does not apply")
+
+
+def test_an_episode_that_finds_no_folder_gives_its_room_back(shipped, monkeypatch):
+    async def episodes():
+        env = agent(shipped, at_once=1)
+        with monkeypatch.context() as full:
+            full.setattr("tempfile.tempdir", "/nonexistent")
+            with pytest.raises(OSError, match="nonexistent"):
+                await env.open(shipped[1]["slugs"])
+        async with asyncio.timeout(20.0):
+            session = await env.open(shipped[1]["slugs"])
+        await session.close()
+        await env.close()
+
+    asyncio.run(episodes())
+
+
 def test_a_folder_that_an_agent_closes_is_no_fault_of_the_box(shipped):
     reward = play(agent(shipped), shipped[1]["slugs"], shell("chmod 000 ."), shell("chmod 000 tests"), SUBMIT)[-1]
     assert (reward.value, reward.masked) == (0.0, False)
@@ -191,8 +219,9 @@ def test_calls_that_are_wrong_are_answered(shipped):
         call("edit", action="view", path="/etc/passwd"),
         call("edit", action="insert", path="README.md", line=99, text="x"),
     ]
-    shown = play(agent(shipped), shipped[1]["slugs"], *wrong)
+    *shown, nul = play(agent(shipped), shipped[1]["slugs"], *wrong, shell("echo \0"))
     assert all("Error: " in text(each) for each in shown)
+    assert text(nul) == "bash: embedded null byte\n[exit status 127]"
 
 
 def test_an_episode_that_is_cancelled_leaves_nothing(shipped, tmp_path, monkeypatch):
@@ -251,6 +280,7 @@ def test_rows_of_both_forms_are_read():
         (BENCH, {"base_commit": None}, "no base_commit; a row is either like SWE-bench's or has execution_result"),
         (BENCH, {"FAIL_TO_PASS": "[]"}, "FAIL_TO_PASS that is no list of at least one test"),
         (BENCH, {"FAIL_TO_PASS": "test"}, "FAIL_TO_PASS that is no list of at least one test"),
+        (BENCH, {"test_patch": ["a"]}, "test_patch that is no text"),
         (BENCH, {"test_format": "nose"}, "test_format 'nose'; it must be pytest or unittest or r2e"),
         (R2E, {"expected_output_json": None}, "no expected_output_json, which must be an object or one as JSON"),
         (R2E, {"expected_output_json": "{}"}, "no test whose outcome decides"),
@@ -260,6 +290,34 @@ def test_rows_of_both_forms_are_read():
 def test_a_row_that_is_wrong_is_refused(row, change, problem):
     with pytest.raises(SweRowError, match=problem.replace("[", r"\[")):
         read_task({**row, **change})
+
+
+def test_hidden_files_are_all_that_a_test_patch_touches_and_the_tests_are_those_it_leaves():
+    patch = (
+        "diff --git a/t/__init__.py b/t/__init__.py\nnew file mode 100644\nindex 0000000..e69de29\n"
+        "diff --git a/t/old.py b/t/old.py\ndeleted file mode 100644\n--- a/t/old.py\n+++ /dev/null\n@@ -1 +0,0 @@\n-a\n"
+        "diff --git a/t/data b/t/data\nindex 1..2 100644\nGIT binary patch\n"
+        "diff --git a/t/a.py b/t/b.py\nsimilarity index 100%\nrename from t/a.py\nrename to t/b.py\n"
+        "diff --git a/t/a b.py b/t/a b.py\n--- a/t/a b.py\n+++ b/t/a b.py\n@@ -1 +1 @@\n-a\n+b\n"
+    )
+    task = read_task({**BENCH, "test_patch": patch})
+    assert task.hidden == ["t/__init__.py", "t/a b.py", "t/a.py", "t/b.py", "t/data", "t/old.py"]
+    assert task.test_command == "python -m pytest -rA -p no:cacheprovider t/b.py 't/a b.py'"
+
+
+def test_tests_are_named_as_rows_of_swe_bench_name_them():
+    report = (
+        "PASSED t.py::test_a[x - y]\nPASSED t.py::test_b[(A, B)]\nPASSED t.py::test_b[(A, C)]\nXFAIL t.py::test_c - no"
+    )
+    found = read_outcomes(report, "pytest")
+    names = ["t.py::test_a[x - y]", "t.py::test_b[(A,", "t.py::test_c"]
+    assert wrong_tests(found, dict.fromkeys(names, "passed"), "pytest") == []
+    found = read_outcomes(report + "\nFAILED t.py::test_b[(A, D)] - no\nXPASS t.py::test_c - no", "pytest")
+    assert wrong_tests(found, dict.fromkeys(names, "passed"), "pytest") == names[1:]
+    assert wrong_tests({"A.c": "xfail"}, {"A.c": "passed"}, "r2e") == ["A.c"]
+    found = read_outcomes("test_a (t.Case)\nURLs are reversible. ... ok\ntest_b (t.Case) ... ok\n", "unittest")
+    expected = dict.fromkeys(["URLs are reversible.", "test_a (t.Case)", "test_b (t.Case)"], "passed")
+    assert wrong_tests(found, expected, "unittest") == []
 
 
 def test_reports_are_read_test_by_test():
@@ -276,6 +334,7 @@ ERROR tests/test_x.py::test_a - twice
         "test_a (t.Case.test_a) ... ok\ntest_b (t.Case)\nSays what. ... FAIL\ntest_c (t.Case.test_c) ... skipped 'x'"
     )
     found = read_outcomes(report, "unittest")
+    assert found.pop("Says what.") == "failed"
     assert found == {"test_a (t.Case)": "passed", "test_b (t.Case)": "failed", "test_c (t.Case)": "skipped"}
     expected = dict.fromkeys(["test_a (t.Case.test_a)", "test_b (t.Case)", "test_d (t.Case)"], "passed")
     assert wrong_tests(found, expected, "unittest") == ["test_b (t.Case)", "test_d (t.Case)"]
@@ -288,6 +347,22 @@ def test_apptainer_gets_an_image_and_nothing_of_the_host(tmp_path, monkeypatch):
     assert command[-4:] == ["--pwd", "/testbed", "docker://r2e/pkg:1", "pytest"]
     assert f"{tmp_path}:/testbed" in command and "none" in command
     assert out_of_memory(Run("exited", 137, b"", b"")) and not out_of_memory(Run("wall", 9, b"", b""))
+
+
+def test_where_bubblewrap_does_not_work_the_domain_is_refused_at_the_start(tmp_path, monkeypatch):
+    (tmp_path / "bwrap").write_text("#!/bin/sh\necho 'bwrap: no namespaces' >&2\nexit 1")
+    (tmp_path / "bwrap").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    with pytest.raises(NoSandboxError, match=r"swe.container bubblewrap on this machine: .*bwrap"):
+        environment("swe_agentic", swe=SweAgenticConfig(container="bubblewrap"))
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root runs commands as another user, who cannot see all that it can")
+def test_where_a_checkout_cannot_be_seen_the_domain_is_refused_at_the_start(shipped, tmp_path, monkeypatch):
+    tmp_path.chmod(0o700)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    with pytest.raises(NoSandboxError, match=r"this machine: a folder in .* cannot be shown in a box"):
+        agent(shipped)
 
 
 def test_where_there_is_no_container_the_domain_is_refused(monkeypatch):

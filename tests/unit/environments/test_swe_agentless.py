@@ -183,7 +183,9 @@ def test_swe_agentless_names_what_is_wrong_with_a_row(changes, sentence):
         ("```text\ntests.py\n`./shapes.py`\n```", 1.0, "1 of 1 files found"),
         ("```\na\nb\nc\nd\ne\nshapes.py\n```", 0.0, "0 of 1 files found"),
         ("```\nshapes.py\n```\nor\n```\ntests.py\n```", 0.0, "0 of 1 files found"),
+        ("```\nshapes.py\n```\nas in ```area```, and\n```\nnever closed", 1.0, "1 of 1 files found"),
         ("shapes.py", 0.0, "no paths in a fenced block"),
+        pytest.param("`" * 200_000, 0.0, "no paths in a fenced block", id="backticks without end"),
     ],
 )
 def test_localisation_is_the_share_of_the_golden_files_among_those_named(answer, value, reason):

@@ -100,6 +100,8 @@ def test_diffs_create_remove_and_move_files():
         ("### a.py\n<<<<<<< SEARCH\na\n=======\nb\n", "an edit without its line >>>>>>> REPLACE"),
         ("### a.py\n<<<<<<< SEARCH\na\n", "an edit without its line ======="),
         ("@@ -1 +1 @@\n-a\n+b\n", "a hunk without the name of its file above"),
+        pytest.param(f"--- a/a\n+++ b/a\n@@ -1 +{'9' * 5000} @@\n-a\n", "number has 5000 digits", id="far away"),
+        pytest.param(f"--- a/a\n+++ b/a\n@@ -1,{'9' * 5000} +1 @@\n-a\n", "number has 5000 digits", id="endless"),
         ("--- /dev/null\n+++ /dev/null\n@@ -1 +1 @@\n-a\n+b\n", "a diff without a file"),
         ("--- /dev/null\n+++ b/a\n@@ -1 +1 @@\n-a\n+b\n", "a diff of a new file with old lines in it"),
     ],
@@ -120,6 +122,10 @@ def test_what_cannot_be_read_is_said(text, reason):
         ("rename from shop/cart.py\nrename to README.md\n", "it moves shop/cart.py to README.md, which is there"),
         (
             "--- a/README.md\n+++ b/README.md\n@@ -9,0 +9,1 @@\n+x\n",
+            "it searches for nothing in README.md, which is there",
+        ),
+        (
+            "--- a/README.md\n+++ b/README.md\n@@ -1,0 +0,1 @@\n+x\n",
             "it searches for nothing in README.md, which is there",
         ),
     ],

@@ -85,6 +85,12 @@ def test_a_verifier_that_cannot_be_imported_says_how_to_see_why():
         run("no_such_module:check", [()])
 
 
+def test_a_machine_without_room_for_a_process_is_told_so(monkeypatch):
+    monkeypatch.setattr(sys, "executable", "/nonexistent/python")
+    with pytest.raises(VerifierStartError, match=r"no process can be started for the verifier builtins:len \("):
+        run("builtins:len", [("x",)])
+
+
 def test_a_request_larger_than_a_pipe_goes_through():
     verdicts, _ = run("builtins:len", [("x" * 1_000_000,)])
     assert verdicts[0].result == 1_000_000

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import secrets
+import signal
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
@@ -132,6 +133,9 @@ class _Checking:
 
     def _run(self, work: Work, stdin: bytes) -> Run:
         run = self._tried(lambda box: box.run(work, stdin, self._limits))
+        if _killed_from_outside(run, self._limits):
+            self._fault("a program was killed by none of its limits; see that the machine has memory left")
+            run = self._tried(lambda box: box.run(work, stdin, self._limits))  # one that has itself killed is so again
         self._cpu_s += run.cpu_s
         return run
 
@@ -144,11 +148,14 @@ class _Checking:
                     _boxes[tier] = open_tier(tier)
                 return action(_boxes[tier])
             except (SandboxFault, Unavailable) as error:
-                self._report["faults"] += 1
-                self._report["fault"] = str(error)
+                self._fault(str(error))
                 if (box := _boxes.pop(tier, None)) is not None:
                     box.close()
         raise _NoVerdictError
+
+    def _fault(self, message: str) -> None:
+        self._report["faults"] += 1
+        self._report["fault"] = message
 
 
 def close_boxes() -> None:
@@ -159,6 +166,14 @@ def close_boxes() -> None:
 
 def _shown(text: str) -> str:
     return text if len(text) <= COMPARED else f"{text[:COMPARED]}..."
+
+
+def _killed_from_outside(run: Run, limits: Limits) -> bool:
+    """Whether a program may have been killed as a machine without memory kills. In bubblewrap that is an exit status,
+    which the limit of processor time gives too."""
+    if run.ending == "killed":
+        return run.status == signal.SIGKILL
+    return run.ending == "exited" and run.status == 128 + signal.SIGKILL and run.wall_s < limits.cpu_s
 
 
 def _ending(run: Run) -> str | None:

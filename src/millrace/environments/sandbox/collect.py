@@ -24,15 +24,16 @@ CPU_TOLERANCE_S = 0.05
 """The kernel counts processor time in ticks."""
 
 
-def collect(pid: int, stdout: int, stderr: int, started: int, limits: Limits) -> Run:
+def collect(pid: int, stdout: int, stderr: int, started: int | None, limits: Limits) -> Run:
     """Wait for the child `pid`, which is killed at the limits, and take what it writes. Closes the descriptors. The
-    time that the box takes before the program begins is not the program's.
+    time that the box takes before the program begins is not the program's, where `started` tells of it.
 
     Raises:
         SandboxFault: the program did not begin.
     """
     try:
-        _await_start(pid, stderr, started)
+        if started is not None:
+            _await_start(pid, stderr, started)
         begin = time.monotonic()
         kept, ending = _take(stdout, stderr, begin + limits.wall_s, limits.output_bytes)
         gone = _reap(pid, begin + limits.wall_s if ending is None else 0.0)
@@ -41,7 +42,7 @@ def collect(pid: int, stdout: int, stderr: int, started: int, limits: Limits) ->
             gone = _kill(pid)
         wall_s = time.monotonic() - begin
     finally:
-        for descriptor in (stdout, stderr, started):
+        for descriptor in (stdout, stderr, *([] if started is None else [started])):
             os.close(descriptor)
     status, usage = gone
     code, cpu_s = os.waitstatus_to_exitcode(status), usage.ru_utime + usage.ru_stime

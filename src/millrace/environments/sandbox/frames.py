@@ -18,11 +18,11 @@ def pack(message: Mapping[str, Any]) -> bytes:
 
 
 async def receive(reader: asyncio.StreamReader, most: int = 1 << 32) -> dict[str, Any] | None:
-    """The next message; None when the other side has closed, or sends one of more than `most` bytes."""
+    """The next message; None when the connection has ended, or what comes is none, or one of more than `most` bytes."""
     try:
         (size,) = LENGTH.unpack(await reader.readexactly(LENGTH.size))
         return dict(json.loads(await reader.readexactly(size))) if size <= most else None
-    except (asyncio.IncompleteReadError, ConnectionError):
+    except (asyncio.IncompleteReadError, OSError, ValueError, TypeError, RecursionError):
         return None
 
 
@@ -31,7 +31,11 @@ def ask(address: tuple[str, int], message: Mapping[str, Any], limit_s: float) ->
     with socket.create_connection(address, limit_s) as channel, channel.makefile("rb") as replies:
         channel.sendall(pack(message))
         head = replies.read(LENGTH.size)
-        body = replies.read(LENGTH.unpack(head)[0]) if len(head) == LENGTH.size else b""
-        if not body:
+        size = LENGTH.unpack(head)[0] if len(head) == LENGTH.size else 0
+        body = replies.read(size)
+        if not body or len(body) < size:
             raise ConnectionResetError(f"{address[0]}:{address[1]} closed the connection")
+    try:
         return dict(json.loads(body))
+    except (ValueError, TypeError):
+        raise ConnectionError(f"{address[0]}:{address[1]} answers with what is no message") from None

@@ -150,6 +150,10 @@ class Interpreter:
             self._kept, self._flooded = bytearray(), False
             try:
                 self._process = self._launcher.start(self._limits, theirs.fileno(), their_output.fileno())
+            except BaseException:
+                self._channel.close()
+                self._output.close()
+                raise
             finally:
                 theirs.close()
                 their_output.close()

@@ -33,7 +33,7 @@ def run_command(argv: list[str]) -> NoReturn:
     _signals_as_at_start()
     try:
         os.execvpe(argv[0], argv, {**ENVIRONMENT, "HOME": "/tmp", "TMPDIR": "/tmp", "LC_ALL": "C.UTF-8"})
-    except OSError as error:
+    except (OSError, ValueError) as error:  # too long, or not the text of any command
         os.write(2, f"{argv[0]}: {error}".encode())
         os._exit(NOT_STARTED)
 

@@ -13,6 +13,7 @@ import json
 import os
 import sys
 import types
+import typing
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
@@ -67,7 +68,7 @@ def _run(program: Program) -> int:
     answers = os.dup(1)
     os.dup2(2, 1)  # what the solution prints is no answer
     arguments = json.loads(sys.stdin.read())
-    call = _callable(_execute(program.source), program.function)
+    call = _callable(_execute(program.source, typing.__all__), program.function)
     value = json.dumps(call(*arguments), allow_nan=False).encode()
     while value:
         value = value[os.write(answers, value) :]
@@ -75,10 +76,11 @@ def _run(program: Program) -> int:
     return 0
 
 
-def _execute(source: str) -> dict[str, Any]:
-    """The names that the source leaves behind, run as `__main__`."""
+def _execute(source: str, at_hand: Sequence[str] = ()) -> dict[str, Any]:
+    """The names that the source leaves behind, run as `__main__`; with those of typing that are at hand."""
     main = types.ModuleType("__main__")
     main.__dict__["__builtins__"] = builtins
+    main.__dict__.update((name, getattr(typing, name)) for name in at_hand)
     sys.modules["__main__"] = main
     exec(compile(source, "main.py", "exec", dont_inherit=True), main.__dict__)
     return main.__dict__

@@ -110,7 +110,7 @@ class RemotePlace:
         reply = self._replies[number] = asyncio.get_running_loop().create_future()
         try:
             self._writer.write(message)
-            with contextlib.suppress(ConnectionError):  # whoever reads the connection sees its end too
+            with contextlib.suppress(OSError):  # whoever reads the connection sees its end too
                 await self._writer.drain()
             return await reply
         finally:
@@ -145,6 +145,8 @@ class RemotePlace:
     def _accepted(self, welcome: dict[str, Any]) -> dict[str, Any]:
         if "refused" in welcome:
             raise NoSandboxError(f"the verifier of {self.name} refuses: {welcome['refused']}")
+        if not {"tier", "workers"} <= welcome.keys():
+            raise ConnectionError(f"who answers for the verifier of {self.name} is none")
         return welcome
 
     async def _stay_connected(self, changed: Callable[[], None]) -> None:

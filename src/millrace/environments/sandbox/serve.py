@@ -45,8 +45,16 @@ class ProgramServer:
         await self._pool.close()
 
     async def connection(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        """Serve one verifier, until it closes the connection; what it left unfinished is dropped."""
+        """Serve one verifier, until it closes the connection; what it left unfinished is dropped. A program that goes
+        without an answer closes it too, so that nobody waits for one."""
         tasks = set[asyncio.Task[None]]()
+
+        def ended(task: asyncio.Task[None]) -> None:
+            tasks.discard(task)
+            if not task.cancelled() and (error := task.exception()) is not None:
+                log.error("the connection is closed: a program could not be answered", exc_info=error)
+                writer.transport.abort()
+
         try:
             hello = await self._hello(reader, writer)
             tier = await self._welcome(hello, writer) if hello else None
@@ -56,7 +64,7 @@ class ProgramServer:
             while (request := await receive(reader)) is not None:
                 task = asyncio.create_task(self._answer(request, tier, writer))
                 tasks.add(task)
-                task.add_done_callback(tasks.discard)
+                task.add_done_callback(ended)
         finally:
             for task in list(tasks):
                 task.cancel()
@@ -66,7 +74,7 @@ class ProgramServer:
         """What a verifier of the run says first; None from anybody else."""
         try:
             hello = await asyncio.wait_for(receive(reader, HELLO_BYTES), HELLO_S)
-        except (TimeoutError, ValueError, TypeError, RecursionError):  # what came is no message
+        except TimeoutError:
             return None
         if hello and not hmac.compare_digest(str(hello.get("token")).encode(errors="replace"), self._token.encode()):
             await _send(writer, {"refused": "the token is not that of its run"})
@@ -112,7 +120,7 @@ async def _beat(writer: asyncio.StreamWriter, every_s: float) -> None:
 
 
 async def _send(writer: asyncio.StreamWriter, message: Mapping[str, Any]) -> None:
-    with contextlib.suppress(ConnectionError):  # its end is seen where it is read
+    with contextlib.suppress(OSError):  # its end is seen where it is read
         writer.write(pack(message))
         await writer.drain()
 

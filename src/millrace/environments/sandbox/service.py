@@ -64,7 +64,7 @@ class Statistics:
     passed: int = 0
     """Programs that passed all tests."""
     faults: int = 0
-    """Runs whose box failed, and which were tried again."""
+    """Runs whose box failed, or whose program was killed by none of its limits, and which were tried again."""
     lost_workers: int = 0
     """Workers that died or hung in the middle of a program, which then went to another one."""
     cpu_s: float = 0.0

@@ -13,6 +13,7 @@ import tempfile
 import zipfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from functools import cache
 from importlib.util import MAGIC_NUMBER
 from pathlib import Path
 from typing import Any
@@ -230,6 +231,7 @@ def _bubblewrap_options(code: int, *, tmp_bytes: int = 0, bound: Sequence[str] =
     return [*options, "--remount-ro", "/", "--chdir", start]
 
 
+@cache
 def _bundle() -> bytes:
     """This package as a compiled archive: the user in the box may not be able to read where it lies."""
     archive = io.BytesIO()

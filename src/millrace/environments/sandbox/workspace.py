@@ -6,21 +6,23 @@ laptop the box is bubblewrap's, with the machine's own programs below /usr; wher
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import signal
 import subprocess
-import threading
-import time
+import tempfile
 from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Literal
 
 from millrace.environments.sandbox.boxes import Unavailable, interpreter_command
-from millrace.environments.sandbox.confine import NOBODY, leaves_root
-from millrace.environments.sandbox.run import Command, Ending, Limits, Run, SandboxFault
+from millrace.environments.sandbox.collect import collect
+from millrace.environments.sandbox.confine import NOBODY, leaves_root, memory_file
+from millrace.environments.sandbox.native import NOT_STARTED
+from millrace.environments.sandbox.run import Command, Limits, Run, SandboxFault
 from millrace.environments.sandbox.single_boxes import BubblewrapBox, _bubblewrap_options
+from millrace.environments.sandbox.tiers import open_tier
 
 WORK = "/testbed"
 """Where commands see the folder."""
@@ -28,6 +30,9 @@ COPY = "/millrace-copy"
 TMP_BYTES = 256 << 20
 """Size of a command's /tmp, which is gone after it."""
 
+CANARY_LIMITS = Limits(processes=64)
+UNPACK_LIMITS = Limits(wall_s=1800.0, cpu_s=1800)
+"""Of copying a repository out of an image, which may have to be fetched first."""
 APPTAINER_FAULT = 255
 """Exit status of Apptainer when it could not start the container."""
 KILLED = 128 + signal.SIGKILL
@@ -37,7 +42,7 @@ class LocalWorkspace:
     """One bubblewrap for each command, with the machine's own programs.
 
     Raises:
-        Unavailable: bubblewrap does not work here, or git is not below /usr.
+        Unavailable: bubblewrap does not work here, or git does not in it.
     """
 
     name = "bubblewrap"
@@ -45,9 +50,17 @@ class LocalWorkspace:
     """Memory is limited for each process, which is told so: what is killed was killed by something else."""
 
     def __init__(self) -> None:
-        _FolderBox(Path("/"))
         if not os.path.exists("/usr/bin/git"):
             raise Unavailable("commands see what is below /usr, and there is no /usr/bin/git; install git")
+        open_tier("bubblewrap").close()
+        with tempfile.TemporaryDirectory(prefix="millrace-canary-") as folder:
+            self.own(Path(folder))
+            try:
+                run = self.run(Path(folder), ["git", "init", "--quiet"], CANARY_LIMITS)
+            except SandboxFault as fault:
+                raise Unavailable(f"a folder in {tempfile.gettempdir()} cannot be shown in a box ({fault})") from fault
+        if not run.clean:
+            raise Unavailable(f"git does not work in a box ({run.stderr.decode(errors='replace').strip()[-300:]})")
 
     def run(self, folder: Path, argv: Sequence[str], limits: Limits, *, stdin: bytes = b"", image: str = "") -> Run:
         """Run a command in a folder, which it may change. Raises SandboxFault: the box could not be made."""
@@ -100,27 +113,14 @@ class ApptainerWorkspace:
 
     def run(self, folder: Path, argv: Sequence[str], limits: Limits, *, stdin: bytes = b"", image: str = "") -> Run:
         """Run a command in a folder, in a container of the image. Raises SandboxFault: it could not be made."""
-        begin = time.monotonic()
-        process = subprocess.Popen(
-            self.command(folder, argv, limits, image),
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            start_new_session=True,
-        )
-        timer = threading.Timer(limits.wall_s, _end_group, [process.pid])
-        timer.start()
-        try:
-            stdout, stderr = process.communicate(stdin)
-        finally:
-            timer.cancel()
-        seconds = time.monotonic() - begin
-        if process.returncode == APPTAINER_FAULT and b"FATAL" in stderr:
-            raise SandboxFault(f"apptainer: {stderr.decode(errors='replace').strip()[-500:]}")
-        out_of_time = seconds >= limits.wall_s and process.returncode < 0
-        ending: Ending = "wall" if out_of_time else "killed" if process.returncode < 0 else "exited"
-        output = (stdout[: limits.output_bytes], stderr[: limits.output_bytes])
-        return Run(ending, abs(process.returncode), *output, wall_s=seconds)
+        folder.chmod(0o755)  # an earlier command may have closed it
+        command = self.command(folder, argv, limits, image)
+        run = _ended(command, stdin, limits)
+        if not _may_be_a_fault(run):
+            return run
+        if _may_be_a_fault(_ended(self.command(folder, ["true"], limits, image), b"", limits)):
+            raise _fault(run)
+        return _ended(command, stdin, limits)
 
     def own(self, folder: Path) -> None:
         """A container runs as the user who starts it."""
@@ -132,9 +132,9 @@ class ApptainerWorkspace:
             SandboxFault: it has none, or cannot be read.
         """
         command = [self._apptainer, "exec", "--containall", "--bind", f"{folder}:{COPY}", image]
-        done = subprocess.run([*command, "cp", "-a", f"{WORK}/.", COPY], capture_output=True, text=True, check=False)
-        if done.returncode:
-            raise SandboxFault(f"apptainer: {WORK} of {image} cannot be copied: {done.stderr.strip()[-500:]}")
+        run = _ended([*command, "cp", "-a", f"{WORK}/.", COPY], b"", UNPACK_LIMITS)
+        if not run.clean:
+            raise SandboxFault(f"{WORK} of {image} cannot be copied: {_fault(run)}")
 
 
 def out_of_memory(run: Run) -> bool:
@@ -152,6 +152,33 @@ def open_workspace(kind: Literal["bubblewrap", "apptainer"]) -> Workspace:
     return ApptainerWorkspace() if kind == "apptainer" else LocalWorkspace()
 
 
-def _end_group(pid: int) -> None:
-    with suppress(ProcessLookupError):
-        os.killpg(pid, signal.SIGKILL)
+def _ended(command: list[str], stdin: bytes, limits: Limits) -> Run:
+    """A process of this machine with all that it started, to its end or to its limits of time and of output."""
+    given, (out, out_in), (err, err_in) = memory_file(stdin), os.pipe(), os.pipe()
+    try:
+        process = subprocess.Popen(command, stdin=given, stdout=out_in, stderr=err_in, start_new_session=True)
+    except (OSError, ValueError) as error:
+        os.close(out)
+        os.close(err)
+        if isinstance(error, OSError) and error.errno != errno.E2BIG:
+            raise SandboxFault(f"{command[0]}: {error}") from error
+        return Run("exited", NOT_STARTED, b"", str(error).encode())  # too long, or not the text of any command
+    finally:
+        for descriptor in (given, out_in, err_in):
+            os.close(descriptor)
+    run = None
+    try:
+        run = collect(process.pid, out, err, None, limits)
+    finally:
+        process.returncode = run.status if run else 1  # collect has reaped it
+    return run
+
+
+def _may_be_a_fault(run: Run) -> bool:
+    """Whether a run ended as one does where no container could be made; a command in it may end like that too."""
+    return run.ending == "exited" and run.status == APPTAINER_FAULT and b"FATAL" in run.stderr
+
+
+def _fault(run: Run) -> SandboxFault:
+    said = run.stderr.decode(errors="replace").strip()[-500:]
+    return SandboxFault(f"apptainer: {said or f'{run.ending} with {run.status}'}")

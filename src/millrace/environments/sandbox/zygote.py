@@ -1,11 +1,11 @@
 """A process in a box that forks once for each program: `python -P -s -S -B -c ... SOCKET`.
 
-It reads jobs from its socket, one after the other, and answers each. For each it forks a keeper, which makes a process
+Jobs come over its socket, one after the other. For each it forks a keeper, which reads the job, makes a process
 namespace and forks the program into it as its first process: whatever the program starts ends with it. The keeper
-stays outside, takes the output, and kills at the limits. When a keeper dies, the zygote says so in its place.
+stays outside, takes the output, kills at the limits, and answers. When a keeper dies, the zygote says so in its place.
 
-The interpreter was started with no environment and imports nothing of Millrace but this folder, so there is nothing in
-its memory that a program may not read.
+The interpreter was started with no environment, imports nothing of Millrace but this folder, and never reads a job, so
+there is nothing in its memory that a program may not read: not even what earlier programs were.
 """
 
 from __future__ import annotations
@@ -59,21 +59,25 @@ def _serve(channel: socket.socket) -> None:
     gc.collect()
     gc.freeze()  # so that a child that collects does not copy what it shares with this process
     send(channel, {"ready": True})
-    while (request := receive(channel)) is not None:
-        header, files = request
+    while channel.recv(1, socket.MSG_PEEK):
         keeper = os.fork()
         if not keeper:
-            _keep(channel, header, files)
+            _keep(channel)
         _, status = os.waitpid(keeper, 0)
         if status:
             send(channel, {"fault": f"the keeper of the run ended with status {os.waitstatus_to_exitcode(status)}"})
 
 
-def _keep(channel: socket.socket, header: dict[str, Any], files: bytes) -> NoReturn:
-    """Run one job and answer it; ends the process with status 0 when the answer is out."""
+def _keep(channel: socket.socket) -> NoReturn:
+    """Take one job, run it and answer it; ends the process with status 0 when the answer is out, or nobody is left who
+    wants one."""
     status = 1
     try:
         kernel.die_with_parent(signal.SIGKILL)
+        request = receive(channel)
+        if request is None:
+            os._exit(0)
+        header, files = request
         limits = Limits(**header["limits"])
         if compiles(header["work"]):
             limits = limits._replace(scratch_bytes=COMPILER_BYTES)

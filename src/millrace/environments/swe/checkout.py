@@ -72,13 +72,14 @@ def take_patch(task: Task, image: str, workspace: Workspace, folder: Path) -> by
         SandboxFault: the box failed.
     """
     files = folder / "files"
-    theirs = files / ".git"
-    if theirs.is_dir() and not theirs.is_symlink():
-        shutil.rmtree(theirs)
-    else:
-        theirs.unlink(missing_ok=True)
-    shutil.copytree(folder / "history", theirs)
-    workspace.own(theirs)
+    history = files / ".git"
+    files.chmod(0o755)  # the agent may have closed it
+    if os.path.lexists(history):  # put aside as it is: what a user closed to himself he cannot remove
+        if history.is_dir() and not history.is_symlink():
+            history.chmod(0o700)
+        history.rename(folder / "theirs")
+    shutil.copytree(folder / "history", history)
+    workspace.own(history)
     added = workspace.run(files, ["git", "add", "--all"], PATCH_LIMITS, image=image)
     hidden = [f":(exclude,top,literal){path}" for path in (*task.hidden, R2E_FOLDER)]
     diff = ["git", "diff", "--cached", "--binary", "--no-ext-diff", "--no-textconv", "HEAD", "--", ".", *hidden]
@@ -90,7 +91,8 @@ def take_patch(task: Task, image: str, workspace: Workspace, folder: Path) -> by
 
 
 def put_together(task: Task, patch: bytes, image: str, workspace: Workspace, folder: Path) -> None:
-    """Apply the policy's patch and the hidden tests to a fresh checkout.
+    """Apply the hidden tests and the policy's patch to a fresh checkout; the tests first, so that no patch stands in
+    their way.
 
     Raises:
         PatchError: the patch does not apply.
@@ -98,10 +100,6 @@ def put_together(task: Task, patch: bytes, image: str, workspace: Workspace, fol
     """
     files = folder / "files"
     apply = ["git", "apply", "--whitespace=nowarn", "-"]
-    if patch:
-        run = workspace.run(files, apply, PATCH_LIMITS, stdin=patch, image=image)
-        if not run.clean:
-            raise PatchError(f"the patch does not apply ({_why(run)})")
     steps: list[tuple[Sequence[str], bytes]] = [(apply, task.test_patch.encode())] if task.test_patch else []
     if task.test_files:
         steps.append((["sh", "-c", f"rm -rf {R2E_FOLDER} && mkdir {R2E_FOLDER}"], b""))
@@ -110,6 +108,9 @@ def put_together(task: Task, patch: bytes, image: str, workspace: Workspace, fol
         run = workspace.run(files, argv, PATCH_LIMITS, stdin=stdin, image=image)
         if not run.clean:
             raise SandboxFault(f"the hidden tests of {task.instance} cannot be put in place ({_why(run)})")
+    run = workspace.run(files, apply, PATCH_LIMITS, stdin=patch, image=image)
+    if not run.clean:
+        raise PatchError(f"the patch does not apply ({_why(run)})")
 
 
 def _git(arguments: Sequence[str], folder: Path, extra: dict[str, str] | None = None) -> str:

@@ -39,7 +39,7 @@ def edit(request):
 def view(path, request):
     if os.path.isdir(path):
         return "\n".join(sorted(name + "/" * os.path.isdir(os.path.join(path, name)) for name in os.listdir(path)))
-    lines = read(path).splitlines()
+    lines = lines_of(read(path)[0])
     first = request.get("line") or 1
     if not isinstance(first, int) or first < 1:
         raise ValueError("line must be an integer from 1 on")
@@ -47,28 +47,27 @@ def view(path, request):
 
 
 def replace(path, old, new):
-    text = read(path)
+    text, ending = read(path)
     count = text.count(old) if old else 0
     if count != 1:
         raise ValueError(f"old stands {count} times in {path}; it must stand there exactly once")
     begin = text[: text.index(old)].count("\n") + 1
-    write(path, text.replace(old, new))
+    write(path, text.replace(old, new), ending)
     return shown(path, begin, begin + new.count("\n"))
 
 
 def insert(path, line, new):
-    lines = read(path).splitlines(keepends=True)
+    text, ending = read(path)
+    lines, added = lines_of(text), lines_of(new)
     if not isinstance(line, int) or not 0 <= line <= len(lines):
         raise ValueError(f"line must be an integer from 0 to {len(lines)}; the text comes behind that line")
-    added = new.splitlines(keepends=True)
-    if added and not added[-1].endswith("\n"):
-        added[-1] += "\n"
-    write(path, "".join(lines[:line] + added + lines[line:]))
+    ends = text.endswith("\n") or line == len(lines)
+    write(path, "\n".join(lines[:line] + added + lines[line:]) + "\n" * ends, ending)
     return shown(path, line + 1, line + len(added))
 
 
 def shown(path, first, last):
-    return f"{path} is changed:\n" + numbered(read(path).splitlines(), max(1, first - AROUND), last + AROUND)
+    return f"{path} is changed:\n" + numbered(lines_of(read(path)[0]), max(1, first - AROUND), last + AROUND)
 
 
 def numbered(lines, first, last):
@@ -82,14 +81,27 @@ def wanted(request, name):
     return request[name]
 
 
+def lines_of(text):
+    """As an interpreter counts them."""
+    lines = text.split("\n")
+    return lines if lines[-1] else lines[:-1]
+
+
 def read(path):
-    with open(path, encoding="utf-8") as file:
-        return file.read()
+    """The text with \\n behind each line, and what stands there in the file."""
+    with open(path, encoding="utf-8", newline="") as file:
+        text = file.read()
+    if text.count("\r\n") < max(1, text.count("\n")):
+        return text, "\n"
+    return text.replace("\r\n", "\n"), "\r\n"
 
 
-def write(path, text):
-    with open(path, "w", encoding="utf-8") as file:
-        file.write(text)
+def write(path, text, ending="\n"):
+    if ending == "\r\n":
+        text = text.replace("\r\n", "\n").replace("\n", "\r\n")
+    content = text.encode()  # before the file is emptied: what cannot be written changes nothing
+    with open(path, "wb") as file:
+        file.write(content)
 
 
 if __name__ == "__main__":

@@ -25,6 +25,8 @@ SEARCH, DIVIDER, REPLACE = "<<<<<<< SEARCH", "=======", ">>>>>>> REPLACE"
 HEADING = re.compile(r"#{2,4} +`?([^`\s]+)`?\s*$")
 HUNK = re.compile(r"@@ -\d+(?:,(\d+))? \+(\d+)(?:,\d+)? @@")
 FENCE, DIFF_FENCES = "```", ("```diff", "```patch")
+MOST_DIGITS = 9
+"""Of a line's number."""
 NOWHERE = "/dev/null"
 
 
@@ -104,7 +106,7 @@ def _apply(files: dict[str, str], edit: Edit) -> None:
 
 def _place(lines: Sequence[str], edit: Edit) -> int:
     old, count = list(edit.old), len(edit.old)
-    if edit.at is not None and lines[edit.at : edit.at + count] == old and edit.at <= len(lines):
+    if edit.at is not None and 0 <= edit.at <= len(lines) and lines[edit.at : edit.at + count] == old:
         return edit.at
     if not old:
         raise EditError(f"it searches for nothing in {edit.path}, which is there")
@@ -178,8 +180,8 @@ def _diff(lines: Sequence[str]) -> Iterator[Edit]:
         elif hunk := HUNK.match(line):
             if not opened:
                 raise NotParsed("a hunk without the name of its file above")
-            body, number = _body(lines, number + 1, int(hunk.group(1) or 1))
-            yield _edit_of_hunk(path, target, body, int(hunk.group(2)))
+            body, number = _body(lines, number + 1, _line_number(hunk.group(1) or "1"))
+            yield _edit_of_hunk(path, target, body, _line_number(hunk.group(2)))
             path = target
         else:
             number += 1
@@ -213,6 +215,12 @@ def _body(lines: Sequence[str], number: int, old_lines: int) -> tuple[list[str],
     while body and body[-1] == " " and sum(line[0] in " -" for line in body) > old_lines:
         body.pop()
     return body, number
+
+
+def _line_number(digits: str) -> int:
+    if len(digits) > MOST_DIGITS:
+        raise NotParsed(f"a hunk at a line whose number has {len(digits)} digits")
+    return int(digits)
 
 
 def _edit_of_hunk(path: str | None, target: str | None, body: Sequence[str], first: int) -> Edit:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeGuard
@@ -23,7 +24,11 @@ Row = Mapping[str, Any]
 PYTEST = "python -m pytest -rA -p no:cacheprovider"
 R2E_FOLDER = "r2e_tests"
 R2E_COMMAND = f".venv/bin/python -W ignore -m pytest -rA {R2E_FOLDER}"
-PATCHED_FILE = re.compile(r"^(?:\+\+\+ b|--- a)/(.+?)\s*$", re.MULTILINE)
+PATCHED_FILE = re.compile(r"^(?:\+\+\+ b/|--- a/|rename from |rename to )(.+?)\s*$", re.MULTILINE)
+WHOLE_FILE = re.compile(r"^diff --git a/(.+) b/\1\s*$", re.MULTILINE)
+"""Also one without lines that change: it is empty, or binary."""
+LEFT_FILE = re.compile(r"^(?:\+\+\+ b/|rename to )(.+?\.py)\s*$", re.MULTILINE)
+"""Of Python, and there behind the patch."""
 
 
 class SweRowError(ValueError):
@@ -49,13 +54,17 @@ class Task:
     @property
     def hidden(self) -> Sequence[str]:
         """Files whose changes by the policy do not count."""
-        return sorted({*PATCHED_FILE.findall(self.test_patch), *self.test_files})
+        patched = PATCHED_FILE.findall(self.test_patch) + WHOLE_FILE.findall(self.test_patch)
+        return sorted({*patched, *self.test_files})
 
 
 def read_task(row: Row) -> Task:
     """Raises SweRowError."""
     if not isinstance(row.get("problem_statement"), str) or not row["problem_statement"].strip():
         raise SweRowError("no problem_statement")
+    for name in ("test_command", "test_format", "test_patch"):
+        if not isinstance(row.get(name), str | None):
+            raise SweRowError(f"{name} that is no text")
     task = _r2e(row) if row.get("execution_result_content") is not None else _swe_bench(row)
     if task.test_format not in FORMATS:
         raise SweRowError(f"test_format {task.test_format!r}; it must be {' or '.join(FORMATS)}")
@@ -70,7 +79,7 @@ def _swe_bench(row: Row) -> Task:
             raise SweRowError(f"no {name}; a row is either like SWE-bench's or has execution_result_content (R2E)")
     named = [*_names(row, "FAIL_TO_PASS", least=1), *_names(row, "PASS_TO_PASS", least=0)]
     patch = row.get("test_patch") or ""
-    tests = [path for path in dict.fromkeys(PATCHED_FILE.findall(patch)) if path.endswith(".py")]
+    tests = map(shlex.quote, dict.fromkeys(LEFT_FILE.findall(patch)))
     return Task(
         instance=row["instance_id"],
         problem=row["problem_statement"],

@@ -39,6 +39,7 @@ def passes(*arguments, **options):
 HONEST_CALLS = [
     "def add(a, b): return a + b",
     "class Solution:\n    def add(self, a, b):\n        print('talks')\n        return a + b",
+    "class Solution:\n    def add(self, a: int, b: Optional[int]) -> List[int]:\n        return a + b",
     "add = lambda a, b: a + b\nimport sys\nprint('at import', file=sys.stderr)",
 ]
 HONEST_STREAMS = [

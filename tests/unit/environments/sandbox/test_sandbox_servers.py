@@ -5,6 +5,7 @@ import signal
 import socket
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
 import psutil
@@ -14,8 +15,9 @@ from processes import no_process_left
 from millrace.config.placement import Placement, VerifierPlace, write_placement
 from millrace.environments.sandbox import places, remote
 from millrace.environments.sandbox.frames import ask, pack
-from millrace.environments.sandbox.remote import VerifierServer, server_file, servers_of
+from millrace.environments.sandbox.remote import RemotePlace, VerifierServer, server_file, servers_of
 from millrace.environments.sandbox.run import Limits, Program
+from millrace.environments.sandbox.serve import ProgramServer
 from millrace.environments.sandbox.service import Case, CodeVerifier, SandboxError
 from millrace.environments.sandbox.tiers import NoSandboxError
 from millrace.rollout.rendezvous import PLACEMENT, Rendezvous, read_json
@@ -158,6 +160,73 @@ def test_nobody_is_served_without_the_token(tmp_path):
                 channel.sendall(said)
                 assert channel.recv(100) == b"", "it hangs up"
         verified(running, lambda v: batch(v, pairs=1))
+
+
+def test_a_program_that_goes_without_an_answer_is_lost_and_not_waited_for(monkeypatch):
+    monkeypatch.setattr(sys, "executable", "/nonexistent/python")  # no worker can start
+
+    async def verdicts():
+        programs = ProgramServer("token", 1)
+        server = await asyncio.start_server(programs.connection, "127.0.0.1", 0)
+        port = server.sockets[0].getsockname()[1]
+        known = VerifierServer("node 0", lambda: ("127.0.0.1", port), "token")
+        place = await asyncio.to_thread(RemotePlace, known, "unsafe", compiles=False)
+        ready = asyncio.Event()
+        place.open(ready.set)
+        try:
+            async with asyncio.timeout(20.0):
+                await ready.wait()
+                return [await place.verify(job, 5.0) for job in ({}, None)]
+        finally:
+            await place.close()
+            server.close()
+            await programs.close()
+
+    without_worker, without_job = asyncio.run(verdicts())
+    assert without_worker.outcome == without_job.outcome == "crash"
+    assert "no process can be started" in without_worker.reason
+    assert without_job.reason == "the verifier of node 0 was lost"
+
+
+@contextmanager
+def stranger(*answers):
+    """The address of one who gives these answers, one to a connection, and hangs up."""
+
+    def answer():
+        for said in answers:
+            channel, _ = listener.accept()
+            with channel:
+                channel.recv(1 << 16)
+                channel.sendall(said)
+
+    with socket.create_server(("127.0.0.1", 0)) as listener, ThreadPoolExecutor(1) as threads:
+        done = threads.submit(answer)
+        yield listener.getsockname()
+        done.result(5.0)
+
+
+@pytest.mark.parametrize("said", [b"", b"\0\0", b"\0\0\0\7", b'\0\0\0\x09{"tier"', b"\0\0\0\2hm", b"\0\0\0\0017"])
+def test_an_answer_that_breaks_off_or_is_none_is_a_lost_connection(said):
+    with stranger(said) as address, pytest.raises(ConnectionError, match=r"127.0.0.1:\d+ (closed|answers with)"):
+        ask(address, {}, 5.0)
+
+
+def test_a_verifier_that_answers_like_a_stranger_is_tried_again(monkeypatch):
+    monkeypatch.setattr(remote, "RETRY_S", 0.01)
+    welcome = pack({"tier": "unsafe", "workers": 1})
+    answers = [pack({}), welcome, pack({}), b"\0\0\0\2hm", welcome + pack({}) + b"\0\0\0\2hm", welcome]
+
+    async def connections(place):
+        times = asyncio.Queue()
+        place.open(lambda: times.put_nowait(place.tier))
+        async with asyncio.timeout(10.0):
+            found = [await times.get() for _ in range(2)]
+        await place.close()
+        return found
+
+    with stranger(*answers) as address:
+        place = RemotePlace(VerifierServer("node 0", lambda: address, "token"), "unsafe", compiles=False)
+        assert asyncio.run(connections(place)) == ["unsafe", "unsafe"]
 
 
 def test_a_server_that_cannot_make_the_wanted_box_refuses_at_the_start(tmp_path, monkeypatch):

@@ -120,6 +120,22 @@ def test_a_killed_program_has_failed_and_a_killed_keeper_is_a_fault():
     assert found[0].failure.startswith("test 1: killed by signal") and counts.faults == 0
 
 
+def test_a_program_that_the_machine_kills_is_run_again_and_one_that_kills_itself_has_failed():
+    async def work(verifier):
+        task = asyncio.create_task(verifier.verify(SLOW_ADD, CASES[:1], LIMITS))
+        launcher = (await until(zygotes))[0]
+        keeper = (await until((await until(launcher.children))[0].children))[0]
+        (await until(keeper.children))[0].send_signal(signal.SIGKILL)
+        return await task
+
+    outcome, counts = session(work, tier="zygote", workers=1)
+    assert outcome.failure is None and (counts.faults, counts.lost_workers, outcome.retries) == (1, 0, 1)
+    itself = "import resource\nresource.setrlimit(resource.RLIMIT_CPU, (1, 1))\nwhile True: pass"
+    for tier, program in (("zygote", Program(itself)), ("unsafe", Program("import os\nos._exit(137)"))):
+        (outcome,), counts = outcomes(program, cases=CASES[:1], tier=tier, workers=1)
+        assert outcome.failure is not None and counts.faults == 1
+
+
 def test_a_hundred_programs_that_never_end_are_ended_and_the_others_judged():
     endless = [Program("while True: pass"), Program("import time\ntime.sleep(1e6)")] * 50
     limits = LIMITS._replace(wall_s=0.1)
@@ -167,6 +183,23 @@ def test_a_box_that_is_gone_is_a_fault_and_the_next_run_starts_afresh():
         with pytest.raises(boxes.SandboxFault, match="zygote"):
             box.run(ADD, b"1 2", LIMITS)
         assert box.run(ADD, b"1 2", LIMITS).stdout == b"3\n"
+        box.close()
+
+
+NEIGHBOUR = """
+import ctypes
+libc = ctypes.CDLL(None)
+libc.sbrk.argtypes, libc.sbrk.restype = [ctypes.c_ssize_t], ctypes.c_void_p
+end, wanted = libc.sbrk(0), "REHTONA_FO_NOITULOS"[::-1].encode()
+print(ctypes.string_at(end - (1 << 20), 1 << 20).count(wanted))
+"""
+
+
+def test_a_program_finds_nothing_of_those_that_ran_before_it():
+    with no_process_left():
+        box = open_tier("zygote") if zygote_works() else pytest.skip("no zygote on this machine")
+        box.run(Program("#" + 400 * "SOLUTION_OF_ANOTHER"), b"SOLUTION_OF_ANOTHER", LIMITS)
+        assert box.run(Program(NEIGHBOUR), b"", LIMITS).stdout == b"0\n"
         box.close()
 
 
