@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import json
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -20,7 +21,7 @@ from millrace.config.errors import ConfigError
 from millrace.config.graph import nearest
 from millrace.config.model_shape import ModelShape
 from millrace.config.rules import require_runnable
-from millrace.config.schema import JUDGED, EvaluateStage, ParallelConfig, Recipe
+from millrace.config.schema import JUDGED, DomainConfig, EvaluateStage, ParallelConfig, Recipe
 from millrace.config.stage_rules import WITH_TURNS
 from millrace.data.tokenizer import ChatTokenizer
 from millrace.environments.registry import make_environment
@@ -155,9 +156,27 @@ def _settings(recipe: Recipe, samples: int) -> dict[str, Any]:
         "verify_timeout_s": domain.verify_timeout_s,
         "train": domain.train,
         "train_sha256": hashlib.sha256(Path(domain.train).read_bytes()).hexdigest(),
-        **({"turns": dataclasses.asdict(domain.turns)} if domain.environment in WITH_TURNS else {}),
-        **({"python": dataclasses.asdict(domain.python)} if domain.environment == "python_tool" else {}),
-        **({"agent": domain.agent.url} if domain.environment == "agent" else {}),
+        **of_environment(domain),
         "samples": samples,
         **dataclasses.asdict(recipe.evaluation.sampling),
     }
+
+
+def of_environment(domain: DomainConfig) -> dict[str, Any]:
+    """What a domain says that its environment reads, without what changes no answer: how many work, and where."""
+    found: dict[str, Any] = {}
+    if domain.environment in WITH_TURNS:
+        found["turns"] = domain.turns
+    match domain.environment:
+        case "python_tool":
+            found["python"] = domain.python
+        case "workplace_assistant":
+            found["tables"] = domain.tables
+        case "swe_agentic":
+            found["swe"] = dataclasses.replace(domain.swe, at_once=None)
+        case "agent":
+            found["agent"] = domain.agent.url
+    if domain.environment in ("code", "python_tool"):
+        found["sandbox"] = dataclasses.replace(domain.sandbox, tier="auto", workers=None)
+    # As they are read back.
+    return json.loads(json.dumps(found, default=dataclasses.asdict))

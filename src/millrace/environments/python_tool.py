@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import math
 import os
-import resource
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -21,6 +20,7 @@ from millrace.environments.sandbox.interpreter import Call, Interpreter, Session
 from millrace.environments.sandbox.run import Limits
 from millrace.environments.sandbox.tiers import UNSAFE, choose_tier
 from millrace.environments.tool_calls import ToolCall, ToolCallError, parse_tool_calls
+from millrace.open_files import allow_many_files
 
 NAME = "stateful_python_code_exec"
 TOOLS: Sequence[Mapping[str, Any]] = (
@@ -53,7 +53,7 @@ class PythonToolEnvironment:
     def __init__(self, config: PythonToolConfig, sandbox: SandboxConfig, answers: MathEnvironment) -> None:
         """`answers` judges the final answers."""
         self.answers, self.config = answers, config
-        allow_many_files()
+        allow_many_files()  # an open session takes two
         self.launcher = SessionLauncher(choose_tier(sandbox.tier))
         self.limits = Limits(
             cpu_s=math.ceil(config.all_calls_s),
@@ -83,13 +83,6 @@ class PythonToolEnvironment:
 
     async def close(self) -> None:
         await self.answers.close()
-
-
-def allow_many_files() -> None:
-    """Each open session takes two descriptors, and thousands may be open."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft != hard:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 class PythonToolSession:

@@ -21,6 +21,7 @@ from typing import Any, TypeVar
 import httpx
 
 from millrace.config.schema import FleetConfig
+from millrace.open_files import allow_many_files
 from millrace.rollout import cpu_fp8
 from millrace.rollout.auth import TOKEN_VARIABLE
 from millrace.rollout.client import EngineClient, EngineUnreachable, RequestTimeout
@@ -110,6 +111,7 @@ class Fleet:
             raise FleetError("the fleet was started already")
         if self._on_cpu and self.config.quantization == "fp8" and (problem := cpu_fp8.fp8_problem()):
             raise FleetError(problem)
+        allow_many_files()  # a request under way is a connection
         self._loop = asyncio.new_event_loop()
         # The engines die with this thread (see `supervisor`), so it must start them and live as long as they do.
         self._thread = threading.Thread(target=self._loop.run_forever, name="millrace-fleet", daemon=True)

@@ -1,11 +1,13 @@
 import dataclasses
+import json
 from pathlib import Path
 
 import pytest
 
-from millrace.cascade.passrate import measuring_recipe
+from millrace.cascade.passrate import measuring_recipe, of_environment
 from millrace.config.errors import ConfigError
 from millrace.config.loading import load_recipe
+from millrace.config.schema import DomainConfig
 
 
 def test_a_recipe_that_waits_for_the_pass_rates_can_be_measured_by(recipe_file: Path) -> None:
@@ -32,3 +34,26 @@ def test_what_cannot_be_measured_is_refused_with_the_reason(recipe_file: Path) -
     judged = {"math": dataclasses.replace(recipe.domains["math"], environment="genrm")}
     with pytest.raises(ConfigError, match="a judge compares its answers"):
         measuring_recipe(dataclasses.replace(recipe, domains=judged), "math", None)
+
+
+@pytest.mark.parametrize(
+    ("environment", "key", "counts", "does_not"),
+    [
+        ("code", "sandbox", {"cpu_s": 9.0}, {"workers": 3}),
+        ("python_tool", "python", {"calls": 3}, {}),
+        ("python_tool", "sandbox", {"memory_mb": 64}, {"tier": "landlock"}),
+        ("swe_agentic", "swe", {"command_s": 3.0}, {"at_once": 9}),
+        ("swe_agentic", "turns", {"most": 3}, {}),
+        ("agent", "agent", {"url": "http://other:1"}, {"concurrency": 9}),
+    ],
+)
+def test_what_pass_rates_depend_on_is_what_their_environment_reads(
+    environment: str, key: str, counts: dict, does_not: dict
+) -> None:
+    def settings(**changes: object) -> dict:
+        domain = DomainConfig(environment=environment, train="a", held_out="b")  # type: ignore[arg-type]
+        section = dataclasses.replace(getattr(domain, key), **changes)
+        return of_environment(dataclasses.replace(domain, **{key: section}))
+
+    assert settings() == settings(**does_not) != settings(**counts)
+    assert json.loads(json.dumps(settings())) == settings()

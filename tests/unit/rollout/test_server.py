@@ -1,3 +1,4 @@
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -103,6 +104,19 @@ def test_servers_that_already_run_need_their_token(monkeypatch: pytest.MonkeyPat
     monkeypatch.delenv(TOKEN_VARIABLE, raising=False)
     with pytest.raises(FleetError, match=TOKEN_VARIABLE):
         Fleet(FleetConfig(engines=0, addresses=("http://10.0.0.1:8000",)), "m", "runs/x")  # type: ignore[arg-type]
+
+
+def test_a_fleet_has_room_for_thousands_of_requests_where_a_process_may_open_1024_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    monkeypatch.setenv(TOKEN_VARIABLE, "t")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (1024, hard))
+    try:
+        with Fleet(FleetConfig(engines=0, addresses=("http://127.0.0.1:9",)), "m", tmp_path):
+            assert resource.getrlimit(resource.RLIMIT_NOFILE)[0] > 1024
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 def test_the_fleet_imports_neither_torch_nor_vllm() -> None:
