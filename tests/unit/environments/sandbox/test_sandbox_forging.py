@@ -40,6 +40,7 @@ HONEST_CALLS = [
     "def add(a, b): return a + b",
     "class Solution:\n    def add(self, a, b):\n        print('talks')\n        return a + b",
     "class Solution:\n    def add(self, a: int, b: Optional[int]) -> List[int]:\n        return a + b",
+    "def add(a, b): return a + b\nif __name__ == '__main__': print(add(*map(int, input().split())))",
     "add = lambda a, b: a + b\nimport sys\nprint('at import', file=sys.stderr)",
 ]
 HONEST_STREAMS = [
