@@ -130,8 +130,9 @@ def _finish(status: int, *, last: bool = True) -> int:
         if last and (threading := sys.modules.get("threading")):
             threading._shutdown()
         atexit._run_exitfuncs()
-        sys.stdout.flush()
-        sys.stderr.flush()
+        for stream in (sys.stdout, sys.stderr):
+            if stream is not None and not getattr(stream, "closed", False):
+                stream.flush()
     except BaseException:  # noqa: BLE001, the program replaced what is called here
         return status or 120
     return status

@@ -44,6 +44,7 @@ HONEST_CALLS = [
     "add = lambda a, b: a + b\nimport sys\nprint('at import', file=sys.stderr)",
 ]
 HONEST_STREAMS = [
+    "import sys\nprint(sum(map(int, input().split())))\nsys.stdout.close()\nsys.stderr = None",
     "print(sum(map(int, input().split())))",
     "import sys\nsys.stdout.write(str(sum(map(int, sys.stdin.read().split()))) + '  \\n\\n')",
 ]
