@@ -103,6 +103,10 @@ def test_diffs_create_remove_and_move_files():
         pytest.param(f"--- a/a\n+++ b/a\n@@ -1 +{'9' * 5000} @@\n-a\n", "number has 5000 digits", id="far away"),
         pytest.param(f"--- a/a\n+++ b/a\n@@ -1,{'9' * 5000} +1 @@\n-a\n", "number has 5000 digits", id="endless"),
         ("--- /dev/null\n+++ /dev/null\n@@ -1 +1 @@\n-a\n+b\n", "a diff without a file"),
+        (
+            "--- a/a\n+++ /dev/null\n@@ -1 +0,0 @@\n-a\n@@ -3 +0,0 @@\n-b\n",
+            "a hunk behind the one that removes its file",
+        ),
         ("--- /dev/null\n+++ b/a\n@@ -1 +1 @@\n-a\n+b\n", "a diff of a new file with old lines in it"),
     ],
 )
@@ -158,6 +162,34 @@ def test_random_diffs_are_applied_as_git_does(tmp_path):
         subprocess.run(command, cwd=folder, input=diff + "\n", text=True, check=True)
         original = {"f": "".join(f"{line}\n" for line in before)}
         assert apply_edits(original, parse_edits(diff)) == {"f": (folder / "f").read_text()}
+
+
+PIECES = [
+    *(
+        "### a\n",
+        "<<<<<<< SEARCH\n",
+        "=======\n",
+        ">>>>>>> REPLACE\n",
+        "--- a/a\n",
+        "+++ b/a\n",
+        "--- a/\n",
+        "+++ b/\n",
+    ),
+    *("+++ /dev/null\n", "--- /dev/null\n", "@@ -1 +1 @@\n", "@@ -0,0 +1 @@\n", "@@ -1 +0,0 @@\n", "@@ -9,0 +0 @@\n"),
+    *("-x\n", "+y\n", " x\n", "x\n", "\n", "\r\n", "rename from a\n", "rename to b\n", "diff --git a/a b/b\n"),
+    *("```diff\n", "```\n", "\\ No newline at end of file\n", "\0", "\ud800"),
+]
+
+
+def test_whatever_is_written_is_an_edit_or_the_reason_why_not():
+    rng, applied_edits = random.Random(7), 0
+    for _ in range(20_000):
+        text = "".join(rng.choice(PIECES) for _ in range(rng.randrange(1, 20)))
+        try:
+            applied_edits += apply_edits({"a": "x\ny\nx\n"}, parse_edits(text)) is not None
+        except EditError as error:
+            assert str(error)
+    assert applied_edits > 50
 
 
 def test_reading_takes_time_linear_in_the_answer():

@@ -63,12 +63,14 @@ def _run_to_end(program: Program) -> int:
 
 def _run(program: Program) -> int:
     if program.function is None:
-        _execute(program.source)
+        _execute(program.source, types.ModuleType("__main__"))
         return 0
     answers = os.dup(1)
     os.dup2(2, 1)  # what the solution prints is no answer
     arguments = json.loads(sys.stdin.read())
-    call = _callable(_execute(program.source, typing.__all__), program.function)
+    solution = types.ModuleType("solution")
+    solution.__dict__.update((name, getattr(typing, name)) for name in typing.__all__)
+    call = _callable(_execute(program.source, solution), program.function)
     value = json.dumps(call(*arguments), allow_nan=False).encode()
     while value:
         value = value[os.write(answers, value) :]
@@ -76,14 +78,12 @@ def _run(program: Program) -> int:
     return 0
 
 
-def _execute(source: str, at_hand: Sequence[str] = ()) -> dict[str, Any]:
-    """The names that the source leaves behind, run as `__main__`; with those of typing that are at hand."""
-    main = types.ModuleType("__main__")
-    main.__dict__["__builtins__"] = builtins
-    main.__dict__.update((name, getattr(typing, name)) for name in at_hand)
-    sys.modules["__main__"] = main
-    exec(compile(source, "main.py", "exec", dont_inherit=True), main.__dict__)
-    return main.__dict__
+def _execute(source: str, module: types.ModuleType) -> dict[str, Any]:
+    """The names that the source leaves behind, run as the module."""
+    module.__dict__["__builtins__"] = builtins
+    sys.modules[module.__name__] = module
+    exec(compile(source, "main.py", "exec", dont_inherit=True), module.__dict__)
+    return module.__dict__
 
 
 def _callable(names: dict[str, Any], function: str) -> Any:
@@ -130,8 +130,9 @@ def _finish(status: int, *, last: bool = True) -> int:
         if last and (threading := sys.modules.get("threading")):
             threading._shutdown()
         atexit._run_exitfuncs()
-        sys.stdout.flush()
-        sys.stderr.flush()
+        for stream in (sys.stdout, sys.stderr):
+            if stream is not None and not getattr(stream, "closed", False):
+                stream.flush()
     except BaseException:  # noqa: BLE001, the program replaced what is called here
         return status or 120
     return status

@@ -41,8 +41,9 @@ class Program(NamedTuple):
     source: str
     function: str | None = None
     """Call this function (or this method of its class `Solution`) with the arguments that standard input holds as a
-    list in JSON, and write what it returns as JSON; without it the source runs as a program of its own. The names of
-    typing are at hand for a function: what a problem gives to start with has them in its annotations."""
+    list in JSON, and write what it returns as JSON; without it the source runs as a program of its own. For a
+    function the source is imported, not run as `__main__`, and the names of typing are at hand: what a problem gives
+    to start with has them in its annotations."""
 
 
 class Batch(NamedTuple):

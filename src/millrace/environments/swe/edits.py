@@ -226,6 +226,8 @@ def _line_number(digits: str) -> int:
 def _edit_of_hunk(path: str | None, target: str | None, body: Sequence[str], first: int) -> Edit:
     old = tuple(line[1:] for line in body if line[0] in " -")
     new = tuple(line[1:] for line in body if line[0] in " +")
+    if path is None and target is None:
+        raise NotParsed("a hunk behind the one that removes its file")
     if path is None and old:
         raise NotParsed("a diff of a new file with old lines in it")
     # Where the new lines begin is where the old ones stand once the hunks above are applied.

@@ -37,9 +37,11 @@ def wrong_tests(outcomes: Mapping[str, str], expected: Mapping[str, str], test_f
     SWE-bench one that must pass may also fail as its authors expect; R2E takes every outcome at its word."""
     if test_format == "unittest":
         expected = {_unittest_name(name): outcome for name, outcome in expected.items()}
-    also = {} if test_format == "r2e" else {"passed": "xfail"}
+    passes = GOOD if test_format != "r2e" else ("passed",)
     return [
-        name for name, outcome in expected.items() if outcomes.get(name) not in (outcome, also.get(outcome, outcome))
+        name
+        for name, wanted in expected.items()
+        if outcomes.get(name) not in (passes if wanted == "passed" else (wanted,))
     ]
 
 

@@ -40,9 +40,11 @@ HONEST_CALLS = [
     "def add(a, b): return a + b",
     "class Solution:\n    def add(self, a, b):\n        print('talks')\n        return a + b",
     "class Solution:\n    def add(self, a: int, b: Optional[int]) -> List[int]:\n        return a + b",
+    "def add(a, b): return a + b\nif __name__ == '__main__': print(add(*map(int, input().split())))",
     "add = lambda a, b: a + b\nimport sys\nprint('at import', file=sys.stderr)",
 ]
 HONEST_STREAMS = [
+    "import sys\nprint(sum(map(int, input().split())))\nsys.stdout.close()\nsys.stderr = None",
     "print(sum(map(int, input().split())))",
     "import sys\nsys.stdout.write(str(sum(map(int, sys.stdin.read().split()))) + '  \\n\\n')",
 ]

@@ -191,7 +191,8 @@ import ctypes
 libc = ctypes.CDLL(None)
 libc.sbrk.argtypes, libc.sbrk.restype = [ctypes.c_ssize_t], ctypes.c_void_p
 end, wanted = libc.sbrk(0), "REHTONA_FO_NOITULOS"[::-1].encode()
-print(ctypes.string_at(end - (1 << 20), 1 << 20).count(wanted))
+for page in range(1, 257):  # down the heap, to its beginning if it is smaller
+    print(ctypes.string_at(end - page * 4096, 4096).count(wanted), flush=True)
 """
 
 
@@ -199,7 +200,8 @@ def test_a_program_finds_nothing_of_those_that_ran_before_it():
     with no_process_left():
         box = open_tier("zygote") if zygote_works() else pytest.skip("no zygote on this machine")
         box.run(Program("#" + 400 * "SOLUTION_OF_ANOTHER"), b"SOLUTION_OF_ANOTHER", LIMITS)
-        assert box.run(Program(NEIGHBOUR), b"", LIMITS).stdout == b"0\n"
+        found = box.run(Program(NEIGHBOUR), b"", LIMITS).stdout.split()
+        assert len(found) > 16 and set(found) == {b"0"}
         box.close()
 
 
