@@ -25,70 +25,13 @@ from typing import Any
 
 import torch
 
+from benchmarks.released_models import NEMOTRON_3_NANO, QWEN3_30B_A3B, with_layers
 from millrace.config.model_shape import ModelShape
 from millrace.converters.mapping import FAMILIES, mapping_for
 from millrace.converters.safetensors_io import HFReader, header_of
 from millrace.converters.torch_dist import memory_of
 
-HYBRID: dict[str, Any] = {  # NVIDIA-Nemotron-3-Nano-30B-A3B
-    "architectures": ["NemotronHForCausalLM"],
-    "model_type": "nemotron_h",
-    "hybrid_override_pattern": "MEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEMEM*EMEMEMEME",
-    "hidden_size": 2688,
-    "vocab_size": 131072,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 2,
-    "head_dim": 128,
-    "mamba_num_heads": 64,
-    "mamba_head_dim": 64,
-    "ssm_state_size": 128,
-    "n_groups": 8,
-    "conv_kernel": 4,
-    "use_conv_bias": True,
-    "chunk_size": 128,
-    "time_step_min": 0.001,
-    "time_step_floor": 1e-4,
-    "time_step_limit": [0.0, float("inf")],
-    "n_routed_experts": 128,
-    "num_experts_per_tok": 6,
-    "moe_intermediate_size": 1856,
-    "n_shared_experts": 1,
-    "moe_shared_expert_intermediate_size": 3712,
-    "n_group": 1,
-    "topk_group": 1,
-    "norm_topk_prob": True,
-    "routed_scaling_factor": 2.5,
-    "intermediate_size": 1856,
-    "mlp_hidden_act": "relu2",
-    "mamba_hidden_act": "silu",
-    "layer_norm_epsilon": 1e-5,
-    "max_position_embeddings": 262144,
-    "tie_word_embeddings": False,
-    "torch_dtype": "bfloat16",
-}
-QWEN: dict[str, Any] = {  # Qwen3-30B-A3B
-    "architectures": ["Qwen3MoeForCausalLM"],
-    "model_type": "qwen3_moe",
-    "num_hidden_layers": 48,
-    "hidden_size": 2048,
-    "vocab_size": 151936,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 4,
-    "head_dim": 128,
-    "num_experts": 128,
-    "num_experts_per_tok": 8,
-    "moe_intermediate_size": 768,
-    "intermediate_size": 6144,
-    "norm_topk_prob": True,
-    "decoder_sparse_step": 1,
-    "mlp_only_layers": [],
-    "rms_norm_eps": 1e-6,
-    "rope_theta": 1000000.0,
-    "max_position_embeddings": 40960,
-    "tie_word_embeddings": False,
-    "torch_dtype": "bfloat16",
-}
-MODELS = {"nemotron_h": HYBRID, "qwen3_moe": QWEN}
+MODELS = {config["model_type"]: config for config in (NEMOTRON_3_NANO, QWEN3_30B_A3B)}
 SHARD_BYTES = 2 << 30
 SAMPLE_SECONDS = 0.02
 
@@ -121,19 +64,12 @@ def _options() -> argparse.Namespace:
 # The model
 
 
-def _with_layers(family: str, layers: int) -> dict[str, Any]:
-    config = dict(MODELS[family])
-    if "hybrid_override_pattern" in config:
-        config["hybrid_override_pattern"] = config["hybrid_override_pattern"][:layers]
-    return config | {"num_hidden_layers": layers}
-
-
 def _write_model(folder: Path, family: str, size: int) -> int:
     """A checkpoint of at least `size` bytes, or of all the layers of the model; its bytes."""
     folder.mkdir()
-    layers, most = 1, len(MODELS[family].get("hybrid_override_pattern", "")) or MODELS[family]["num_hidden_layers"]
+    layers, most = 1, MODELS[family]["num_hidden_layers"]
     while True:
-        (folder / "config.json").write_text(json.dumps(_with_layers(family, layers)))
+        (folder / "config.json").write_text(json.dumps(with_layers(MODELS[family], layers)))
         tensors = {
             name: (entry.dtype or torch.bfloat16, shape)
             for entry in mapping_for(ModelShape.from_hf(folder))

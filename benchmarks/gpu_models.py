@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+from benchmarks.released_models import NEMOTRON_3_NANO, QWEN3_30B_A3B, with_layers
 from benchmarks.setting import OPTIMIZER, shape_of
 from millrace.config.cluster import ClusterConfig, NodeConfig
 from millrace.config.model_shape import ModelShape
@@ -37,59 +38,14 @@ DENSE = (
     ("Qwen3-1.7B, half its layers", 14, 2048, 16, 6144, True),
 )
 """Name, layers, hidden size, heads, width of the feed-forward, tied head; the largest first."""
-MOE: dict[str, Any] = QWEN3 | {
-    "model_type": "qwen3_moe",
-    "hidden_size": 2048,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 4,
-    "intermediate_size": 6144,
-    "moe_intermediate_size": 768,
-    "num_experts_per_tok": 8,
-    "norm_topk_prob": True,
-    "decoder_sparse_step": 1,
-    "mlp_only_layers": [],
-    "tie_word_embeddings": False,
-}
-HYBRID: dict[str, Any] = {
-    "model_type": "nemotron_h",
-    "vocab_size": 131072,
-    "hidden_size": 2688,
-    "intermediate_size": 1856,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 2,
-    "head_dim": 128,
-    "mlp_hidden_act": "relu2",
-    "mamba_num_heads": 64,
-    "mamba_head_dim": 64,
-    "mamba_hidden_act": "silu",
-    "ssm_state_size": 128,
-    "n_groups": 8,
-    "conv_kernel": 4,
-    "use_conv_bias": True,
-    "chunk_size": 128,
-    "n_shared_experts": 1,
-    "num_experts_per_tok": 6,
-    "moe_intermediate_size": 1856,
-    "moe_shared_expert_intermediate_size": 3712,
-    "norm_topk_prob": True,
-    "routed_scaling_factor": 2.5,
-    "n_group": 1,
-    "topk_group": 1,
-    "layer_norm_epsilon": 1e-5,
-    "max_position_embeddings": 262144,
-    "tie_word_embeddings": False,
-    "torch_dtype": "bfloat16",
-}
-PATTERN = "MEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEMEM*EMEMEMEME"
-"""The layers of Nemotron 3 Nano."""
 TINY: dict[Family, dict[str, Any]] = {
     "dense": QWEN3
     | {"num_hidden_layers": 2, "hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
     | {"head_dim": 32, "intermediate_size": 128, "vocab_size": 512, "tie_word_embeddings": True},
-    "moe": MOE
+    "moe": QWEN3_30B_A3B
     | {"num_hidden_layers": 2, "hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "num_experts": 4}
     | {"head_dim": 32, "moe_intermediate_size": 64, "num_experts_per_tok": 2, "vocab_size": 512},
-    "hybrid": HYBRID
+    "hybrid": NEMOTRON_3_NANO
     | {"hybrid_override_pattern": "ME*M", "num_hidden_layers": 4, "hidden_size": 64, "num_attention_heads": 4}
     | {"head_dim": 32, "mamba_num_heads": 8, "mamba_head_dim": 16, "ssm_state_size": 16, "n_groups": 2}
     | {"chunk_size": 32, "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
@@ -132,12 +88,11 @@ def candidates(family: Family, tiny: bool) -> Iterator[tuple[str, dict[str, Any]
             (2, 16),
         ):
             name = f"Qwen3-30B-A3B, {layers} of 48 layers, {experts} of 128 experts"
-            yield name, {**MOE, "num_hidden_layers": layers, "num_experts": experts}
+            yield name, {**with_layers(QWEN3_30B_A3B, layers), "num_experts": experts}
     else:
         for layers, experts in ((52, 128), (26, 128), (13, 128), (8, 128), (6, 128), (6, 64), (6, 32), (6, 16)):
             name = f"Nemotron 3 Nano, {layers} of 52 layers, {experts} of 128 experts"
-            pattern = {"hybrid_override_pattern": PATTERN[:layers], "num_hidden_layers": layers}
-            yield name, {**HYBRID, **pattern, "n_routed_experts": experts}
+            yield name, {**with_layers(NEMOTRON_3_NANO, layers), "n_routed_experts": experts}
 
 
 def choose(

@@ -1,4 +1,4 @@
-"""Weight sync against a memcpy of the same bytes, in one run: `python benchmarks/weight_sync.py [--transport disk]`.
+"""Weight sync against a memcpy of the same bytes, in one run: `python -m benchmarks.weight_sync [--transport disk]`.
 
 One vLLM engine with a randomly initialised Qwen3 of about 300 million parameters takes all weights of a policy several
 times. Stated are the best sync and the best single-threaded copy of the same tensors into memory that is already

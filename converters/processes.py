@@ -3,6 +3,8 @@ is killed.
 
 Each process holds one job's tensors at a time and nothing of Megatron-Core. What it frees it keeps, so that the next
 tensor finds memory that is mapped already, which is worth more than the copies that are saved elsewhere.
+
+All are forked from one server, which imports torch and the jobs once; `start_server` lets it do so early.
 """
 
 from __future__ import annotations
@@ -10,6 +12,7 @@ from __future__ import annotations
 import ctypes
 import importlib
 import multiprocessing
+import multiprocessing.forkserver
 import os
 import signal
 import threading
@@ -29,12 +32,23 @@ _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of glibc's mallopt
 _KEPT_BYTES = 1 << 30
 _POLL_SECONDS = 0.2
 
+_CONTEXT = multiprocessing.get_context("forkserver")
+_JOBS = "millrace.converters.streaming"
+"""The module of the jobs, which every process needs."""
+
 _shared: Any = None
 """In a worker: the counter of bytes, and the flag that says stop."""
 
 
 class Stopped(Exception):
     """Another process failed, or the user pressed Ctrl-C."""
+
+
+def start_server() -> None:
+    """Start the process that all others are forked from. Nobody waits for what it imports."""
+    _CONTEXT.set_forkserver_preload([_JOBS])
+    with _deaf_to_interrupts():
+        multiprocessing.forkserver.ensure_running()
 
 
 def default_processes() -> int:
@@ -54,19 +68,17 @@ def advance(count: int) -> None:
 class Workers:
     """Processes that do jobs. They start with the block, which may do something else until it has jobs for them."""
 
-    def __init__(self, processes: int, module: str) -> None:
-        """`module` is what a process imports as it starts: that of the jobs."""
+    def __init__(self, processes: int) -> None:
         self.processes = processes
-        self.module = module
 
     def __enter__(self) -> Workers:
-        spawn = multiprocessing.get_context("spawn")
-        self._counter, self._stop = shared = (spawn.Value("q", 0), spawn.Event())
-        self._pool = ProcessPoolExecutor(self.processes, mp_context=spawn, initializer=_start, initargs=shared)
+        start_server()
+        self._counter, self._stop = shared = (_CONTEXT.Value("q", 0), _CONTEXT.Event())
+        self._pool = ProcessPoolExecutor(self.processes, mp_context=_CONTEXT, initializer=_start, initargs=shared)
         self._threads = ThreadPoolExecutor(self.processes)
         with _deaf_to_interrupts():
             for _ in range(self.processes):
-                self._pool.submit(importlib.import_module, self.module)
+                self._pool.submit(importlib.import_module, _JOBS)
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -107,13 +119,14 @@ class Workers:
             ) from None
 
 
-def run_alone(work: Callable[..., Result], *arguments: Any) -> Result:
-    """Call a function in a process of its own, which leaves nothing behind."""
-    spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, mp_context=spawn, initializer=_start, initargs=(None, None)) as pool:
+@contextmanager
+def alone(work: Callable[..., Result], *arguments: Any) -> Iterator[Future[Result]]:
+    """Calls a function in a process of its own, which leaves nothing behind; the block may do something else until it
+    needs what is returned."""
+    with ProcessPoolExecutor(1, mp_context=_CONTEXT, initializer=_start, initargs=(None, None)) as pool:
         with _deaf_to_interrupts():
-            result = pool.submit(work, *arguments)
-        return result.result()
+            future = pool.submit(work, *arguments)
+        yield future
 
 
 @contextmanager

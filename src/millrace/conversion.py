@@ -7,6 +7,7 @@ it lies. Interrupted or killed, the same command goes on with the files that are
 
 from __future__ import annotations
 
+import importlib
 import os
 import tempfile
 import time
@@ -39,7 +40,7 @@ from millrace.checkpoint_store import (
 from millrace.config.model_shape import ModelShape
 from millrace.converters.errors import ConversionError
 from millrace.converters.mapping import mapping_for
-from millrace.converters.processes import Workers, default_processes, run_alone
+from millrace.converters.processes import Workers, alone, default_processes
 from millrace.converters.safetensors_io import HFReader, Manifest, copy_companions, publish, unfinished
 from millrace.converters.streaming import (
     HFJob,
@@ -88,7 +89,7 @@ class Options:
     overwrite: bool = False
 
     def workers(self) -> Workers:
-        return Workers(self.processes or default_processes(), "millrace.converters.streaming")
+        return Workers(self.processes or default_processes())
 
     @property
     def torch_dtype(self) -> torch.dtype | None:
@@ -113,7 +114,9 @@ def hf_to_megatron(hf: Path, out: Path, options: Options) -> Path:
     check_hf(mapping, reader, options.torch_dtype)
     files = {reader.lazy(name).file for name in reader.names}
     with _unfinished(folder, {hf / "config.json", *files}, options), options.workers() as workers:
-        layout, small = _ask_megatron(shape)
+        with alone(_ask_megatron, shape) as asked:
+            importlib.import_module("millrace.converters.torch_metadata")  # takes a second, and is needed at the end
+        layout, small = asked.result()
         weights = weights_of_hf(mapping, layout, reader, options.torch_dtype)
         aside, records = folder / "checkpoint", folder / "records"
         for part in (aside / SHARDS, aside / HF_FOLDER, records):
@@ -135,17 +138,14 @@ def hf_to_megatron(hf: Path, out: Path, options: Options) -> Path:
 
 
 def _ask_megatron(shape: ModelShape) -> tuple[Layout, dict[str, bytes]]:
-    """The layout of the model's checkpoints, and their small files, which hold no tensor."""
-    with tempfile.TemporaryDirectory() as folder:
-        layout = run_alone(_layout_in_process, shape, Path(folder))
-        return layout, {file.name: file.read_bytes() for file in Path(folder).iterdir()}
-
-
-def _layout_in_process(shape: ModelShape, folder: Path) -> Layout:
+    """The layout of the model's checkpoints, and their small files, which hold no tensor. In a process of its own:
+    Megatron-Core stays out of the others."""
     warnings.simplefilter("ignore")  # Megatron-Core says at import what it does not find
-    from millrace.megatron.skeleton import megatron_layout  # and stays out of the other processes
+    from millrace.megatron.skeleton import megatron_layout
 
-    return megatron_layout(shape, folder)
+    with tempfile.TemporaryDirectory() as folder:
+        layout = megatron_layout(shape, Path(folder))
+        return layout, {file.name: file.read_bytes() for file in Path(folder).iterdir()}
 
 
 def _write_table(shards: Path, jobs: Sequence[ShardJob]) -> None:
@@ -200,8 +200,9 @@ def megatron_to_hf(checkpoint: Path, out: Path, options: Options) -> Path:
     folder = unfinished(out)
     files = {source / "config.json", *(path for path in shards.iterdir() if path.is_file())}
     with _unfinished(folder, files, options), options.workers() as workers:
-        layout, _ = _ask_megatron(shape)
-        stored = _stored_tensors(shards)
+        with alone(_ask_megatron, shape) as asked:
+            stored = _stored_tensors(shards)
+        layout, _ = asked.result()
         weights = weights_of_checkpoint(mapping, layout, stored, shards, options.torch_dtype)
         groups = in_files(weights, options.shard_bytes)
         jobs = [

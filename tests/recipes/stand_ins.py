@@ -11,41 +11,6 @@ from millrace.config.schema import Recipe, SftStage
 
 ROOT = Path(__file__).resolve().parents[2]
 
-NANO: dict[str, Any] = {
-    "architectures": ["NemotronHForCausalLM"],
-    "model_type": "nemotron_h",
-    "hybrid_override_pattern": "MEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEMEM*EMEMEMEME",
-    "num_hidden_layers": 52,
-    "vocab_size": 131072,
-    "hidden_size": 2688,
-    "intermediate_size": 1856,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 2,
-    "head_dim": 128,
-    "mlp_hidden_act": "relu2",
-    "mamba_num_heads": 64,
-    "mamba_head_dim": 64,
-    "mamba_hidden_act": "silu",
-    "ssm_state_size": 128,
-    "n_groups": 8,
-    "conv_kernel": 4,
-    "use_conv_bias": True,
-    "chunk_size": 128,
-    "n_routed_experts": 128,
-    "n_shared_experts": 1,
-    "num_experts_per_tok": 6,
-    "moe_intermediate_size": 1856,
-    "moe_shared_expert_intermediate_size": 3712,
-    "norm_topk_prob": True,
-    "routed_scaling_factor": 2.5,
-    "n_group": 1,
-    "topk_group": 1,
-    "layer_norm_epsilon": 1e-5,
-    "max_position_embeddings": 262144,
-    "tie_word_embeddings": False,
-}
-"""Nemotron 3 Nano, the model of the paper."""
-
 QWEN3_8B: dict[str, Any] = {
     "architectures": ["Qwen3ForCausalLM"],
     "vocab_size": 151936,

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from stand_ins import NANO, QWEN3_8B, ROOT, write_checkpoint, write_files
+from stand_ins import QWEN3_8B, ROOT, write_checkpoint, write_files
 
+from benchmarks.released_models import NEMOTRON_3_NANO
 from millrace.config.errors import ConfigError
 from millrace.config.loading import load_cluster, load_recipe
 from millrace.config.model_shape import ModelShape
@@ -43,7 +44,7 @@ TINY_EXPERTS = TINY | {
     "num_experts_per_tok": 2,
     "moe_intermediate_size": 96,
 }
-TINY_HYBRID = NANO | {
+TINY_HYBRID = NEMOTRON_3_NANO | {
     "hybrid_override_pattern": "ME*ME",
     "num_hidden_layers": 5,
     "vocab_size": 768,
@@ -106,7 +107,7 @@ def recipe_with_files(name: Path, folder: Path, *overrides: str) -> Recipe:
     """The recipe with a model that has its config.json; those of the laptop are written by its demo."""
     if name.parts[0] != "laptop":
         recipe = load_recipe(ROOT / "recipes" / name, overrides)
-        write_files(recipe, NANO if "nemotron" in name.parts[0] else QWEN3_8B)
+        write_files(recipe, NEMOTRON_3_NANO if "nemotron" in name.parts[0] else QWEN3_8B)
         return recipe
     config = {"moe.yaml": TINY_EXPERTS, "nemotron_h.yaml": TINY_HYBRID}.get(name.name, TINY)
     write_checkpoint(folder / "base", config)

@@ -4,8 +4,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from stand_ins import NANO, QWEN3_8B, ROOT, write_files
+from stand_ins import QWEN3_8B, ROOT, write_files
 
+from benchmarks.released_models import NEMOTRON_3_NANO
 from millrace.config.errors import ConfigError
 from millrace.config.loading import dump_recipe, load_recipe
 from millrace.config.model_shape import ModelShape
@@ -72,11 +73,11 @@ def test_everything_that_is_missing_is_listed_in_one_go(elsewhere: Path) -> None
 
 @pytest.mark.parametrize("name", [CASCADE, CLUSTER], ids=str)
 def test_with_all_files_present_nothing_is_missing(elsewhere: Path, name: Path) -> None:
-    assert check_recipe(with_files(name, NANO)) == []
+    assert check_recipe(with_files(name, NEMOTRON_3_NANO)) == []
 
 
 def test_the_model_has_the_parameters_of_its_report(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text(json.dumps(NANO))
+    (tmp_path / "config.json").write_text(json.dumps(NEMOTRON_3_NANO))
     shape = ModelShape.from_hf(tmp_path)
     assert round(shape.parameter_count() / 1e9, 1) == 31.6
     assert round(shape.active_parameter_count() / 1e9, 1) == 3.2
@@ -130,7 +131,7 @@ def test_the_recipe_for_qwen3_is_sound_when_its_files_are_there(elsewhere: Path)
 
 
 def test_a_domain_is_taken_out_by_null(elsewhere: Path) -> None:
-    recipe = with_files(CASCADE, NANO, "domains.code=null", "stages=[{type: evaluate, name: measure}]")
+    recipe = with_files(CASCADE, NEMOTRON_3_NANO, "domains.code=null", "stages=[{type: evaluate, name: measure}]")
     assert check_recipe(recipe) == [] and "code" not in recipe.domains
 
 

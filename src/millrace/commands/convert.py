@@ -37,6 +37,9 @@ def convert_to_megatron(
 
     Example: `millrace convert hf-to-megatron --hf demo/base --out demo/base-megatron`
     """
+    from millrace.converters.processes import start_server
+
+    start_server()  # imports torch while this process does
     from millrace.conversion import hf_to_megatron, options
 
     hf_to_megatron(hf, out, options(dtype, processes, shard_gib, overwrite))
@@ -57,6 +60,9 @@ def convert_to_hf(
 
     Example: `millrace convert megatron-to-hf --checkpoint runs/x/checkpoints/step-00000010 --out exported`
     """
+    from millrace.converters.processes import start_server
+
+    start_server()  # imports torch while this process does
     from millrace.conversion import megatron_to_hf, options
 
     megatron_to_hf(checkpoint, out, options(dtype, processes, shard_gib, overwrite))
