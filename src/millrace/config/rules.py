@@ -28,6 +28,7 @@ from millrace.config.schema import (
     FleetConfig,
     MopdStage,
     ParallelConfig,
+    PrecisionConfig,
     Recipe,
     RlStage,
     SamplingStage,
@@ -205,10 +206,28 @@ def _switches(recipe: Recipe, shape: ModelShape | None) -> Problems:
     if not trainer.grouped_gemm and shape is not None and not shape.num_experts:
         yield "trainer.grouped_gemm is about experts, but the model has none; leave it out"
     yield from _recomputation(trainer, shape, p)
+    yield from _parameter_gather(trainer, recipe.precision)
     if trainer.expandable_segments and recipe.fleet.transport == "ipc":
         yield (
             "trainer.expandable_segments and fleet.transport=ipc exclude each other, for such memory has no handle "
             "that another process could open; leave it out, or use nccl"
+        )
+
+
+def _parameter_gather(trainer: TrainerConfig, precision: PrecisionConfig) -> Problems:
+    if not trainer.overlap_parameter_gather:
+        return
+    needed = {
+        "distributed_optimizer": "which leaves parameters to gather",
+        "overlap_gradient_reduction": "which cuts them into buckets",
+    }
+    for key, reason in needed.items():
+        if not getattr(trainer, key):
+            yield f"trainer.overlap_parameter_gather needs trainer.{key}, {reason}; set trainer.{key}=true"
+    if precision.fp8 == "mxfp8" and precision.parameters:
+        yield (
+            "trainer.overlap_parameter_gather and precision.parameters exclude each other with mxfp8, for its weights "
+            "are gathered through the buffer of the gradients; leave one of them out"
         )
 
 

@@ -63,6 +63,7 @@ def optimizer_settings(
         params_dtype=dtype,
         bf16=dtype == torch.bfloat16,
         use_distributed_optimizer=trainer.distributed_optimizer,
+        overlap_param_gather=trainer.overlap_parameter_gather,
         **optimizer_options(precision),
     )
 

@@ -69,6 +69,8 @@ def test_layouts_of_experts_that_megatron_trains_are_accepted(recipe_file: Path,
         ("trainer.token_dispatcher=deepep", "with ep and etp of 1 no token leaves its rank"),
         ("trainer.expandable_segments=true", "trainer.expandable_segments needs CUDA"),
         ("trainer.offload_optimizer=true", "trainer.offload_optimizer needs CUDA"),
+        ("trainer.overlap_parameter_gather=true", "set trainer.distributed_optimizer=true"),
+        ("trainer.overlap_parameter_gather=true", "set trainer.overlap_gradient_reduction=true"),
         ("stages.warm.epochs=1", "exactly one of steps and epochs, but both are given"),
         ("stages.warm.steps=null", "exactly one of steps and epochs, but neither is given"),
         ("stages.climb.name=warm", "2 stages are named warm"),
@@ -226,6 +228,14 @@ def test_switches_of_gpus_are_accepted_where_they_are_read(recipe_file: Path) ->
     assert check(recipe_file, *on_gpus, *switches) == []
     (problem,) = check(recipe_file, *on_gpus, *switches, "fleet.transport=ipc")
     assert "trainer.expandable_segments and fleet.transport=ipc exclude each other" in problem
+
+
+def test_parameters_are_gathered_late_where_a_buffer_of_their_own_holds_them(recipe_file: Path) -> None:
+    switches = "{device: cuda, distributed_optimizer: true, overlap_gradient_reduction: true"
+    late = f"trainer={switches}, overlap_parameter_gather: true}}"
+    assert check(recipe_file, late) == []
+    (problem,) = check(recipe_file, late, "precision={fp8: mxfp8, parameters: true}", "model.dtype=bfloat16")
+    assert "exclude each other with mxfp8" in problem
 
 
 def test_engines_sleep_where_they_share_the_trainers_gpus_and_nothing_samples_meanwhile(recipe_file: Path) -> None:
