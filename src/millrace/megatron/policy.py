@@ -383,6 +383,8 @@ class Policy:
 
     @property
     def _multiple(self) -> int:
+        if self.trainer.overlap_tensor_parallel:  # every micro-batch fills the buffers of `user_buffers`
+            return self.trainer.max_tokens_per_micro_batch
         return token_multiple(self.precision) * (self.topology.tp if self._sequence_parallel else 1)
 
     @property
@@ -421,6 +423,10 @@ class Policy:
 
     def _run(self, micro_batches: Sequence[MicroBatch], on_last_stage: OnLastStage, *, training: bool) -> list[Any]:
         """Megatron-Core's pipeline schedule; what the last stage collects of each micro-batch (elsewhere nothing)."""
+        longest = max(m.input_ids.numel() for m in micro_batches)
+        assert not self.trainer.overlap_tensor_parallel or longest == self._multiple, (
+            "kernels would pass their buffers' end"
+        )
         self.module.train(training)
         model = self._trained if training else self.module
         schedule = get_forward_backward_func()
@@ -430,7 +436,7 @@ class Policy:
                 data_iterator=iter(micro_batches),
                 model=[model],
                 num_microbatches=len(micro_batches),
-                seq_length=max(m.input_ids.numel() for m in micro_batches),
+                seq_length=longest,
                 micro_batch_size=1,
                 forward_only=not training,
             )

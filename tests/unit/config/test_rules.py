@@ -238,6 +238,24 @@ def test_parameters_are_gathered_late_where_a_buffer_of_their_own_holds_them(rec
     assert "exclude each other with mxfp8" in problem
 
 
+def test_tensor_parallel_ranks_overlap_in_plain_layers_that_fill_their_buffers(recipe_file: Path) -> None:
+    on_gpus = ("parallel={tp: 2, dp: 2, sequence_parallel: true}", "model.dtype=bfloat16", "trainer.device=cuda")
+    switched = (*on_gpus, "trainer.overlap_tensor_parallel=true")
+    assert check(recipe_file, *switched) == []
+    for override, message in (
+        ("parallel.sequence_parallel=false", "needs a parallel.tp of at least 2 and parallel.sequence_parallel"),
+        ("trainer.max_tokens_per_micro_batch=513", "does not divide its 513 tokens; set it to 514"),
+        ("parallel.cp=2", "set parallel.cp=1"),
+        ("model.dtype=float32", "set that, or leave it out"),
+        ("model.lora.rank=4", "model.lora exclude each other"),
+        ("precision.fp8=tensorwise", "precision.fp8 exclude each other"),
+        ("model.path=moe", "but qwen3_moe has others"),
+        ("trainer.device=cpu", "trainer.overlap_tensor_parallel needs CUDA"),
+    ):
+        found = check(recipe_file, *switched, override)
+        assert any(message in problem for problem in found), (override, found)
+
+
 def test_engines_sleep_where_they_share_the_trainers_gpus_and_nothing_samples_meanwhile(recipe_file: Path) -> None:
     on_gpus = ("trainer.device=cuda", "fleet.transport=ipc", "fleet.sleep=discard")
     assert check(recipe_file, *on_gpus) == []
