@@ -250,7 +250,7 @@ def _tensor_overlap(recipe: Recipe, shape: ModelShape | None) -> Problems:
         yield f"{key} needs layers of Transformer Engine, which take model.dtype=bfloat16; set that, or leave it out"
     for other, asked in {"model.lora": recipe.model.lora, "precision.fp8": recipe.precision.fp8 != "none"}.items():
         if asked:
-            yield f"{key} is for bfloat16 weights that are all trained, so it and {other} exclude each other"
+            yield f"{key} and {other} exclude each other: it takes bfloat16 weights that are all trained; leave one out"
     plain = LayerShape(mixer="attention", ffn="dense", window=None)
     if shape is not None and (shape.latent_attention or shape.sandwich_norms or set(shape.layers) != {plain}):
         yield (
