@@ -1,4 +1,5 @@
-"""One of two ranks of the test of overlapped gradient reduction: `overlap_worker.py FOLDER`; writes FOLDER/found.pt.
+"""One of two ranks of the test of overlapped gradient reduction, and of the padding that overlapped tensor parallelism
+needs: `overlap_worker.py FOLDER`; writes FOLDER/found.pt.
 
 FOLDER holds the checkpoints qwen3/ and qwen3_moe/.
 """
@@ -7,10 +8,11 @@ from __future__ import annotations
 
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
-from layout_data import LENGTHS, example_batch, negative_log_likelihood
+from layout_data import LENGTHS, example_batch, example_tokens, negative_log_likelihood
 from torch import Tensor
 
 from millrace.config.model_shape import ModelShape
@@ -18,6 +20,7 @@ from millrace.config.schema import LoraConfig, ModelConfig, OptimizerConfig, Par
 from millrace.data.batch import TokenBatch
 from millrace.megatron.policy import Policy
 from millrace.megatron.topology import init_distributed
+from millrace.megatron.weights import bind, hf_tensors
 
 CASES = {
     "dense": ("qwen3", ParallelConfig(dp=2), False, None),
@@ -67,9 +70,39 @@ def trained(folder: Path, case: str, overlap: bool, deterministic: bool) -> Outc
     return [step["loss"] for step in steps], steps[0]["micro_batches"], weights
 
 
+Seen = tuple[list[int], Tensor, Tensor, dict[str, Tensor]]
+
+
+def seen_by(policy: Policy, trainer: TrainerConfig) -> Seen:
+    """Tokens of each micro-batch, log-probs, logits and gradients of a policy that cuts batches as `trainer` says."""
+    policy.trainer = trainer
+    micro_batches = policy.cut(example_batch())
+    policy.backward(micro_batches, negative_log_likelihood)
+    bound = bind(policy.module, policy.shape, policy.topology, of=lambda p: p.main_grad)
+    gradients = {name: gradient.clone() for name, gradient in hf_tensors(bound)}
+    logp = policy.logprobs(example_batch())[0]
+    return [m.input_ids.numel() for m in micro_batches], logp, policy.logits(example_tokens()), gradients
+
+
+def padded(folder: Path) -> list[Seen]:
+    """The same without and with every micro-batch padded to the capacity. User buffers themselves are Transformer
+    Engine's, so the model is built without them."""
+    os.environ["MASTER_PORT"] = str(int(os.environ["MASTER_PORT"]) + 1)
+    trainer = TrainerConfig(device="cpu", threads_per_rank=1, max_tokens_per_micro_batch=64, collective_timeout_s=60)
+    parallel, path = ParallelConfig(tp=2, sequence_parallel=True), folder / "qwen3"
+    topology = init_distributed(parallel, trainer, seed=1)
+    model = ModelConfig(path=str(path), dtype="float32")
+    policy = Policy(model, ModelShape.from_hf(path), parallel, trainer, topology, optimizer=OptimizerConfig(), seed=1)
+    policy.load_hf(str(path))
+    both = [seen_by(policy, replace(trainer, overlap_tensor_parallel=overlap)) for overlap in (False, True)]
+    topology.close()
+    return both
+
+
 def main(folder: Path) -> None:
     found = {case: [trained(folder, case, overlap, False) for overlap in (False, True)] for case in CASES}
     found["deterministic"] = [trained(folder, "experts", True, deterministic) for deterministic in (True, False)]
+    found["padded"] = padded(folder)
     if os.environ["RANK"] == "0":
         torch.save(found, folder / "found.pt")
 

@@ -140,6 +140,11 @@ def _trainer(recipe: Recipe, cluster: ClusterConfig) -> tuple[tuple[NodeRanks, .
             f"placement.trainer_nodes {nodes} gives each node {each} of the {world} ranks, but a node of "
             f"{cluster.name} takes {slots}; set it to {fewest} or more"
         ]
+    if recipe.trainer.overlap_tensor_parallel and each % recipe.parallel.tp:
+        return (), [
+            f"trainer.overlap_tensor_parallel needs the tensor-parallel ranks on one node, but {each} ranks of a node "
+            f"are no multiple of parallel.tp {recipe.parallel.tp}; change the layout, or leave it out"
+        ]
     return tuple(NodeRanks(node=node, first_rank=node * each, ranks=each) for node in range(nodes)), []
 
 

@@ -19,7 +19,7 @@ from millrace.config.checkpoint_files import checkpoint_problems
 from millrace.config.errors import ConfigError
 from millrace.config.graph import graph_problems
 from millrace.config.linears import ALL_LINEAR, linear_names
-from millrace.config.model_shape import ModelShape
+from millrace.config.model_shape import LayerShape, ModelShape
 from millrace.config.precision_rules import precision_problems
 from millrace.config.ranges import range_problems
 from millrace.config.schema import (
@@ -188,6 +188,7 @@ def _switches(recipe: Recipe, shape: ModelShape | None) -> Problems:
         **of_experts,
         "expandable_segments": trainer.expandable_segments,
         "offload_optimizer": trainer.offload_optimizer,
+        "overlap_tensor_parallel": trainer.overlap_tensor_parallel,
     }
     for key in (key for key, asked in of_experts.items() if asked):
         if shape is not None and not shape.num_experts:
@@ -203,10 +204,50 @@ def _switches(recipe: Recipe, shape: ModelShape | None) -> Problems:
     if not trainer.grouped_gemm and shape is not None and not shape.num_experts:
         yield "trainer.grouped_gemm is about experts, but the model has none; leave it out"
     yield from _recomputation(trainer, shape, p)
+    yield from _parameter_gather(trainer)
+    if trainer.overlap_tensor_parallel:
+        yield from _tensor_overlap(recipe, shape)
     if trainer.expandable_segments and recipe.fleet.transport == "ipc":
         yield (
             "trainer.expandable_segments and fleet.transport=ipc exclude each other, for such memory has no handle "
             "that another process could open; leave it out, or use nccl"
+        )
+
+
+def _parameter_gather(trainer: TrainerConfig) -> Problems:
+    if not trainer.overlap_parameter_gather:
+        return
+    needed = {
+        "distributed_optimizer": "which leaves parameters to gather",
+        "overlap_gradient_reduction": "which cuts them into buckets",
+    }
+    for key, reason in needed.items():
+        if not getattr(trainer, key):
+            yield f"trainer.overlap_parameter_gather needs trainer.{key}, {reason}; set trainer.{key}=true"
+
+
+def _tensor_overlap(recipe: Recipe, shape: ModelShape | None) -> Problems:
+    """What user buffers of Transformer Engine do not hold, or would not hold whole."""
+    key, p, tokens = "trainer.overlap_tensor_parallel", recipe.parallel, recipe.trainer.max_tokens_per_micro_batch
+    if p.tp < 2 or not p.sequence_parallel:
+        yield f"{key} needs a parallel.tp of at least 2 and parallel.sequence_parallel; set both, or leave it out"
+    if p.tp > 0 and tokens % p.tp:
+        yield (
+            f"{key} pads every micro-batch to trainer.max_tokens_per_micro_batch, but parallel.tp {p.tp} does not "
+            f"divide its {tokens} tokens; set it to {tokens + -tokens % p.tp}"
+        )
+    if p.cp > 1:
+        yield f"{key} pads whole micro-batches, but parallel.cp {p.cp} each of their sequences; set parallel.cp=1"
+    if recipe.model.dtype != "bfloat16":
+        yield f"{key} needs layers of Transformer Engine, which take model.dtype=bfloat16; set that, or leave it out"
+    for other, asked in {"model.lora": recipe.model.lora, "precision.fp8": recipe.precision.fp8 != "none"}.items():
+        if asked:
+            yield f"{key} and {other} exclude each other: it takes bfloat16 weights that are all trained; leave one out"
+    plain = LayerShape(mixer="attention", ffn="dense", window=None)
+    if shape is not None and (shape.latent_attention or shape.sandwich_norms or set(shape.layers) != {plain}):
+        yield (
+            f"{key} is for layers of plain attention and a dense feed-forward, whose norms Transformer Engine fuses "
+            f"into the products behind them, but {shape.family} has others; leave it out"
         )
 
 

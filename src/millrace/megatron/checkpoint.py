@@ -98,6 +98,7 @@ class Checkpointer:
         `state` (JSON) comes back from `load` as it is. `name` replaces `step-00000012`; `keep_always` exempts it from
         retention. Raises CheckpointError on every rank when it cannot be written; what was published before stays.
         """
+        policy.gather_parameters()
         with policy.optimizer_present():
             return self._save(policy, step, state, name or f"step-{step:08d}", keep_always)
 
@@ -142,6 +143,7 @@ class Checkpointer:
         facts, manifest = _on_rank_zero(lambda: self._inspect(folder, policy))
         self._verify(folder, manifest)
         _on_rank_zero(lambda: check_metadata(folder / SHARDS))
+        policy.gather_parameters()
         with policy.optimizer_present():
             _together(lambda: _take_weights(policy, folder / SHARDS, facts["optimizer_step"]))
         if policy.optimizer is not None:
@@ -161,6 +163,7 @@ class Checkpointer:
         _, manifest = _on_rank_zero(lambda: self._inspect(folder, policy))
         self._verify(folder, manifest)
         _on_rank_zero(lambda: check_metadata(folder / SHARDS))
+        policy.gather_parameters()
         _together(lambda: _load_module(policy, folder / SHARDS))
 
     def _prepare(self, policy: Policy, name: str, facts: dict[str, Any], needed: int) -> Path:

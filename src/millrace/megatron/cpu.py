@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from millrace.megatron.gaps import (
+    count_padding_of_buckets,
     define_router_gemm,
     project_latents_in_torch,
     replace,
@@ -62,6 +63,7 @@ def adapt() -> None:
     gather_unequal_parts()
     scan_state_spaces_in_torch()
     project_latents_in_torch()
+    count_padding_of_buckets()
     _adapted = True
 
 

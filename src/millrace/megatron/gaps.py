@@ -1,7 +1,8 @@
 """What Megatron-Core lacks where Transformer Engine, Apex or mamba-ssm are not installed, each with its reason.
 
 On CPU ranks all of it is needed, for those packages have CUDA kernels alone (`megatron.cpu`); on CUDA `fill_gaps` adds
-what is missing there and says which. A patch whose target is missing is an error, never skipped.
+what is missing there and says which. `count_padding_of_buckets` mends a fault that no package does. A patch whose
+target is missing is an error, never skipped.
 """
 
 from __future__ import annotations
@@ -10,12 +11,13 @@ import importlib
 import importlib.util
 import logging
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from millrace.megatron import state_space
 from millrace.megatron.adam import GroupAdam
@@ -24,7 +26,8 @@ log = logging.getLogger("millrace")
 
 
 def fill_gaps() -> None:
-    """Make Megatron-Core whole on CUDA with what is installed; nothing changes where its packages are all there."""
+    """Make Megatron-Core whole on CUDA with what is installed; where all of its packages are there, only the fault that
+    none mends is mended."""
     from megatron.core import optimizer
     from megatron.core.extensions import transformer_engine
 
@@ -34,6 +37,37 @@ def fill_gaps() -> None:
         define_router_gemm()
         project_latents_in_torch()
     scan_state_spaces_in_torch()
+    count_padding_of_buckets()
+
+
+def count_padding_of_buckets() -> None:
+    """Before it writes a distributed optimizer's state, Megatron-Core gathers it without the padding behind each bucket
+    of parameters, and then cuts it at places that count this padding: of several buckets, all behind the first padding
+    would be saved shifted. Here the gathered state has the padding. Later versions (pull request 5077) cut it right."""
+    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+
+    if "cumulative_padding_stripped" in DistributedOptimizer.sharded_param_state_fully_reshardable.__code__.co_varnames:
+        return
+    gather = DistributedOptimizer.get_parameter_state_dp_zero
+
+    def gather_with_padding(self: Any, *args: Any, **kwargs: Any) -> Any:
+        state = gather(self, *args, **kwargs)
+        for index, buffer in enumerate(self.buffers if state is not None else ()):
+            for tensors in state[index].values():
+                for key in [key for key, value in tensors.items() if isinstance(value, Tensor)]:
+                    tensors[key] = _with_padding(tensors[key], buffer.buckets)
+        return state
+
+    replace(DistributedOptimizer, "get_parameter_state_dp_zero", gather_with_padding)
+
+
+def _with_padding(state: Tensor, buckets: Sequence[Any]) -> Tensor:
+    """The state of a buffer's parameters, each in its place in the buffer."""
+    padding = [bucket.grad_data.numel() - bucket.numel_unpadded for bucket in buckets]
+    if not any(padding):
+        return state
+    parts = state.split([bucket.numel_unpadded for bucket in buckets])
+    return torch.cat([pad(part, (0, count)) for part, count in zip(parts, padding, strict=True)])
 
 
 def use_adam_with_step_in_group() -> None:

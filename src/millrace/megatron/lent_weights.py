@@ -35,6 +35,7 @@ def put(policy: Policy, host: HostWeights) -> None:
 
 def _tensors(policy: Policy) -> list[Tensor]:
     """What differs between sets of weights: all of them, or the adapters, which stand on one frozen base."""
+    policy.gather_parameters()
     if policy.config.lora is not None:
         return [factor.data for adapter in policy.adapters for factor in (adapter.A, adapter.B)]
     return [bound.tensor for bound in weights.bind(policy.module, policy.shape, policy.topology)]

@@ -17,6 +17,7 @@ from torch import Tensor
 from millrace.config.model_shape import ModelShape
 from millrace.config.rules import layout_problems
 from millrace.config.schema import OUTPUT_DISCARDING, ParallelConfig, PrecisionConfig, TrainerConfig
+from millrace.megatron import user_buffers
 from millrace.megatron.expert_groups import choose_groups_by_their_best_two
 from millrace.megatron.kernels import transformer_engine_is_there
 from millrace.megatron.local_layers import make_local, needs_local_layers
@@ -63,6 +64,7 @@ def build_model(
     check_context_parallelism(shape, parallel, device)
     check_dispatcher(trainer)
     check_recomputation(trainer)
+    user_buffers.prepare(shape, parallel, trainer, dtype, device)
     config = transformer_config(
         shape,
         parallel,

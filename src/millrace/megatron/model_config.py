@@ -67,6 +67,7 @@ def transformer_config(
         expert_model_parallel_size=parallel.ep,
         expert_tensor_parallel_size=parallel.etp,
         sequence_parallel=parallel.sequence_parallel and parallel.tp > 1,
+        tp_comm_overlap=trainer.overlap_tensor_parallel,
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=dtype == torch.bfloat16,

@@ -56,6 +56,7 @@ def optimizer_settings(config: OptimizerConfig, trainer: TrainerConfig, dtype: t
         params_dtype=dtype,
         bf16=dtype == torch.bfloat16,
         use_distributed_optimizer=trainer.distributed_optimizer,
+        overlap_param_gather=trainer.overlap_parameter_gather,
     )
 
 

@@ -45,6 +45,7 @@ from millrace.megatron.microbatch import MicroBatch, cut_batch
 from millrace.megatron.model import HiddenStateModel, build_model
 from millrace.megatron.offload import HostState
 from millrace.megatron.optimizer import build_optimizer, learning_rate, set_hyper_parameters
+from millrace.megatron.parameter_gather import ParameterGather
 from millrace.megatron.precision import PLAIN, token_multiple
 from millrace.megatron.topology import Topology
 
@@ -115,10 +116,14 @@ class Policy:
         self._host_state: HostState | None = None
         """Where the optimizer's state waits between updates, with `trainer.offload_optimizer`."""
         self._trained: DistributedDataParallel | None = None
+        self._gather: ParameterGather | None = None
+        """Of what an update leaves in parts, with `trainer.overlap_parameter_gather`."""
         if optimizer is None:
             self.module.requires_grad_(False)
         else:
             self._trained = _with_gradient_buffers(self.module, trainer)
+            if trainer.overlap_parameter_gather:
+                self._gather = ParameterGather(self._trained)
             self.reset_optimizer(optimizer, total_steps=0)
 
     def frozen_twin(self) -> Policy:
@@ -140,6 +145,7 @@ class Policy:
         Adapters start afresh, or from `model.lora.adapter`. `master_weights`: whether the optimizer's copies follow, as
         they must where training goes on from here.
         """
+        self.gather_parameters()
         self._load_base(path)
         if self.config.lora is not None:
             self._start_adapters(self.config.lora)
@@ -164,17 +170,25 @@ class Policy:
         else:
             lora.load(self.adapters, config, self.shape, self.topology, config.adapter)
 
+    def gather_parameters(self) -> None:
+        """Have all parameters whole on every rank: for whoever reads or writes those of `module` or `adapters`, rather
+        than ask this policy for what they give. Collective; `trainer.overlap_parameter_gather` leaves them in parts."""
+        if self._gather is not None:
+            self._gather.finish()
+
     def sharded_adapters(self) -> dict[str, Any] | None:
         """The adapters as Megatron-Core's checkpoints take them; None for a policy whose every weight is trained."""
         return None if self.config.lora is None else lora.sharded(self.module, self.topology)
 
     def adapter_tensors(self) -> Iterator[tuple[str, Tensor]]:
         """The adapters' factors that this rank owns, by PEFT's names. Collective: iterate to the end."""
+        self.gather_parameters()
         return weights.hf_tensors(lora.bind(self.adapters, self.topology))
 
     def hf_tensors(self, *, few_owners: bool = False) -> Iterator[tuple[str, Tensor]]:
         """The Hugging Face tensors this rank owns, adapters merged; see `weights.hf_tensors`. Collective: iterate to
         the end."""
+        self.gather_parameters()
         return weights.hf_tensors(weights.bind(self.module, self.shape, self.topology), few_owners=few_owners)
 
     def owned_bytes(self, *, few_owners: bool = False) -> int:
@@ -298,7 +312,7 @@ class Policy:
             else:
                 logp, entropies, streams["divergence"] = taught_logprobs(
                     hidden,
-                    self.module.head_weight,
+                    self._head_weight,
                     micro_batch,
                     divergence,
                     temperature=temperature,
@@ -331,7 +345,7 @@ class Policy:
         states = self._run(self.cut(batch, keep), on_last_stage, training=False)
         if not self.topology.last_stage:
             return TeacherStates(states, None)
-        head_weight = self.module.head_weight.detach()
+        head_weight = self._head_weight.detach()
         return TeacherStates(states, head_weight if self._trained is None else head_weight.clone())
 
     @torch.no_grad()
@@ -351,7 +365,7 @@ class Policy:
 
         def on_last_stage(micro_batch: MicroBatch, hidden: Tensor) -> tuple[Tensor, Any]:
             values = vocabulary_logits(
-                hidden, self.module.head_weight, self.shape.vocab_size, self.topology.tp_group, self._sequence_parallel
+                hidden, self._head_weight, self.shape.vocab_size, self.topology.tp_group, self._sequence_parallel
             )
             shown, places = micro_batch.computed_here(torch.arange(micro_batch.real, device=values.device))
             return values.new_zeros(()), (micro_batch.positions.to(values.device)[shown], values[places].float())
@@ -369,11 +383,21 @@ class Policy:
 
     @property
     def _multiple(self) -> int:
+        if self.trainer.overlap_tensor_parallel:  # every micro-batch fills the buffers of `user_buffers`
+            return self.trainer.max_tokens_per_micro_batch
         return token_multiple(self.precision, self.parallel) * (self.topology.tp if self._sequence_parallel else 1)
 
     @property
     def _context(self) -> ContextShare:
         return ContextShare(self.topology.cp, self.topology.cp_rank)
+
+    @property
+    def _head_weight(self) -> Tensor:
+        """Of the log-prob head, whose module the model never calls, so that nothing else would gather it."""
+        weight = self.module.head_weight
+        if self._gather is not None:
+            self._gather.finish_of([weight])
+        return weight
 
     @property
     def _head_settings(self) -> dict[str, Any]:
@@ -399,6 +423,10 @@ class Policy:
 
     def _run(self, micro_batches: Sequence[MicroBatch], on_last_stage: OnLastStage, *, training: bool) -> list[Any]:
         """Megatron-Core's pipeline schedule; what the last stage collects of each micro-batch (elsewhere nothing)."""
+        longest = max(m.input_ids.numel() for m in micro_batches)
+        assert not self.trainer.overlap_tensor_parallel or longest == self._multiple, (
+            "kernels would pass their buffers' end"
+        )
         self.module.train(training)
         model = self._trained if training else self.module
         schedule = get_forward_backward_func()
@@ -408,7 +436,7 @@ class Policy:
                 data_iterator=iter(micro_batches),
                 model=[model],
                 num_microbatches=len(micro_batches),
-                seq_length=max(m.input_ids.numel() for m in micro_batches),
+                seq_length=longest,
                 micro_batch_size=1,
                 forward_only=not training,
             )
@@ -423,7 +451,7 @@ class Policy:
         rows, places = micro_batch.computed_here(rows)
         logp, entropies = token_logprobs(
             hidden,
-            self.module.head_weight,
+            self._head_weight,
             micro_batch.tokens[rows + 1],
             rows=places,
             temperature=temperature,
@@ -483,6 +511,7 @@ def data_parallel_settings(trainer: TrainerConfig) -> DistributedDataParallelCon
     return DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
         overlap_grad_reduce=trainer.overlap_gradient_reduction,
+        overlap_param_gather=trainer.overlap_parameter_gather,
         use_distributed_optimizer=trainer.distributed_optimizer,
     )
 

@@ -27,6 +27,9 @@ BUCKETS_PER_RANK = 2
 BUCKETS_AT_ONCE = 4
 """So many are on their way to an engine together, where they are broadcast."""
 
+USER_BUFFERS = 12
+"""Of Transformer Engine: one for each of a layer's four linears and three passes, all layers in turn."""
+
 Items = dict[str, int]
 """Bytes by what they are."""
 
@@ -173,6 +176,9 @@ class MemoryModel:
         if not self.on_cpu:
             device["context"] = gib("gpu_context_gib")
             device["fragmentation"] = int(device["activations"] * MEMORY["fragmentation"].value)
+            if recipe.trainer.overlap_tensor_parallel:
+                tokens = recipe.trainer.max_tokens_per_micro_batch
+                device["user_buffers"] = USER_BUFFERS * tokens * self.shape.hidden_size * BYTES[recipe.model.dtype]
         stage = f", pipeline stage {pp_rank}" if p.pp > 1 else ""
         return Role(name=f"trainer{stage}", ranks=p.tp * p.cp * p.dp, device=device, host=host)
 

@@ -20,6 +20,7 @@ from millrace.config.schema import (
     Recipe,
     RlStage,
     SftStage,
+    TrainerConfig,
 )
 
 CLUSTERS = sorted(Path(__file__).parents[3].glob("slurm/clusters/*.yaml"))
@@ -54,6 +55,17 @@ def taken(placement: Placement) -> dict[tuple[int, int], str]:
             assert (server.node, gpu) not in places
             places[server.node, gpu] = f"{server.kind} {server.index}"
     return places
+
+
+def test_tensor_parallel_ranks_that_overlap_share_a_node() -> None:
+    overlapped = TrainerConfig(overlap_tensor_parallel=True)
+    layout = ParallelConfig(tp=4, dp=3, sequence_parallel=True)
+    whole = recipe(parallel=layout, trainer=overlapped, placement=PlacementConfig(trainer_nodes=3))
+    assert {ranks.ranks for ranks in place(whole, cluster(slots=8, nodes=8)).trainer} == {4}
+    cut = dataclasses.replace(whole, placement=PlacementConfig(trainer_nodes=2))
+    assert place(dataclasses.replace(cut, trainer=TrainerConfig()), cluster(slots=8, nodes=8)).nodes
+    with pytest.raises(ConfigError, match="6 ranks of a node are no multiple"):
+        place(cut, cluster(slots=8, nodes=8))
 
 
 def test_one_node_takes_ranks_and_engines_when_it_has_room() -> None:

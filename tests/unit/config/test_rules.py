@@ -69,6 +69,8 @@ def test_layouts_of_experts_that_megatron_trains_are_accepted(recipe_file: Path,
         ("trainer.token_dispatcher=deepep", "with ep and etp of 1 no token leaves its rank"),
         ("trainer.expandable_segments=true", "trainer.expandable_segments needs CUDA"),
         ("trainer.offload_optimizer=true", "trainer.offload_optimizer needs CUDA"),
+        ("trainer.overlap_parameter_gather=true", "set trainer.distributed_optimizer=true"),
+        ("trainer.overlap_parameter_gather=true", "set trainer.overlap_gradient_reduction=true"),
         ("stages.warm.epochs=1", "exactly one of steps and epochs, but both are given"),
         ("stages.warm.steps=null", "exactly one of steps and epochs, but neither is given"),
         ("stages.climb.name=warm", "2 stages are named warm"),
@@ -226,6 +228,32 @@ def test_switches_of_gpus_are_accepted_where_they_are_read(recipe_file: Path) ->
     assert check(recipe_file, *on_gpus, *switches) == []
     (problem,) = check(recipe_file, *on_gpus, *switches, "fleet.transport=ipc")
     assert "trainer.expandable_segments and fleet.transport=ipc exclude each other" in problem
+
+
+def test_parameters_are_gathered_late_where_the_optimizer_is_distributed(recipe_file: Path) -> None:
+    switches = "{device: cuda, distributed_optimizer: true, overlap_gradient_reduction: true"
+    late = f"trainer={switches}, overlap_parameter_gather: true}}"
+    assert check(recipe_file, late) == []
+    (problem,) = check(recipe_file, late, "trainer.distributed_optimizer=false")
+    assert "trainer.overlap_parameter_gather needs trainer.distributed_optimizer" in problem
+
+
+def test_tensor_parallel_ranks_overlap_in_plain_layers_that_fill_their_buffers(recipe_file: Path) -> None:
+    on_gpus = ("parallel={tp: 2, dp: 2, sequence_parallel: true}", "model.dtype=bfloat16", "trainer.device=cuda")
+    switched = (*on_gpus, "trainer.overlap_tensor_parallel=true")
+    assert check(recipe_file, *switched) == []
+    for override, message in (
+        ("parallel.sequence_parallel=false", "needs a parallel.tp of at least 2 and parallel.sequence_parallel"),
+        ("trainer.max_tokens_per_micro_batch=513", "does not divide its 513 tokens; set it to 514"),
+        ("parallel.cp=2", "set parallel.cp=1"),
+        ("model.dtype=float32", "set that, or leave it out"),
+        ("model.lora.rank=4", "model.lora exclude each other"),
+        ("precision.fp8=tensorwise", "precision.fp8 exclude each other"),
+        ("model.path=moe", "but qwen3_moe has others"),
+        ("trainer.device=cpu", "trainer.overlap_tensor_parallel needs CUDA"),
+    ):
+        found = check(recipe_file, *switched, override)
+        assert any(message in problem for problem in found), (override, found)
 
 
 def test_engines_sleep_where_they_share_the_trainers_gpus_and_nothing_samples_meanwhile(recipe_file: Path) -> None:

@@ -5,10 +5,11 @@ import torch
 from tiny_checkpoints import write_checkpoint
 
 from millrace.config.model_shape import ModelShape
-from millrace.config.schema import ParallelConfig, TrainerConfig
+from millrace.config.schema import OptimizerConfig, ParallelConfig, TrainerConfig
 from millrace.launch.local import trainer_environment
 from millrace.megatron.model import check_dispatcher, check_recomputation
 from millrace.megatron.model_config import transformer_config
+from millrace.megatron.optimizer import optimizer_settings
 from millrace.megatron.policy import data_parallel_settings
 from millrace.megatron.topology import LayoutError
 
@@ -74,6 +75,15 @@ def test_overlapped_gradient_reduction_is_a_field_of_data_parallelism(overlap: b
     settings = data_parallel_settings(TrainerConfig(overlap_gradient_reduction=overlap, distributed_optimizer=True))
     assert settings.overlap_grad_reduce is overlap and settings.use_distributed_optimizer
     assert settings.grad_reduce_in_fp32 and not settings.overlap_param_gather
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_data_parallelism_and_the_optimizer_agree_on_who_gathers_parameters(overlap: bool) -> None:
+    trainer = TrainerConfig(
+        distributed_optimizer=True, overlap_gradient_reduction=True, overlap_parameter_gather=overlap
+    )
+    assert data_parallel_settings(trainer).overlap_param_gather is overlap
+    assert optimizer_settings(OptimizerConfig(), trainer, torch.bfloat16).overlap_param_gather is overlap
 
 
 def test_what_a_rank_must_know_before_it_starts_stands_in_its_environment() -> None:

@@ -181,6 +181,14 @@ def test_an_optimizer_that_waits_on_the_host_leaves_the_gpu_what_activations_do_
     assert away.device["weights"] == here.device["weights"]
 
 
+def test_the_buffers_of_overlapped_tensor_parallelism_are_counted(recipe_file: Path) -> None:
+    base = ("trainer.device=cuda", "model.dtype=bfloat16", "parallel={tp: 2, sequence_parallel: true}")
+    plain = role(memory_of(recipe_of(recipe_file, *base), GPUS), "trainer")
+    overlapped = role(memory_of(recipe_of(recipe_file, *base, "trainer.overlap_tensor_parallel=true"), GPUS), "trainer")
+    tokens, hidden = 512, 64
+    assert overlapped.device_bytes - plain.device_bytes == overlapped.device["user_buffers"] == 12 * tokens * hidden * 2
+
+
 def test_some_layers_recomputed_save_some_of_what_all_do(recipe_file: Path) -> None:
     chosen = (
         "{recompute: none}",

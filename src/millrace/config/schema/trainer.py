@@ -86,6 +86,16 @@ class TrainerConfig:
     overlap_gradient_reduction: bool = False
     """Reduce each bucket of gradients over data-parallel ranks while the backward pass of the last micro-batch still
     computes the others, rather than all behind it."""
+    overlap_parameter_gather: bool = False
+    """Gather each bucket of parameters, which the distributed optimizer has updated in parts, while the next forward
+    pass computes the one before, rather than all at the end of the update; needs distributed_optimizer and
+    overlap_gradient_reduction. It saves time where updates follow each other, as in SFT: a weight sync or a checkpoint
+    waits for all of them."""
+    overlap_tensor_parallel: bool = False
+    """Exchange activations between tensor-parallel ranks while the products on either side compute, through buffers of
+    Transformer Engine, which have a fixed size: every micro-batch is padded to max_tokens_per_micro_batch, so that it
+    pays where micro-batches are nearly full. For dense models in bfloat16 whose tensor-parallel ranks share one node;
+    needs sequence_parallel."""
     token_dispatcher: Literal["alltoall", "deepep"] = "alltoall"
     """How tokens travel to the experts of other ranks: NCCL's all-to-all, or DeepEP's kernels, which send a token once
     to a node however many of its experts stand there; they need the package deep_ep and ep or etp above 1."""
