@@ -1,23 +1,26 @@
-"""Starts a script as N ranks on this machine and waits for them: RANK, WORLD_SIZE and MASTER_* in the environment.
+"""Runs a script as N ranks on this machine and waits for them: RANK, WORLD_SIZE and MASTER_* in the environment.
 
-A test that needs ranks launches one script for many checks, since starting ranks (importing torch and Megatron-Core)
-takes longer than what a tiny model does afterwards.
+A test that needs ranks launches one script for many checks: connecting their groups takes longer than what a tiny
+model does afterwards. What ranks import is imported once, by the process that all of them are forked of (`nursery`).
 """
 
 from __future__ import annotations
 
+import atexit
+import functools
+import json
 import os
 import random
 import socket
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
 TAIL = 4000
 """Characters of a failed rank's output that the test shows."""
+ALL_RANKS = {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
 
 
 class RanksFailed(AssertionError):
@@ -41,15 +44,11 @@ def launch(script: Path, world: int, args: Sequence[str] = (), timeout: float = 
     """
     with tempfile.TemporaryDirectory() as folder:
         logs = [Path(folder) / f"rank-{rank}.log" for rank in range(world)]
+        for log in logs:
+            log.touch()
         port = free_port()
-        ranks = [_start(script, rank, world, port, args, log) for rank, log in enumerate(logs)]
-        try:
-            problem = _wait(ranks, timeout)
-        finally:
-            for process in ranks:
-                if process.poll() is None:
-                    process.kill()
-                process.wait()
+        ranks = [{"environment": _environment(rank, world, port), "log": str(log)} for rank, log in enumerate(logs)]
+        problem = _ask({"script": str(script), "arguments": list(args), "ranks": ranks, "timeout": timeout})
         outputs = [log.read_text(errors="replace") for log in logs]
     if problem:
         tails = "\n".join(f"--- rank {rank}\n{text[-TAIL:]}" for rank, text in enumerate(outputs))
@@ -57,30 +56,35 @@ def launch(script: Path, world: int, args: Sequence[str] = (), timeout: float = 
     return outputs
 
 
-def _start(script: Path, rank: int, world: int, port: int, args: Sequence[str], log: Path) -> subprocess.Popen:
-    env = {
+def _environment(rank: int, world: int, port: int) -> dict[str, str]:
+    return {
         **os.environ,
+        **ALL_RANKS,
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
         "WORLD_SIZE": str(world),
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
-        "OMP_NUM_THREADS": "1",
-        "PYTHONWARNINGS": "ignore",
     }
-    with log.open("w") as out:
-        return subprocess.Popen([sys.executable, str(script), *args], env=env, stdout=out, stderr=subprocess.STDOUT)
 
 
-def _wait(ranks: Sequence[subprocess.Popen], timeout: float) -> str | None:
-    deadline = time.monotonic() + timeout
-    while True:
-        codes = [process.poll() for process in ranks]
-        failed = [rank for rank, code in enumerate(codes) if code]
-        if failed:
-            return f"rank {failed[0]} ended with exit code {codes[failed[0]]}"
-        if all(code == 0 for code in codes):
-            return None
-        if time.monotonic() > deadline:
-            return f"ranks {[r for r, c in enumerate(codes) if c is None]} did not end within {timeout:g} s"
-        time.sleep(0.05)
+def _ask(request: dict) -> str | None:
+    nursery = _nursery()
+    assert nursery.stdin and nursery.stdout
+    nursery.stdin.write(json.dumps(request) + "\n")
+    nursery.stdin.flush()
+    answer = nursery.stdout.readline()
+    if not answer:
+        raise RanksFailed("the process that ranks are forked of has ended")
+    return json.loads(answer)
+
+
+@functools.cache
+def _nursery() -> subprocess.Popen[str]:
+    """It ends with this process, at the end of its input."""
+    command = [sys.executable, str(Path(__file__).with_name("nursery.py"))]
+    environment = {**os.environ, **ALL_RANKS}
+    process = subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert process.stdin
+    atexit.register(process.stdin.close)
+    return process

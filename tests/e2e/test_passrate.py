@@ -7,9 +7,9 @@ import psutil
 import pytest
 from real_runs import RL, finish, output, run, start, wait_until, write_recipe, write_rows, write_world
 
-PROMPTS, SAMPLES, PORTION = 24, 8, 4
-SETTINGS = ("fleet.max_num_seqs=4", "evaluation.sampling.max_response_tokens=150")
-"""8 waves of 4 sequences are 4 prompts with 8 answers each, long enough for some to hold a comma and some not."""
+PROMPTS, SAMPLES, PORTION = 24, 8, 8
+SETTINGS = ("fleet.max_num_seqs=8", "evaluation.sampling.max_response_tokens=150")
+"""8 waves of 8 sequences are 8 prompts with 8 answers each, long enough for some to hold a comma and some not."""
 CURRICULUM = {"order": "easy_to_hard", "above": 0.25, "below": 0.6}
 CLIMB = {**RL, "steps": 1, "dynamic_sampling": False, "curriculum": CURRICULUM}
 
@@ -48,7 +48,7 @@ def test_every_training_prompt_gets_its_pass_rate_and_a_person_a_summary(whole):
         assert 1 <= row["mean_length"] <= 150
     assert len({row["pass_rate"] for row in rows}) > 2, "prompts of one pass rate prove nothing here"
     assert f"{PROMPTS} prompts, {PROMPTS * SAMPLES} answers of " in said and "never solved" in said
-    assert "if: 24/24 prompts, the last 4 solved to " in said
+    assert "if: 24/24 prompts, the last 8 solved to " in said
 
 
 @pytest.mark.slow

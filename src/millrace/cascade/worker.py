@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import gc
 import os
 import sys
 from contextlib import ExitStack
@@ -53,8 +54,12 @@ def _run(recipe: Recipe, run_dir: Path, until: str | None) -> int:
             services.callback(fleet.close)
         judges = start_judges(recipe, run_dir)
         services.callback(judges.close)
+        gc.disable()  # nothing of what is imported is garbage; to look for it takes a tenth of a rank's start
         from millrace.cascade.runner import run
 
+        gc.freeze()
+        services.callback(gc.unfreeze)  # nanobind calls what is frozen at the end of the process leaked
+        gc.enable()
         return EXIT_CODES[run(recipe, run_dir, fleet, judges, until=until)]
 
 

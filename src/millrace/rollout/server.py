@@ -66,7 +66,7 @@ def server_command(
 
     The token is not among them: a command line is visible to every user of the machine.
     """
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
+    command = [sys.executable, "-m", "millrace.rollout.quick_import", "vllm.entrypoints.openai.api_server"]
     command += ["--model", model_path, "--served-model-name", served_name, "--host", host, "--port", str(port)]
     command += ["--dtype", config.dtype, "--tensor-parallel-size", str(config.tensor_parallel)]
     if config.quantization == "fp8":
