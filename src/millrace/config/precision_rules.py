@@ -61,7 +61,7 @@ GENERATIONS: dict[Capability, str] = {
 PRODUCT_MULTIPLE: dict[Fp8Recipe, int] = {"none": 1, "delayed": 16, "tensorwise": 16, "blockwise": 16, "mxfp8": 32}
 """The sizes of a matrix that a recipe's products take are divisible by this."""
 GATHERED_BLOCK = 128
-"""Transformer Engine 2.7 to 2.12 gathers no others in FP8 by blocks."""
+"""Transformer Engine 2.8 to 2.13 gathers nothing else in FP8 by blocks, and later ones gather the rest unrounded."""
 
 EMULATION = "set precision.emulate=true with trainer.device=cpu to preview the recipe"
 

@@ -23,8 +23,8 @@ NOT_A_NUMBER = "float values are not JSON compliant"
 
 
 class EnginesLost(SyncError):
-    """Engines that took part in a sync died on the way, and with them all that others were given together with them; a
-    sync with those that are left or come back may work."""
+    """Engines died in a sync: all of them, or one whose part in a broadcast the others wait for. A sync with those that
+    are left or come back may work."""
 
 
 @dataclass
