@@ -227,7 +227,6 @@ class WeightSync:
                 lives = self._meet()
         except EnginesLost:
             return _Verdict()
-        self._met = None  # unless all goes well: a broadcast that broke off leaves its group useless
         with self._phase("send"):
             sent = self._gather(self._send(sampled))
         verdict = self._on_main(lambda fleet: self._conclude(fleet, version, sent, expected))
@@ -247,7 +246,8 @@ class WeightSync:
         if not isinstance(self._carrier, BroadcastCarrier):
             return None
         lives, workers = self._on_main(lambda fleet: self._receivers.lives_and_workers())
-        if lives == self._met:
+        met, self._met = self._met, None  # unless all goes well: what breaks off leaves the groups useless
+        if lives == met:
             return lives
         sends = self._policy.owned_bytes(few_owners=self._carrier.few_senders) > 0
         meeting = call_meeting(self._carrier.kind, self._rank, workers, [url for url, _ in lives]) if sends else None
