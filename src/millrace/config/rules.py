@@ -5,7 +5,6 @@ Each broken rule is one sentence that names the key and the way out. All rules a
 
 from __future__ import annotations
 
-import ipaddress
 import json
 import re
 from collections import Counter
@@ -13,26 +12,25 @@ from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 from millrace.config.checkpoint_files import checkpoint_problems
 from millrace.config.errors import ConfigError
 from millrace.config.graph import graph_problems
 from millrace.config.linears import ALL_LINEAR, linear_names
-from millrace.config.model_shape import LayerShape, ModelShape
+from millrace.config.model_shape import ModelShape
 from millrace.config.precision_rules import precision_problems
 from millrace.config.ranges import range_problems
 from millrace.config.schema import (
     BUILT_IN_TEMPLATES,
-    OUTPUT_DISCARDING,
     ParallelConfig,
     Recipe,
     RlStage,
     SamplingStage,
     SftStage,
-    TrainerConfig,
 )
+from millrace.config.server_rules import server_problems, verifier_problems
 from millrace.config.stage_rules import domain_problems, stage_problems
+from millrace.config.switch_rules import switch_problems
 from millrace.config.urls import holds_credentials
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
@@ -59,14 +57,11 @@ def check_recipe(recipe: Recipe, *, world_size: int | None = None) -> list[str]:
         problems += _layout_of_model(recipe, shape)
     problems += _lora(recipe, shape)
     problems += precision_problems(recipe, shape)
-    problems += _switches(recipe, shape)
+    problems += switch_problems(recipe, shape)
     problems += _lengths(recipe, shape)
-    problems += _fleet(recipe)
-    problems += _servers(recipe)
-    problems += _verifiers(recipe)
+    problems += server_problems(recipe)
     problems += _names(recipe)
     problems += graph_problems(recipe)
-    problems += _judges(recipe)
     problems += domain_problems(recipe)
     for stage in recipe.stages:
         problems += stage_problems(stage, recipe)
@@ -103,8 +98,8 @@ def layout_of_recipe(recipe: Recipe, shape: ModelShape) -> list[str]:
         *_layout_of_model(recipe, shape),
         *_lora(recipe, shape),
         *precision_problems(recipe, shape),
-        *_switches(recipe, shape),
-        *_verifiers(recipe),
+        *switch_problems(recipe, shape),
+        *verifier_problems(recipe),
     ]
 
 
@@ -180,114 +175,6 @@ def _lora(recipe: Recipe, shape: ModelShape | None) -> Problems:
                 yield f"model.lora.adapter: {file} does not exist; name the folder of a PEFT adapter"
 
 
-def _switches(recipe: Recipe, shape: ModelShape | None) -> Problems:
-    """Switches that nothing would read, or that the model and the devices have no kernels for."""
-    trainer, p = recipe.trainer, recipe.parallel
-    of_experts = {"token_dispatcher": trainer.token_dispatcher != "alltoall", "permute_fusion": trainer.permute_fusion}
-    of_gpus = {
-        **of_experts,
-        "expandable_segments": trainer.expandable_segments,
-        "offload_optimizer": trainer.offload_optimizer,
-        "overlap_tensor_parallel": trainer.overlap_tensor_parallel,
-    }
-    for key in (key for key, asked in of_experts.items() if asked):
-        if shape is not None and not shape.num_experts:
-            yield f"trainer.{key} is about experts, but the model has none; leave it out"
-    for key in (key for key, asked in of_gpus.items() if asked):
-        if trainer.device == "cpu":
-            yield f"trainer.{key} needs CUDA, but trainer.device is cpu; leave it out"
-    if of_experts["token_dispatcher"] and p.ep * p.etp == 1:
-        yield (
-            "trainer.token_dispatcher is deepep, but with ep and etp of 1 no token leaves its rank; set "
-            "trainer.token_dispatcher=alltoall or raise parallel.ep"
-        )
-    if not trainer.grouped_gemm and shape is not None and not shape.num_experts:
-        yield "trainer.grouped_gemm is about experts, but the model has none; leave it out"
-    yield from _recomputation(trainer, shape, p)
-    yield from _parameter_gather(trainer)
-    if trainer.overlap_tensor_parallel:
-        yield from _tensor_overlap(recipe, shape)
-    if trainer.expandable_segments and recipe.fleet.transport == "ipc":
-        yield (
-            "trainer.expandable_segments and fleet.transport=ipc exclude each other, for such memory has no handle "
-            "that another process could open; leave it out, or use nccl"
-        )
-
-
-def _parameter_gather(trainer: TrainerConfig) -> Problems:
-    if not trainer.overlap_parameter_gather:
-        return
-    needed = {
-        "distributed_optimizer": "which leaves parameters to gather",
-        "overlap_gradient_reduction": "which cuts them into buckets",
-    }
-    for key, reason in needed.items():
-        if not getattr(trainer, key):
-            yield f"trainer.overlap_parameter_gather needs trainer.{key}, {reason}; set trainer.{key}=true"
-
-
-def _tensor_overlap(recipe: Recipe, shape: ModelShape | None) -> Problems:
-    """What user buffers of Transformer Engine do not hold, or would not hold whole."""
-    key, p, tokens = "trainer.overlap_tensor_parallel", recipe.parallel, recipe.trainer.max_tokens_per_micro_batch
-    if p.tp < 2 or not p.sequence_parallel:
-        yield f"{key} needs a parallel.tp of at least 2 and parallel.sequence_parallel; set both, or leave it out"
-    if p.tp > 0 and tokens % p.tp:
-        yield (
-            f"{key} pads every micro-batch to trainer.max_tokens_per_micro_batch, but parallel.tp {p.tp} does not "
-            f"divide its {tokens} tokens; set it to {tokens + -tokens % p.tp}"
-        )
-    if p.cp > 1:
-        yield f"{key} pads whole micro-batches, but parallel.cp {p.cp} each of their sequences; set parallel.cp=1"
-    if recipe.model.dtype != "bfloat16":
-        yield f"{key} needs layers of Transformer Engine, which take model.dtype=bfloat16; set that, or leave it out"
-    for other, asked in {"model.lora": recipe.model.lora, "precision.fp8": recipe.precision.fp8 != "none"}.items():
-        if asked:
-            yield f"{key} and {other} exclude each other: it takes bfloat16 weights that are all trained; leave one out"
-    plain = LayerShape(mixer="attention", ffn="dense", window=None)
-    if shape is not None and (shape.latent_attention or shape.sandwich_norms or set(shape.layers) != {plain}):
-        yield (
-            f"{key} is for layers of plain attention and a dense feed-forward, whose norms Transformer Engine fuses "
-            f"into the products behind them, but {shape.family} has others; leave it out"
-        )
-
-
-def _recomputation(trainer: TrainerConfig, shape: ModelShape | None, p: ParallelConfig) -> Problems:
-    fresh = TrainerConfig()
-    readers = {"recompute_modules": "selective", "recompute_method": "full", "recompute_layers": "full"}
-    for key, reader in readers.items():
-        if getattr(trainer, key) != getattr(fresh, key) and trainer.recompute != reader:
-            yield (
-                f"trainer.{key} is read with trainer.recompute={reader} alone, but that is {trainer.recompute}; leave "
-                "it out"
-            )
-    if not trainer.recompute_modules:
-        yield "trainer.recompute_modules is empty; set trainer.recompute=none to compute nothing again"
-    if trainer.recompute_layers < 1:
-        yield f"trainer.recompute_layers is {trainer.recompute_layers}; it must be at least 1"
-    for module in trainer.recompute_modules:
-        if module in OUTPUT_DISCARDING and trainer.device == "cpu":
-            yield (
-                f"trainer.recompute_modules names {module}, which is computed again through Transformer Engine, but "
-                "trainer.device is cpu; leave it out"
-            )
-    if "moe_act" in trainer.recompute_modules and not trainer.grouped_gemm:
-        yield "trainer.recompute_modules names moe_act, which needs trainer.grouped_gemm; leave one of them out"
-    if shape is None:
-        return
-    most = -(-shape.num_layers // max(p.pp, 1))
-    if trainer.recompute_layers > most:
-        yield f"trainer.recompute_layers is {trainer.recompute_layers}, but a pipeline stage has at most {most} layers"
-    needs = {
-        "moe_act": ("experts", bool(shape.num_experts)),
-        "moe": ("experts", bool(shape.num_experts)),
-        "shared_experts": ("shared experts", bool(shape.shared_ffn_hidden_size)),
-        "mla_up_proj": ("latent attention", shape.latent_attention is not None),
-    }
-    for module in trainer.recompute_modules:
-        if module in needs and not needs[module][1]:
-            yield f"trainer.recompute_modules names {module}, but the model has no {needs[module][0]}; leave it out"
-
-
 def _must_divide(key: str, ranks: int, count: int, what: str) -> Problems:
     if ranks > 0 and count % ranks:
         fitting = [n for n in range(1, min(count, 1024) + 1) if count % n == 0]
@@ -323,10 +210,6 @@ def _lengths(recipe: Recipe, shape: ModelShape | None) -> Problems:
             )
 
 
-OWN_SERVER_ARGUMENTS = frozenset({"--host", "--port", "--middleware", "--worker-extension-cls", "--model"})
-"""Arguments of a vLLM server that must be what Millrace says: they keep it on its interface and behind its token."""
-
-
 def recipe_warnings(recipe: Recipe) -> list[str]:
     """What works and is likely not what was meant."""
     fp8 = recipe.samples and recipe.fleet.quantization == "fp8"
@@ -336,84 +219,6 @@ def recipe_warnings(recipe: Recipe) -> list[str]:
         for stage in recipe.stages
         if fp8 and isinstance(stage, RlStage) and stage.off_policy.kind == "none"
     ]
-
-
-def _fleet(recipe: Recipe) -> Problems:
-    fleet = recipe.fleet
-    if not recipe.samples:
-        return
-    if not fleet.engines and not fleet.addresses:
-        yield "fleet: the run samples answers, but there are no engines; set fleet.engines or fleet.addresses"
-    if fleet.engines and fleet.addresses:
-        yield "fleet: engines and addresses are both given; set fleet.engines=0 to use the servers that already run"
-    for address in fleet.addresses:
-        if urlsplit(address).scheme not in ("http", "https") or not urlsplit(address).hostname:
-            yield f"fleet.addresses: {address!r} is not a URL such as http://node7:8000"
-    if fleet.transport in ("nccl", "ipc") and recipe.trainer.device == "cpu":
-        yield f"fleet.transport is {fleet.transport}, which needs CUDA; use shared_memory, disk or gloo on CPU"
-    if fleet.transport == "gloo" and recipe.trainer.device == "cuda":
-        yield "fleet.transport is gloo, which is for trainer and engines on CPU; use nccl on GPUs"
-    if fleet.sleep != "never" and fleet.transport != "ipc":
-        yield (
-            f"fleet.sleep is {fleet.sleep}, but with transport {fleet.transport} engines do not share the "
-            "trainer's GPUs; leave it out, or use ipc"
-        )
-    for stage in recipe.stages if fleet.sleep != "never" else ():
-        if isinstance(stage, RlStage) and stage.one_step_off:
-            yield (
-                f"stages.{stage.name}.one_step_off samples while the trainer trains, but fleet.sleep "
-                f"{fleet.sleep} lets the engines sleep then; leave out the one or the other"
-            )
-    waited = max(fleet.start_timeout_s, fleet.request_timeout_s)
-    if recipe.parallel.world_size > 1 and recipe.trainer.collective_timeout_s < waited:
-        yield (
-            f"trainer.collective_timeout_s is {recipe.trainer.collective_timeout_s:g}, but at a weight sync the ranks "
-            f"wait for engines up to {waited:g} s (fleet.start_timeout_s, fleet.request_timeout_s); raise the one or "
-            "lower the others"
-        )
-    remote = [address for address in fleet.addresses if not _is_this_host(address)]
-    if fleet.transport in ("shared_memory", "ipc") and remote:
-        yield (
-            f"fleet.transport is {fleet.transport}, which works on one host only, but {remote[0]} is another; "
-            "use nccl or disk"
-        )
-
-
-def _verifiers(recipe: Recipe) -> Problems:
-    """Nodes that verify must find programs there."""
-    if recipe.placement.verifier_nodes > 0 and not recipe.runs_code:
-        yield (
-            f"placement.verifier_nodes is {recipe.placement.verifier_nodes}, but no domain has the environment code, "
-            "whose programs they test; leave it out"
-        )
-
-
-def _servers(recipe: Recipe) -> Problems:
-    """Every vLLM server that the run starts stays on one interface and behind its token, and keeps to its data type."""
-    servers = {"fleet": recipe.fleet} if recipe.samples else {}
-    own = {f"judges.{name}.engine": judge.engine for name, judge in recipe.judges.items() if judge.model is not None}
-    own |= recipe.teacher_engines
-    for key, server in (servers | own).items():
-        for taken in sorted(OWN_SERVER_ARGUMENTS & {argument.split("=")[0] for argument in server.extra_args}):
-            yield f"{key}.extra_args: {taken} is set by Millrace and guards the engines; leave it out"
-        if server.interface in ("0.0.0.0", "::", "", "*"):
-            yield (
-                f"{key}.interface is {server.interface!r}, which listens on every network of this machine; "
-                "name the one interface address that the trainer reaches"
-            )
-        if server.quantization == "fp8" and server.dtype != "bfloat16":
-            yield f"{key}.quantization is fp8, which keeps all else in bfloat16, but {key}.dtype is {server.dtype}"
-    for key, server in own.items():
-        if server.addresses:
-            yield f"{key}.addresses are not used, for this server is started by Millrace; leave them out"
-
-
-def _is_this_host(address: str) -> bool:
-    host = urlsplit(address).hostname or ""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 def _observe(recipe: Recipe) -> Problems:
@@ -441,12 +246,6 @@ def _names(recipe: Recipe) -> Problems:
         for name in dict.fromkeys(names):
             if not NAME.fullmatch(name):
                 yield f"{section}: the name {name!r} becomes part of file names; use letters, digits, - and _"
-
-
-def _judges(recipe: Recipe) -> Problems:
-    for name, judge in recipe.judges.items():
-        if judge.model is not None and not judge.engine.engines:
-            yield f"judges.{name}.engine.engines is 0, which starts no judge; set it to 1 or more, or name a url"
 
 
 def _files(recipe: Recipe) -> Problems:
