@@ -9,7 +9,7 @@ demo: venv
 	@bash recipes/laptop/demo.sh
 
 test: venv
-	@$(VENV)/bin/python -m pytest -n 2
+	@$(VENV)/bin/python -m pytest $(if $(JOBS),-n $(JOBS))
 
 lint: venv
 	@$(VENV)/bin/ruff check .

@@ -136,7 +136,8 @@ def by_the_end_of_slurmd(cluster, job, recipe):
         cluster.wait_for(job, {"PENDING"}, 120)
     finally:
         let_go(rank)
-    until(lambda: not processes_of(recipe), recipe, 60)  # also those of the node that Slurm does not reach
+    # Also those of the node that Slurm does not reach: it waits a minute for a sign of life of the other one.
+    until(lambda: not processes_of(recipe), recipe, 120)
     cluster.bring_back(node)
     cluster.start_now(job)
 
