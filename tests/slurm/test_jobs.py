@@ -136,7 +136,8 @@ def by_the_end_of_slurmd(cluster, job, recipe):
         cluster.wait_for(job, {"PENDING"}, 120)
     finally:
         let_go(rank)
-    # Also those of the node that Slurm does not reach: it waits a minute for a sign of life of the other one.
+    # Also those of the node that Slurm does not reach. In an all-reduce gloo does not always see that its peer died;
+    # the node then waits a minute for a sign of life.
     until(lambda: not processes_of(recipe), recipe, 120)
     cluster.bring_back(node)
     cluster.start_now(job)
