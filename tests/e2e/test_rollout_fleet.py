@@ -259,7 +259,7 @@ def test_every_trainer_rank_sends_what_it_owns(stands: Mapping[str, Stand]) -> N
     )
     join_trainer(0, 2, port)
     try:
-        config = dataclasses.replace(stand.fleet.config, bucket_bytes=64 << 10)
+        config = dataclasses.replace(stand.fleet.config, bucket_bytes=64 << 10, sleep="never")  # as the other rank's
         policy = ShareOfPolicy(stand.checkpoints[0], 0, 2)
         report = WeightSync(policy, stand.fleet, config, SimpleNamespace(rank=0, world=2)).push(11)
     finally:
