@@ -21,6 +21,8 @@ LIMITS = Limits(wall_s=20.0, cpu_s=5, memory_bytes=512 << 20)
 ADD = Program("print(sum(map(int, input().split())))")
 SUBTRACT = Program("a, b = map(int, input().split())\nprint(a - b)")
 SLOW_ADD = Program("import time\ntime.sleep(0.3)\n" + ADD.source)
+SLOWER_ADD = Program("import time\ntime.sleep(1.5)\n" + ADD.source)
+"""Still there when its processes have been looked for, on a machine with other work too."""
 CASES = [Case(f"{n} {n + 1}", str(2 * n + 1)) for n in range(5)]
 
 
@@ -108,7 +110,7 @@ def test_a_process_that_is_killed_costs_no_verdict(whom):
 
 def test_a_killed_program_has_failed_and_a_killed_keeper_is_a_fault():
     async def work(verifier):
-        task = asyncio.create_task(verifier.verify(SLOW_ADD, CASES[:1], LIMITS))
+        task = asyncio.create_task(verifier.verify(SLOWER_ADD, CASES[:1], LIMITS))
         launcher = (await until(zygotes))[0]
         keeper = (await until((await until(launcher.children))[0].children))[0]
         keeper.send_signal(signal.SIGKILL)
@@ -122,7 +124,7 @@ def test_a_killed_program_has_failed_and_a_killed_keeper_is_a_fault():
 
 def test_a_program_that_the_machine_kills_is_run_again_and_one_that_kills_itself_has_failed():
     async def work(verifier):
-        task = asyncio.create_task(verifier.verify(SLOW_ADD, CASES[:1], LIMITS))
+        task = asyncio.create_task(verifier.verify(SLOWER_ADD, CASES[:1], LIMITS))
         launcher = (await until(zygotes))[0]
         keeper = (await until((await until(launcher.children))[0].children))[0]
         (await until(keeper.children))[0].send_signal(signal.SIGKILL)
