@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 
-def put_in_place(path: Path, text: str) -> None:
+def replace_text(path: Path, text: str) -> None:
     """Write a file aside and rename it, so that nobody ever sees half of it."""
     aside = path.with_name(path.name + ".tmp")
     aside.write_text(text, encoding="utf-8")

@@ -18,7 +18,7 @@ from typing import Any
 from millrace.data.datasets import JsonlFile
 from millrace.data.errors import DataError
 from millrace.evaluation.pass_rate import pass_rate
-from millrace.files import put_in_place
+from millrace.files import replace_text
 
 BAR_WIDTH = 40
 
@@ -70,7 +70,7 @@ class PassRateFile:
             self._require_same(settings)
             self._read()
         else:
-            put_in_place(self._settings_path, json.dumps(settings, indent=2) + "\n")
+            replace_text(self._settings_path, json.dumps(settings, indent=2) + "\n")
 
     def append(self, rows: Iterable[PromptPassRate]) -> None:
         """Add rows; they are on disk when this returns."""

@@ -24,7 +24,7 @@ from millrace.config.model_shape import ModelShape
 from millrace.config.rules import layout_problems
 from millrace.config.schema import ParallelConfig, TrainerConfig
 from millrace.errors import MillraceError
-from millrace.files import put_in_place
+from millrace.files import replace_text
 from millrace.launch.local import STOPPED, RankFailed, free_port, run_ranks, trainer_environment
 from millrace.launch.run_dir import versions
 
@@ -228,7 +228,7 @@ def write_card(card: Path, hf: Path, checks: Sequence[Check], command: str) -> N
         "seconds": round(sum(check.seconds for check in checks), 1),
         "checks": [check.record() for check in checks],
     }
-    put_in_place(card, yaml.safe_dump(facts, sort_keys=False, allow_unicode=True, width=120))
+    replace_text(card, yaml.safe_dump(facts, sort_keys=False, allow_unicode=True, width=120))
 
 
 def vllm_is_there() -> bool:

@@ -16,7 +16,7 @@ from millrace.config.changes import Change, change_lines, explain_changes
 from millrace.config.errors import ConfigError
 from millrace.config.loading import dump_recipe, load_recipe
 from millrace.config.schema import Recipe
-from millrace.files import put_in_place
+from millrace.files import replace_text
 
 RECIPE, VERSIONS, LOCK = "recipe.yaml", "versions.json", "run.lock"
 
@@ -55,8 +55,8 @@ def explain(
 def record(recipe: Recipe, run_dir: Path) -> None:
     """Write the resolved recipe and the versions of what runs it into the folder."""
     run_dir.mkdir(parents=True, exist_ok=True)
-    put_in_place(run_dir / RECIPE, dump_recipe(recipe))
-    put_in_place(run_dir / VERSIONS, json.dumps(versions(), indent=2) + "\n")
+    replace_text(run_dir / RECIPE, dump_recipe(recipe))
+    replace_text(run_dir / VERSIONS, json.dumps(versions(), indent=2) + "\n")
 
 
 def recorded_recipe(run_dir: Path) -> Recipe | None:

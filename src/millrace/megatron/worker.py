@@ -21,7 +21,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeE
 
 from millrace.config.schema import ModelConfig, ParallelConfig, TrainerConfig
 from millrace.errors import MillraceError
-from millrace.files import put_in_place
+from millrace.files import replace_text
 from millrace.megatron.topology import Topology, init_distributed
 
 T = TypeVar("T")
@@ -163,7 +163,7 @@ def conclude(command: str, arguments: argparse.Namespace, verdict: Verdict, star
 def write_card(path: Path, facts: dict[str, Any]) -> None:
     """Write the record of a check."""
     try:
-        put_in_place(path, yaml.safe_dump(facts, sort_keys=False, allow_unicode=True))
+        replace_text(path, yaml.safe_dump(facts, sort_keys=False, allow_unicode=True))
     except OSError as error:
         raise MillraceError(f"the card {path} cannot be written: {error.strerror}") from error
 

@@ -18,7 +18,7 @@ from typing import Any, Protocol
 from millrace.config.loading import written
 from millrace.config.schema import MlflowConfig, Recipe, WandbConfig
 from millrace.errors import MillraceError
-from millrace.files import put_in_place
+from millrace.files import replace_text
 
 log = logging.getLogger("millrace")
 
@@ -164,7 +164,7 @@ def _run_id(run_dir: Path, tracker: str, place: str) -> str | None:
 
 def _remember(run_dir: Path, tracker: str, place: str, run_id: str) -> None:
     ids = {**_ids(run_dir), tracker: {"place": place, "id": run_id}}
-    put_in_place(run_dir / "trackers.json", json.dumps(ids, indent=2) + "\n")
+    replace_text(run_dir / "trackers.json", json.dumps(ids, indent=2) + "\n")
 
 
 def _ids(run_dir: Path) -> dict[str, dict[str, str]]:

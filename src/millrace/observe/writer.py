@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from millrace.files import put_in_place
+from millrace.files import replace_text
 from millrace.observe.lines import read_lines
 from millrace.observe.trackers import Tracker
 
@@ -31,7 +31,7 @@ class MetricsWriter:
         rows = read_metrics(self.path)
         if rows:
             kept = (row for row in rows if row["step"] < first_step)
-            put_in_place(self.path, "".join(json.dumps(row) + "\n" for row in kept))
+            replace_text(self.path, "".join(json.dumps(row) + "\n" for row in kept))
         return {row["step"]: row for row in rows if row["step"] >= first_step}
 
     def write(self, step: int, stage: str, values: Mapping[str, float]) -> None:
