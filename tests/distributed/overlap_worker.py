@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 from layout_data import LENGTHS, example_batch, example_tokens, negative_log_likelihood
+from running_policy import cpu_trainer
 from torch import Tensor
 
 from millrace.config.model_shape import ModelShape
@@ -45,11 +46,8 @@ def trained(folder: Path, case: str, overlap: bool, deterministic: bool) -> Outc
     """Losses, micro-batches of a step, and the weights after it."""
     family, parallel, distributed, lora = CASES[case]
     os.environ["MASTER_PORT"] = str(int(os.environ["MASTER_PORT"]) + 1)
-    trainer = TrainerConfig(
-        device="cpu",
-        threads_per_rank=1,
+    trainer = cpu_trainer(
         max_tokens_per_micro_batch=32,
-        collective_timeout_s=60,
         distributed_optimizer=distributed,
         overlap_gradient_reduction=overlap,
         deterministic=deterministic,
@@ -88,7 +86,7 @@ def padded(folder: Path) -> list[Seen]:
     """The same without and with every micro-batch padded to the capacity. User buffers themselves are Transformer
     Engine's, so the model is built without them."""
     os.environ["MASTER_PORT"] = str(int(os.environ["MASTER_PORT"]) + 1)
-    trainer = TrainerConfig(device="cpu", threads_per_rank=1, max_tokens_per_micro_batch=64, collective_timeout_s=60)
+    trainer = cpu_trainer(max_tokens_per_micro_batch=64)
     parallel, path = ParallelConfig(tp=2, sequence_parallel=True), folder / "qwen3"
     topology = init_distributed(parallel, trainer, seed=1)
     model = ModelConfig(path=str(path), dtype="float32")

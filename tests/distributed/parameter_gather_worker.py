@@ -14,10 +14,11 @@ from typing import Any
 
 import torch
 from layout_data import example_batch, negative_log_likelihood
+from running_policy import cpu_trainer
 from torch import Tensor
 
 from millrace.config.model_shape import ModelShape
-from millrace.config.schema import LoraConfig, ModelConfig, OptimizerConfig, ParallelConfig, TrainerConfig
+from millrace.config.schema import LoraConfig, ModelConfig, OptimizerConfig, ParallelConfig
 from millrace.megatron import policy as policy_module
 from millrace.megatron.checkpoint import Checkpointer
 from millrace.megatron.lent_weights import copy_to_host
@@ -39,11 +40,8 @@ def found_in(folder: Path, case: str) -> list[dict[str, Any]]:
     """What a policy gives without and with overlapped gathers."""
     family, parallel, of_model = CASES[case]
     os.environ["MASTER_PORT"] = str(int(os.environ["MASTER_PORT"]) + 1)
-    trainer = TrainerConfig(
-        device="cpu",
-        threads_per_rank=1,
+    trainer = cpu_trainer(
         max_tokens_per_micro_batch=64,
-        collective_timeout_s=60,
         distributed_optimizer=True,
         overlap_gradient_reduction=True,
     )
