@@ -4,7 +4,6 @@ torch's where not, and what each of these costs. A run says it in its first line
 
 from __future__ import annotations
 
-import importlib
 import importlib.util
 from collections.abc import Iterator
 from importlib import metadata
@@ -15,6 +14,7 @@ from megatron.core.tensor_parallel import layers as parallel_layers
 
 from millrace.apex import is_unrelated_apex
 from millrace.config.model_shape import ModelShape
+from millrace.megatron import BROKEN_ENGINE, ENGINE
 from millrace.megatron.gaps import scans_in_torch
 from millrace.megatron.local_layers import needs_local_layers
 
@@ -32,7 +32,7 @@ def uses_transformer_engine(shape: ModelShape, device: torch.device, dtype: torc
 def _why_plain(shape: ModelShape, dtype: torch.dtype) -> str | None:
     """Why layers on CUDA are plain torch modules."""
     if not transformer_engine_is_there():
-        return _absence("transformer_engine", "Transformer Engine")
+        return _absence_of_engine()
     if needs_local_layers(shape):
         return f"Transformer Engine has no layers like those of {shape.family}"
     if dtype == torch.float32:
@@ -40,15 +40,13 @@ def _why_plain(shape: ModelShape, dtype: torch.dtype) -> str | None:
     return None
 
 
-def _absence(module: str, name: str) -> str:
-    """Why a package is of no use: it is not there, or does not load."""
-    if importlib.util.find_spec(module) is None:
-        return f"{name} is not installed"
-    try:
-        importlib.import_module(module)
-    except ImportError as error:
-        return f"{name} is installed, but does not load ({str(error).splitlines()[0]})"
-    return f"{name} is installed, but lacks what Megatron-Core takes from it"
+def _absence_of_engine() -> str:
+    """Why Transformer Engine is of no use."""
+    if BROKEN_ENGINE is not None:
+        return f"Transformer Engine is installed, but does not load ({BROKEN_ENGINE})"
+    if importlib.util.find_spec(ENGINE) is None:
+        return "Transformer Engine is not installed"
+    return "Transformer Engine is installed, but lacks what Megatron-Core takes from it"
 
 
 def accumulates_gradients_in_products() -> bool:

@@ -21,6 +21,7 @@ from millrace.config import precision_rules
 from millrace.config.model_shape import ModelShape
 from millrace.config.schema import Fp8Recipe, ParallelConfig, PrecisionConfig
 from millrace.errors import MillraceError
+from millrace.megatron import BROKEN_ENGINE
 from millrace.megatron.local_layers import needs_local_layers
 
 PLAIN = PrecisionConfig()
@@ -146,6 +147,11 @@ def _require_engine(fp8: Fp8Recipe) -> None:
         raise PrecisionError(
             f"precision.fp8 is {fp8}, which needs Transformer Engine {oldest}, but {version} is installed; update it, "
             "or set precision.fp8=none"
+        )
+    if BROKEN_ENGINE is not None:
+        raise PrecisionError(
+            f"precision.fp8 is {fp8}, which Transformer Engine computes, but the installed {version} does not load "
+            f"({BROKEN_ENGINE}); install it anew for torch {torch.__version__}, or set precision.fp8=none"
         )
 
 

@@ -7,6 +7,9 @@ stand where Megatron-Core would have put its own, and the specifications are bui
 import dataclasses
 import functools
 import importlib
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -134,16 +137,43 @@ def test_a_run_on_cpus_has_one_kind_of_kernels_and_says_nothing(tmp_path: Path) 
     assert not list(kernels_in_use(shape_of(tmp_path, "qwen3"), CPU, torch.float32, fused_gradients=True))
 
 
-def test_an_engine_that_does_not_load_is_told_from_one_that_is_absent(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    package = tmp_path / "transformer_engine"
-    package.mkdir()
-    (package / "__init__.py").write_text('raise ImportError("libcudart.so.13: cannot open shared object file")\n')
-    monkeypatch.syspath_prepend(tmp_path)
-    importlib.invalidate_caches()
-    (layers, *_) = said(shape_of(tmp_path, "qwen3"))
-    assert "Transformer Engine is installed, but does not load (libcudart.so.13: cannot open" in layers
+RUN_WITH_BROKEN_ENGINE = """
+import sys
+from pathlib import Path
+import torch
+from millrace.config.model_shape import ModelShape
+from millrace.megatron import kernels, precision
+
+shape = ModelShape.from_hf(Path(sys.argv[1]))
+print(*kernels.kernels_in_use(shape, torch.device("cuda"), torch.bfloat16, fused_gradients=True), sep="\\n")
+try:
+    precision.require_recipe("blockwise")
+except precision.PrecisionError as error:
+    print(error)
+"""
+
+
+def test_an_engine_that_does_not_load_is_told_from_one_that_is_absent(tmp_path: Path) -> None:
+    """Its outer package imports, as where only its extension for torch is missing."""
+    write_checkpoint("qwen3", tmp_path / "qwen3")
+    inner = tmp_path / "site" / "transformer_engine" / "pytorch"
+    inner.mkdir(parents=True)
+    (inner.parent / "__init__.py").touch()
+    (inner / "__init__.py").write_text('raise FileNotFoundError("no shared object file of the torch extension")\n')
+    facts = tmp_path / "site" / "transformer_engine-2.9.dist-info" / "METADATA"
+    facts.parent.mkdir()
+    facts.write_text("Metadata-Version: 2.1\nName: transformer-engine\nVersion: 2.9\n")
+    done = subprocess.run(
+        [sys.executable, "-c", RUN_WITH_BROKEN_ENGINE, str(tmp_path / "qwen3")],
+        env={**os.environ, "PYTHONPATH": str(tmp_path / "site")},
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=120,
+    )
+    layers, *_, refused = done.stdout.splitlines()
+    assert "Transformer Engine is installed, but does not load (no shared object file of the torch ext" in layers
+    assert "the installed 2.9 does not load (no shared object file" in refused and "precision.fp8=none" in refused
 
 
 @pytest.mark.parametrize(
