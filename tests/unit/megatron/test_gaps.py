@@ -3,6 +3,8 @@
 import subprocess
 import sys
 
+from without_engine import without_engine
+
 PROGRAM = """
 import torch
 here = torch.cuda.current_device
@@ -19,6 +21,7 @@ print(torch.cuda.current_device is here)
 """
 
 
+@without_engine
 def test_gaps_are_filled_and_cuda_itself_is_left_alone() -> None:
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", PROGRAM], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines() == [

@@ -1,7 +1,8 @@
 """Which modules and kernels a run on CUDA is built from.
 
-Transformer Engine loads nowhere without a GPU. What is observed here is the choice alone: classes of its names, empty,
-stand where Megatron-Core would have put its own, and the specifications are built and read, but no module is.
+Transformer Engine loads only beside torch's CUDA build. What is observed here is the choice alone: classes of its
+names, empty, stand where Megatron-Core would have put its own, and the specifications are built and read, but no module
+is. `tests/gpu/test_engine_modules.py` builds the modules where it does load.
 """
 
 import dataclasses
@@ -22,6 +23,7 @@ from megatron.core.models.gpt import gpt_layer_specs
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 from tiny_checkpoints import FAMILIES, write_checkpoint
+from without_engine import without_engine
 
 from millrace.config.model_shape import ModelShape
 from millrace.config.schema import ParallelConfig, TrainerConfig
@@ -100,6 +102,7 @@ def test_every_family_is_built_from_transformer_engine_on_cuda(family: str, tmp_
         assert {"MambaMixer", "MambaBlockLayer"} <= found
 
 
+@without_engine
 @pytest.mark.parametrize("family", FAMILIES)
 def test_without_it_every_family_is_built_from_megatrons_own_layers(family: str, tmp_path: Path) -> None:
     found = modules(shape_of(tmp_path, family), CUDA)
@@ -126,6 +129,7 @@ def said(shape: ModelShape, dtype: torch.dtype = torch.bfloat16, *, fused_gradie
     return list(kernels_in_use(shape, CUDA, dtype, fused_gradients=fused_gradients))
 
 
+@without_engine
 def test_a_run_on_cuda_says_what_it_does_without(tmp_path: Path) -> None:
     layers, scan, adam, gradients = said(shape_of(tmp_path, "nemotron_h"))
     assert layers.endswith("slower and without FP8: Transformer Engine is not installed")

@@ -13,6 +13,7 @@ from megatron.core.enums import Fp8Recipe
 from megatron.core.transformer.transformer_config import TransformerConfig
 from packaging.version import Version
 from tiny_checkpoints import write_checkpoint
+from without_engine import without_engine
 
 from millrace.config.model_shape import ModelShape
 from millrace.config.schema import ParallelConfig, PrecisionConfig, TrainerConfig
@@ -166,6 +167,7 @@ def test_micro_batches_are_filled_up_to_what_fp8_products_take() -> None:
     assert [token_multiple(precision, cut) for precision in recipes] == [16, 16, 128, 32]
 
 
+@without_engine
 def test_fp8_on_cuda_without_transformer_engine_says_how_to_get_it(dense: ModelShape) -> None:
     with pytest.raises(PrecisionError, match=r"not installed: pip install\s+'transformer-engine\[pytorch\]>=2.3'"):
         transformer_config(
