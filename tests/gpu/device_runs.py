@@ -28,6 +28,7 @@ DEVICES = [
 """Every test runs on both: on the CPU with a few small models, so that none of its lines meets a GPU unproven."""
 
 Found = dict[str, Any]
+MEASURE = Path(__file__).with_name("measure.py")
 
 
 def alone() -> dict[str, str]:
@@ -38,13 +39,15 @@ def alone() -> dict[str, str]:
     return {**os.environ, **rank, **port, **exact, "PYTHONWARNINGS": "ignore"}
 
 
-def measured(folder: Path, device: str, jobs: dict[str, dict[str, Any]], timeout: float = 300) -> dict[str, Found]:
+def measured(
+    folder: Path, device: str, jobs: dict[str, dict[str, Any]], timeout: float = 300, program: Path = MEASURE
+) -> dict[str, Found]:
     """What each job found, by its name."""
     folder.mkdir(parents=True, exist_ok=True)
     files = {name: folder / f"{number}.pt" for number, name in enumerate(jobs)}
     listed = [{**job, "device": device, "out": str(files[name])} for name, job in jobs.items()]
     (folder / "jobs.json").write_text(json.dumps(listed))
-    command = [sys.executable, str(Path(__file__).with_name("measure.py")), str(folder / "jobs.json")]
+    command = [sys.executable, str(program), str(folder / "jobs.json")]
     done = subprocess.run(command, env=alone(), capture_output=True, text=True, timeout=timeout)
     assert done.returncode == 0, done.stderr[-4000:]
     return {name: torch.load(file, weights_only=False) for name, file in files.items()}

@@ -119,7 +119,7 @@ def keep_device_moves_on_cpu() -> None:
     replace(torch.nn.Module, "cuda", lambda self, *args, **kwargs: self)
 
 
-class _TorchOnCpu(ModuleType):
+class TorchOnCpu(ModuleType):
     """The module torch, seen by one Megatron-Core module: its tensor factories take "cuda" for the CPU."""
 
     def __init__(self) -> None:
@@ -144,7 +144,7 @@ def _on_cpu(factory: Callable[..., Tensor]) -> Callable[..., Tensor]:
 def map_literal_devices() -> None:
     """A few Megatron-Core modules write `device="cuda"`; only these see tensor factories that map it, torch itself is
     left as it is."""
-    view = _TorchOnCpu()
+    view = TorchOnCpu()
     for name in _MODULES_NAMING_CUDA:
         replace(importlib.import_module(name), "torch", view)
 

@@ -205,15 +205,20 @@ def without_absent_extra_states(state: dict[str, Any], folder: Path) -> dict[str
     if not wanted:
         return state
     present = read_metadata(folder).state_dict_metadata
-    absent = {key for key in wanted if key.endswith("_extra_state") and state["model"][key].unique_key not in present}
+    absent = {key for key in wanted if is_extra_state(key) and state["model"][key].unique_key not in present}
     return {**state, "model": {key: item for key, item in state["model"].items() if key not in absent}}
+
+
+def is_extra_state(key: str) -> bool:
+    """Whether a module's key is its extra state; grouped experts have one each: `_extra_state`, `_extra_state1`, ..."""
+    return key.rpartition(".")[2].startswith("_extra_state")
 
 
 def load_module(module: MegatronModule, values: dict[str, Any], *, part: bool = False) -> None:
     """Put loaded tensors into the module. Raises CheckpointError when a parameter or buffer got none; `part`: when the
     module has no such parameter."""
     missing, unexpected = module.load_state_dict(values, strict=False)
-    wrong = [key for key in ([] if part else missing) + unexpected if not key.endswith("_extra_state")]
+    wrong = [key for key in ([] if part else missing) + unexpected if not is_extra_state(key)]
     if wrong:
         raise CheckpointError(f"the checkpoint does not fit this model: {wrong[0]} is only in one of them")
 

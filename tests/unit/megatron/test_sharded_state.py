@@ -21,6 +21,7 @@ def test_extra_states_that_a_checkpoint_does_not_hold_are_not_asked_of_it(tmp_pa
         "a.weight": ShardedTensor.from_rank_offsets("a.weight", torch.ones(2)),
         "a._extra_state": extra_state("a"),
         "b._extra_state": extra_state("b"),
+        "b._extra_state1": extra_state("b.of the second expert"),
         "counter": ShardedObject("counter", 1, (1,), (0,)),
     }
     stored = {"a.weight": torch.ones(2), model["a._extra_state"].unique_key: io.BytesIO(b"scales")}

@@ -77,9 +77,9 @@ def host(tmp_path_factory):
     assert mode == ((folder / "writable").stat().st_mode, (folder / "writable").stat().st_mtime)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def box(each_tier, host):
-    """A box, which leaves no process behind when it is closed."""
+    """A box, which leaves no process behind when it is closed. What other tests start later is none of its own."""
     with no_process_left():
         box = open_tier(each_tier)
         yield box

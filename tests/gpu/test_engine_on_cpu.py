@@ -1,0 +1,122 @@
+"""Policies whose layers are Transformer Engine's modules compute and learn what those of plain layers do.
+
+Here it runs on CPU ranks, its kernels exchanged for torch's arithmetic (`engine_on_cpu`): what is shown is that every
+module is handed the right tensors and arguments at every layout, wherever the package imports. `test_models` shows
+what its kernels compute, on a GPU.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from device_runs import Found, alone, farthest, mean_distance, measured
+from tiny_checkpoints import write_checkpoint
+
+from millrace.megatron.kernels import transformer_engine_is_there
+
+pytestmark = pytest.mark.skipif(
+    not transformer_engine_is_there(), reason="Transformer Engine, of whose modules these models are, does not load"
+)
+
+PROGRAM = Path(__file__).with_name("engine_on_cpu.py")
+MODELS: dict[str, dict[str, Any]] = {
+    "llama": {"family": "llama"},
+    "qwen2": {"family": "qwen2"},
+    "qwen3": {"family": "qwen3", "tied": True},
+    "mixtral": {"family": "mixtral"},
+    "qwen3_moe": {"family": "qwen3_moe"},
+    "deepseek_v3": {"family": "deepseek_v3"},
+    "nemotron_h": {"family": "nemotron_h", "hybrid_override_pattern": "ME*-ME"},
+}
+LAYOUTS: dict[str, tuple[int, list[str]]] = {
+    "qwen3 tp2 pp2": (4, ["--tp", "2", "--pp", "2"]),
+    "qwen3_moe tp2 ep2": (2, ["--tp", "2", "--ep", "2"]),
+    "qwen3_moe ep2 pp2": (4, ["--ep", "2", "--pp", "2", "--dp", "2"]),
+    "deepseek_v3 tp2 ep2": (2, ["--tp", "2", "--ep", "2"]),
+    "nemotron_h tp2 ep2": (2, ["--tp", "2", "--ep", "2"]),
+    "qwen2 dp2": (2, ["--dp", "2"]),
+}
+
+
+@pytest.fixture(scope="module")
+def paths(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    root = tmp_path_factory.mktemp("checkpoints")
+    return {name: str(write_checkpoint(path=root / name, **options)) for name, options in MODELS.items()}
+
+
+@pytest.fixture(scope="module")
+def found(paths: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Found]:
+    """What policies of either kind of layers compute, and one of experts whose checkpoint the other takes over."""
+    root = tmp_path_factory.mktemp("found")
+    once = {"kind": "trained", "model": paths["qwen3_moe"], "dtype": "bfloat16", "distributed": True, "steps": 2}
+    saved = {kind: str(root / f"saved by {kind}") for kind in ("engine", "plain")}
+
+    def jobs(kind: str, other: str) -> dict[str, dict[str, Any]]:
+        listed = {
+            f"{kind} {name} {dtype}": {"kind": "computed", "model": path, "dtype": dtype}
+            for name, path in paths.items()
+            for dtype in ("float32", "bfloat16")
+        }
+        listed[f"{kind} whole"] = {**once, "steps": 4}
+        listed[f"{kind} first half"] = {**once, "save": saved[kind]}
+        if Path(saved[other]).exists():
+            listed[f"{kind} second half"] = {**once, "load": saved[other]}
+        return listed
+
+    result = measured(root / "plain", "cpu", jobs("plain", "engine"))
+    result |= measured(root / "engine", "cpu", jobs("engine", "plain"), program=PROGRAM)
+    return result
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_float32_is_that_of_plain_layers(model: str, found: dict[str, Found], record_property: Any) -> None:
+    engine, plain = (found[f"{kind} {model} float32"] for kind in ("engine", "plain"))
+    assert (engine["layers"], plain["layers"]) == ("transformer_engine", "local")
+    worst = float((engine["logits"] - plain["logits"]).abs().max())
+    gradients = farthest(engine["gradients"], plain["gradients"])
+    record_property("logits", worst)
+    record_property("gradients", gradients)
+    assert worst <= 5e-5
+    assert gradients <= 1e-5
+    assert engine["losses"] == pytest.approx(plain["losses"], rel=1e-5)
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_bfloat16_is_no_farther_from_float32_than_that_of_plain_layers(model: str, found: dict[str, Found]) -> None:
+    exact = found[f"plain {model} float32"]["logp"]
+    engine, plain = (mean_distance(found[f"{k} {model} bfloat16"]["logp"], exact) for k in ("engine", "plain"))
+    assert 1e-4 < engine < 2 * plain
+
+
+def test_a_run_goes_on_from_the_checkpoint_of_plain_layers(found: dict[str, Found]) -> None:
+    second, whole = found["engine second half"], found["engine whole"]
+    assert second["step"] == 4
+    assert second["losses"] == pytest.approx(whole["losses"][2:], rel=0.05)
+    assert torch.isfinite(second["logits"]).all()
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layouts_compute_what_one_rank_of_plain_layers_does(layout: str, paths: dict[str, str], tmp_path: Path) -> None:
+    """Logits and every gradient."""
+    count, options = LAYOUTS[layout]
+    command = [sys.executable, str(PROGRAM), "layout", "--hf", paths[layout.split()[0]], *options, "--device", "cpu"]
+    everywhere = {**alone(), "WORLD_SIZE": str(count), "OMP_NUM_THREADS": "1"}
+    logs = [tmp_path / f"rank-{rank}.log" for rank in range(count)]
+    ranks = []
+    for rank, log in enumerate(logs):
+        with log.open("w") as file:
+            own = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+            ranks.append(subprocess.Popen(command, env=everywhere | own, stdout=file, stderr=subprocess.STDOUT))
+    try:
+        codes = [rank.wait(timeout=120) for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
+    said = [log.read_text()[-4000:] for log in logs]
+    assert codes == [0] * count, "\n".join(said)
+    assert any("gradients of" in text for text in said)
