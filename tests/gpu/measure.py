@@ -18,7 +18,14 @@ import torch
 from torch import Tensor
 
 from millrace.config.model_shape import ModelShape
-from millrace.config.schema import ModelConfig, OptimizerConfig, ParallelConfig, PrecisionConfig, TrainerConfig
+from millrace.config.schema import (
+    LoraConfig,
+    ModelConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    PrecisionConfig,
+    TrainerConfig,
+)
 from millrace.megatron.checkpoint import Checkpointer
 from millrace.megatron.policy import Policy
 from millrace.megatron.topology import init_distributed
@@ -46,8 +53,10 @@ def policy_of(
     load: bool = True,
     trains: bool = True,
     offload: bool = False,
+    lora: dict[str, Any] | None = None,
+    switches: dict[str, Any] | None = None,
 ) -> Iterator[Policy]:
-    """A policy in process groups of its own."""
+    """A policy in process groups of its own; `switches` are further keys of its trainer."""
     os.environ["MASTER_PORT"] = str(int(os.environ["MASTER_PORT"]) + 1)
     parallel = ParallelConfig()
     trainer = TrainerConfig(
@@ -56,10 +65,11 @@ def policy_of(
         distributed_optimizer=distributed,
         offload_optimizer=offload,
         threads_per_rank=1,
+        **switches or {},
     )
     topology = init_distributed(parallel, trainer, SEED)
     policy = Policy(
-        ModelConfig(path=model, dtype=dtype),
+        ModelConfig(path=model, dtype=dtype, lora=None if lora is None else LoraConfig(**lora)),
         ModelShape.from_hf(model),
         parallel,
         trainer,
@@ -148,11 +158,11 @@ def trained(
     load: str | None = None,
     save: str | None = None,
     forget: bool = False,
-    offload: bool = False,
+    **settings: Any,
 ) -> dict[str, Any]:
     """Go on from the checkpoint `load` for some steps, with `forget` without its moments, and leave another in
     `save`."""
-    with policy_of(device, model, dtype, distributed=distributed, load=load is None, offload=offload) as policy:
+    with policy_of(device, model, dtype, distributed=distributed, load=load is None, **settings) as policy:
         if load is not None:
             Checkpointer(load, keep=1).load(policy)
         if forget:

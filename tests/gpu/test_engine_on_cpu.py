@@ -41,6 +41,22 @@ LAYOUTS: dict[str, tuple[int, list[str]]] = {
     "nemotron_h tp2 ep2": (2, ["--tp", "2", "--ep", "2"]),
     "qwen2 dp2": (2, ["--dp", "2"]),
 }
+SWITCHES: dict[str, tuple[str, dict[str, Any]]] = {
+    "adapters": ("qwen3", {"lora": {"rank": 4}}),
+    "adapters of experts": ("qwen3_moe", {"lora": {"rank": 4}}),
+    "adapters of Mamba layers": ("nemotron_h", {"lora": {"rank": 4}}),
+    "adapters of latents": ("deepseek_v3", {"lora": {"rank": 4}}),
+    "all computed again": ("qwen3_moe", {"switches": {"recompute": "full"}}),
+    "norms computed again": (
+        "qwen3_moe",
+        {"switches": {"recompute": "selective", "recompute_modules": ("layernorm", "moe_act")}},
+    ),
+    "overlaps": (
+        "qwen3_moe",
+        {"distributed": True, "switches": {"overlap_gradient_reduction": True, "overlap_parameter_gather": True}},
+    ),
+    "experts one by one": ("qwen3_moe", {"switches": {"grouped_gemm": False}}),
+}
 
 
 @pytest.fixture(scope="module")
@@ -64,6 +80,11 @@ def found(paths: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> di
         }
         listed[f"{kind} whole"] = {**once, "steps": 4}
         listed[f"{kind} first half"] = {**once, "save": saved[kind]}
+        for name, (model, options) in SWITCHES.items():
+            # Plain layers show what it comes to without them, adapters apart.
+            options = options if kind == "engine" or "lora" in options else {}
+            job = {"kind": "trained", "model": paths[model], "dtype": "float32", "distributed": False, "steps": 3}
+            listed[f"{kind} {name}"] = job | options
         if Path(saved[other]).exists():
             listed[f"{kind} second half"] = {**once, "load": saved[other]}
         return listed
@@ -98,6 +119,13 @@ def test_a_run_goes_on_from_the_checkpoint_of_plain_layers(found: dict[str, Foun
     assert second["step"] == 4
     assert second["losses"] == pytest.approx(whole["losses"][2:], rel=0.05)
     assert torch.isfinite(second["logits"]).all()
+
+
+@pytest.mark.parametrize("switch", SWITCHES)
+def test_what_is_trained_with_a_switch_is_that_of_plain_layers(switch: str, found: dict[str, Found]) -> None:
+    engine, plain = (found[f"{kind} {switch}"] for kind in ("engine", "plain"))
+    assert engine["losses"] == pytest.approx(plain["losses"], rel=1e-4, abs=1e-5)
+    assert float((engine["logits"] - plain["logits"]).abs().max()) <= 1e-3
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
