@@ -5,9 +5,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from megatron.core import fp8_utils
 from ranks import launch
+from rounded_weights import RoundedTensor
 from safetensors.torch import load_file, save_file
 from tiny_checkpoints import write_checkpoint
+
+from millrace.megatron.master_weights import require_attributes
+from millrace.megatron.precision import PrecisionError
 
 RANKS = 4
 FAMILIES = {"tensor parallel": "qwen3", "experts": "qwen3_moe", "mxfp8": "qwen3"}
@@ -23,6 +28,7 @@ def folder(tmp_path_factory):
                 family, folder / case / name, seed=seed, dtype="bfloat16", num_hidden_layers=2, head_dim=64
             )
         hold_exactly(folder / case / "exact" / "model.safetensors")
+    write_checkpoint("qwen3", folder / "mxfp8" / "odd", dtype="bfloat16", num_hidden_layers=2, head_dim=16)
     return folder
 
 
@@ -59,3 +65,13 @@ def test_parameters_in_fp8_alone_would_not_have_been_the_checkpoint(case, found)
     rounded = [name for of_rank in found for name in of_rank[case]["without masters"]]
     assert any("q_proj" in name for name in rounded) and any("down_proj" in name for name in rounded)
     assert not any("norm" in name or "embed" in name or "lm_head" in name for name in rounded)
+
+
+def test_weights_that_lost_their_attributes_are_refused(monkeypatch):
+    monkeypatch.setattr(fp8_utils, "HAVE_TE_FP8_TENSOR_CLASS", True)
+    monkeypatch.setattr(fp8_utils, "FP8_TENSOR_CLASS", RoundedTensor)
+    module = torch.nn.Linear(4, 4)
+    require_attributes(module)
+    module.weight = torch.nn.Parameter(RoundedTensor.of(module.weight.detach()))
+    with pytest.raises(PrecisionError, match="weight lost its attributes"):
+        require_attributes(module)

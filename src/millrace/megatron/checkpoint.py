@@ -336,11 +336,14 @@ def _load_module(policy: Policy, shards: Path) -> None:
 
 
 def _put(policy: Policy, values: dict[str, Any]) -> None:
-    """Give the policy loaded weights; adapters stand on the model they were trained on."""
+    """Give the policy loaded weights; adapters stand on the model they were trained on, and parameters in FP8 follow
+    their masters when those are written."""
     policy.require_base()
-    load_module(policy.module, values, part=policy.config.lora is not None)
-    if policy.masters is not None:
-        policy.masters.take(policy.module, values)
+    if policy.masters is None:
+        load_module(policy.module, values, part=policy.config.lora is not None)
+    else:
+        load_module(policy.module, policy.masters.take(policy.module, values), part=True)
+        policy.masters.follow()
 
 
 def _amax_history(policy: Policy) -> AmaxHistory | None:

@@ -92,12 +92,13 @@ class MasterWeights:
         """This rank's of all master weights, in float32."""
         return [own[1] for weight in self._weights.values() if (own := weight.own()) is not None]
 
-    def take(self, module: torch.nn.Module, values: Mapping[str, Tensor]) -> None:
-        """Weights of a module by name, which its parameters that are not in FP8 hold by now."""
+    def take(self, module: torch.nn.Module, values: Mapping[str, Any]) -> dict[str, Any]:
+        """Become those values of a module, by name, whose parameters are in FP8; the other values."""
+        others = dict(values)
         for name, parameter in module.named_parameters():
             if (weight := self.of(parameter)) is not None:
-                weight.take(values[name])
-        self.follow()
+                weight.take(others.pop(name))
+        return others
 
     def follow(self) -> None:
         """Take what the parameters that are not in FP8 hold."""
@@ -128,6 +129,18 @@ class MasterWeights:
                 whole = torch.empty(parameter.shape, dtype=parameter.dtype, device="cpu")
                 whole.view(-1)[own[0]].copy_(own[1])
                 _begin_with(parameter, whole)
+
+
+def require_attributes(module: torch.nn.Module) -> None:
+    """What Megatron-Core attaches to a parameter says how its gradient is reduced, so losing it would go unnoticed.
+    What a weight was rounded from is attached in the same way. Raises PrecisionError where that is gone."""
+    for name, parameter in module.named_parameters():
+        if is_float8tensor(parameter) and not hasattr(parameter, "get_high_precision_init_val"):
+            raise PrecisionError(
+                f"precision.parameters is set, but {name} lost its attributes when the model was put on its device, as "
+                "tensors in FP8 do in torch unless Transformer Engine keeps them (2.20 does); update it, or set "
+                "precision.parameters=false"
+            )
 
 
 def _spread(parameter: Any, buffer: _ParamAndGradBuffer) -> MasterWeight:

@@ -42,7 +42,7 @@ from millrace.megatron.divergence import Divergence, TeacherStates, taught_logpr
 from millrace.megatron.fp8_emulation import Fp8Emulation
 from millrace.megatron.kernels import kernels_in_use
 from millrace.megatron.logprobs import token_logprobs, vocabulary_logits, whole_hidden
-from millrace.megatron.master_weights import MasterWeights
+from millrace.megatron.master_weights import MasterWeights, require_attributes
 from millrace.megatron.microbatch import MicroBatch, cut_batch
 from millrace.megatron.model import HiddenStateModel, build_model
 from millrace.megatron.offload import HostState
@@ -524,6 +524,7 @@ def _with_gradient_buffers(
     """Megatron-Core's data parallelism: gradients add up in float32 buffers, reduced once a step by plain sums."""
     config = module.config
     config.finalize_model_grads_func = _finalize_sums
+    require_attributes(module)
     wrapped = DistributedDataParallel(config, data_parallel_settings(trainer, precision), module)
     if trainer.overlap_gradient_reduction:
         config.no_sync_func = wrapped.no_sync  # gradients of all but the last micro-batch only add up
