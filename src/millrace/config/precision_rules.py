@@ -199,8 +199,9 @@ def _parameters(recipe: Recipe, shape: ModelShape | None) -> Problems:
     if recipe.precision.fp8 == "mxfp8" and shape is not None and (shape.num_experts or shape.mamba):
         layers = "experts" if shape.num_experts else "Mamba layers"
         yield (
-            "precision.parameters is set with mxfp8, whose weights Megatron-Core gathers in the gradients' buffer, but "
-            f"it mixes up those of a model with {layers} there; use tensorwise, blockwise or precision.parameters=false"
+            "precision.parameters is set with mxfp8, whose weights are gathered in the gradients' buffer, where "
+            f"Megatron-Core 0.16 mixes up those of a model with {layers}; use tensorwise or blockwise, or set "
+            "precision.parameters=false"
         )
 
 

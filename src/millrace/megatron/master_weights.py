@@ -26,9 +26,6 @@ from torch import Tensor
 
 from millrace.megatron.precision import PrecisionError
 
-ALIGNMENT = 64
-"""Megatron-Core begins each parameter of a buffer at a multiple of it."""
-
 
 @dataclass(frozen=True)
 class MasterWeight:
@@ -67,20 +64,15 @@ class MasterWeights:
     """Those of one model. Parameters in float32 are their own."""
 
     def __init__(self, model: DistributedDataParallel, optimizer: MegatronOptimizer) -> None:
-        """Raises PrecisionError where Megatron-Core would mix up parameters on their way to MXFP8."""
+        """Raises PrecisionError where Megatron-Core would not find parameters again that it gathers for MXFP8."""
         self._model, self._optimizer = model, optimizer
         self._through_gradients = model.ddp_config.reuse_grad_buf_for_mxfp8_param_ag
-        self._weights = {
-            parameter: _spread(parameter, buffer)
-            for buffer in (*model.buffers, *model.expert_parallel_buffers)
-            for parameter in buffer.params
-            if parameter.dtype != torch.float32
-        }
-        odd = next((p for p in self._weights if p.numel() % ALIGNMENT), None)
-        if self._through_gradients and odd is not None:
+        buffers = (*model.buffers, *model.expert_parallel_buffers)
+        self._weights = {p: _spread(p, buffer) for buffer in buffers for p in buffer.params if p.dtype != torch.float32}
+        if self._through_gradients and not all(_is_found_again(p, buffer) for buffer in buffers for p in buffer.params):
             raise PrecisionError(
-                f"precision.parameters is set with mxfp8, for which Megatron-Core takes parameters of multiples of "
-                f"{ALIGNMENT} numbers, but one of the model's has the shape {list(odd.shape)}; set "
+                "precision.parameters is set with mxfp8, but the installed Megatron-Core takes weights from the wrong "
+                "place when a parameter has no multiple of 64 numbers, as one of this model has not; update it, or set "
                 "precision.parameters=false"
             )
 
@@ -157,6 +149,14 @@ def _spread(parameter: Any, buffer: _ParamAndGradBuffer) -> MasterWeight:
         if first < behind:
             pieces.append((rank, slice(first - begin, behind - begin)))
     return MasterWeight(parameter, buffer.data_parallel_group, tuple(pieces))
+
+
+def _is_found_again(parameter: Any, buffer: _ParamAndGradBuffer) -> bool:
+    """Whether Megatron-Core takes a parameter from where it was put in a bucket, to which parameters before it are
+    filled up (0.16 counts without what fills them up)."""
+    begin, end, number = buffer.param_index_map[parameter]
+    bucket = buffer.buckets[number]
+    return bool(bucket.param_to_index[parameter] == (begin - bucket.offset, end - bucket.offset))
 
 
 def _begin_with(parameter: Any, whole: Tensor) -> None:

@@ -87,7 +87,7 @@ def test_the_format_follows_the_recipe_unless_it_is_named() -> None:
         ),
         (
             [*IN_FP8_ALONE, "precision.fp8=mxfp8", "model.path=moe"],
-            "mixes up those of a model with experts there; use tensorwise",
+            "mixes up those of a model with experts; use tensorwise",
         ),
         (
             ["precision={fp8: delayed, emulate: true}", "stages.climb.kl.coefficient=0.1"],
