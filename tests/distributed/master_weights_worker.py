@@ -7,9 +7,12 @@ mxfp8/odd with norms of few numbers.
 
 from __future__ import annotations
 
+import asyncio
+import json
 import os
 import sys
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +21,7 @@ import torch
 from layout_data import example_batch, negative_log_likelihood
 from rounded_weights import BlockedTensor, RoundedTensor, round_linears, use_stand_ins
 from running_policy import copied, cpu_trainer
+from safetensors.torch import load_file
 from torch import Tensor
 
 from millrace.config.model_shape import ModelShape
@@ -31,6 +35,8 @@ from millrace.megatron.model import build_model
 from millrace.megatron.policy import Policy
 from millrace.megatron.precision import PLAIN, PrecisionError
 from millrace.megatron.topology import Topology, init_distributed
+from millrace.rollout.transports.buckets import Feeder, Outbox
+from millrace.rollout.transports.disk import DiskCarrier
 from millrace.stages.sources import WeightSource
 
 TENSORWISE, MXFP8 = (PrecisionConfig(fp8=fp8, parameters=True) for fp8 in ("tensorwise", "mxfp8"))
@@ -43,7 +49,8 @@ CASES: dict[str, tuple[PrecisionConfig, ParallelConfig, bool]] = {
 """Precision, layout, and whether the optimizer's state waits in host memory."""
 OPTIMIZER = OptimizerConfig(lr=1e-2, weight_decay=0.1)
 BUCKET = 2000
-"""Parameters of a bucket, so that weights lie on several ranks and in several buckets."""
+"""Parameters of a bucket of the optimizer, so that weights lie on several ranks and in several buckets; and bytes of
+one that a sync sends."""
 
 Values = Mapping[str, Tensor]
 
@@ -113,6 +120,31 @@ def loaded_and_exported(case: Case) -> Policy:
     case.found["exported"] = list(exported(policy))
     assert policy.owned_bytes() == sum(t.numel() * t.element_size() for t in exported(policy).values())
     return policy
+
+
+def sent(case: Case, policy: Policy) -> None:
+    """All ranks send, in many buckets, while they gather together: none waits for one that waits for it."""
+    rank, indexes, files = case.topology.rank, case.folder / "indexes", case.folder / "files"
+    for folder in (indexes, files):
+        folder.mkdir(exist_ok=True)
+    torch.distributed.barrier()
+    received: dict[str, Tensor] = {}
+
+    async def load(shown: list[Path], names: list[str]) -> None:
+        for index in shown:
+            received.update(load_file(files / json.loads(index.read_text())["file"]))
+
+    carrier = DiskCarrier(files, rank, BUCKET)
+    outbox = Outbox(indexes, rank, carrier, bucket_bytes=BUCKET, limit=30, sampled=lambda name: False)
+    feeder = Feeder(indexes, torch.distributed.get_world_size(), load, limit=30)
+    with ThreadPoolExecutor(1) as aside:
+        feeding = aside.submit(lambda: asyncio.run(feeder.run())) if rank == 0 else None
+        problem = outbox.send(policy.hf_tensors()).problem
+        if feeding is not None:
+            feeding.result()
+    assert not problem, problem
+    assert rank or received.keys() == set(HFReader(case.folder / "base").names)
+    case.as_in("sent", "base", received)
 
 
 def learned(case: Case) -> None:
@@ -214,6 +246,7 @@ def found_in(folder: Path, name: str) -> dict[str, list[str]]:
     try:
         case = Case(folder, name, topology)
         policy = loaded_and_exported(case)
+        sent(case, policy)
         learned(case)
         saved_and_resumed(case, policy)
         taken_over(case)
