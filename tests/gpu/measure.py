@@ -99,6 +99,28 @@ def computed(device: str, model: str, dtype: str, **settings: Any) -> dict[str, 
         }
 
 
+def in_fp8_alone(device: str, model: str, precision: dict[str, Any], folder: str) -> dict[str, Any]:
+    """What is exported after loading and after a few steps, their losses, and what a policy without FP8 exports of a
+    checkpoint from there."""
+    with policy_of(device, model, "bfloat16", distributed=True, precision=precision) as policy:
+        found: dict[str, Any] = {"loaded": exported(policy)}
+        batch = example_batch(policy.shape, SEED)
+        found["losses"] = [policy.train_step(batch, weighted_log_likelihood)["loss"] for _ in range(3)]
+        found["learned"] = exported(policy)
+        found["logp"] = policy.logprobs(batch)[0]
+        Checkpointer(folder, keep=1).save(policy, policy.step, {})
+    with policy_of(device, model, "bfloat16", distributed=True, precision=precision, load=False) as policy:
+        Checkpointer(folder, keep=1).load(policy)
+        found["logp when resumed"] = policy.logprobs(batch)[0]
+    with policy_of(device, model, "bfloat16", distributed=True, load=False) as policy:
+        Checkpointer(folder, keep=1).load(policy)
+        return {**found, "read without FP8": exported(policy)}
+
+
+def exported(policy: Policy) -> dict[str, Tensor]:
+    return {name: tensor.detach().cpu().clone() for name, tensor in policy.hf_tensors()}
+
+
 def by_transformers(device: str, model: str) -> dict[str, Any]:
     """Logits and gradients of the same batches, gradients under transformers' names."""
     reference, shape = transformers_model(model).to(device), ModelShape.from_hf(model)
@@ -175,7 +197,13 @@ def trained(
         return {"losses": losses, "step": policy.step, "logits": logits, "offloaded": policy.offloaded_bytes}
 
 
-KINDS = {"computed": computed, "by_transformers": by_transformers, "one_linear": one_linear, "trained": trained}
+KINDS = {
+    "computed": computed,
+    "by_transformers": by_transformers,
+    "in_fp8_alone": in_fp8_alone,
+    "one_linear": one_linear,
+    "trained": trained,
+}
 
 
 def main(jobs: list[dict[str, Any]]) -> None:

@@ -17,6 +17,8 @@ from tiny_checkpoints import write_checkpoint
 from millrace.megatron.precision import PrecisionError, require_recipe
 
 RECIPES = ("tensorwise", "blockwise", "mxfp8", "delayed")
+ALONE = {"cpu": ("tensorwise",), "cuda": ("tensorwise", "blockwise", "mxfp8")}
+"""Recipes with which weights may be in FP8 alone; on the CPU they are not, and one shows that the test's lines run."""
 LINEAR = 0.01
 """Largest ||found - emulated|| / ||emulated|| of one linear: rounding its output to bfloat16 gives 0.002, FP8 0.03."""
 EFFECT = (0.6, 1.6)
@@ -59,6 +61,13 @@ def found(device: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Fo
             dtype = "float32" if device == "cpu" else "bfloat16"
             real[recipe] = {**whole, "dtype": dtype, "precision": precision}
             real[f"{recipe} linear"] = {"kind": "one_linear", "model": model, "precision": precision}
+            for name, alone in (("alone", device == "cuda"), ("copied", False)) if recipe in ALONE[device] else ():
+                real[f"{recipe} {name}"] = {
+                    "kind": "in_fp8_alone",
+                    "model": model,
+                    "precision": {**precision, "parameters": alone},
+                    "folder": str(root / recipe / name),
+                }
     return in_turn(root / "runs", [("cpu", emulated), *([(device, real)] if real else [])])
 
 
@@ -90,3 +99,19 @@ def test_a_model_in_fp8_is_as_far_from_bfloat16_as_the_emulation(
     record_property("effect", effect)
     assert EFFECT[0] <= effect <= EFFECT[1]
     assert ours["losses"] == pytest.approx(emulated["losses"], rel=0.15, abs=0.05)
+
+
+def test_weights_in_fp8_alone_learn_as_copies_do_and_leave_unrounded(
+    recipe: str, device: str, found: dict[str, Found], record_property: Any
+) -> None:
+    if recipe not in ALONE[device]:
+        pytest.skip(
+            "on a GPU: weights with delayed scales are never in FP8 alone; on the CPU tensorwise stands for all"
+        )
+    alone, copied = found[f"{recipe} alone"], found[f"{recipe} copied"]
+    for name, tensor in copied["loaded"].items():
+        assert torch.equal(alone["loaded"][name], tensor), name
+        assert torch.equal(alone["learned"][name], alone["read without FP8"][name]), name
+    assert torch.equal(alone["logp"], alone["logp when resumed"])
+    record_property("logp", mean_distance(alone["logp"], copied["logp"]))
+    assert alone["losses"] == pytest.approx(copied["losses"], rel=0.02, abs=0.005)

@@ -85,6 +85,8 @@ def precision_problems(recipe: Recipe, shape: ModelShape | None) -> Problems:
             f"precision.fp8 is {precision.fp8}, but trainer.device is cpu, which has no FP8 products; {EMULATION}, or "
             "precision.fp8=none"
         )
+    if precision.parameters:
+        yield from _parameters(recipe, shape)
     if precision.fp8 == "delayed":
         yield from _history(recipe)
     if shape is not None:
@@ -100,6 +102,7 @@ def unread_keys(precision: PrecisionConfig) -> Problems:
         "amax_algorithm": ("delayed",),
         "margin": ("delayed",),
         "power_of_two_scales": ("blockwise",),
+        "parameters": ("tensorwise", "blockwise", "mxfp8"),
         "first_layers_bf16": ("tensorwise", "blockwise", "mxfp8"),
         "last_layers_bf16": ("tensorwise", "blockwise", "mxfp8"),
         "pad_experts": ("delayed", "tensorwise", "blockwise", "mxfp8"),
@@ -166,6 +169,39 @@ def _dtype(model: ModelConfig, precision: PrecisionConfig) -> Problems:
         yield (
             f"precision.fp8 is {precision.fp8}, which takes what is not in FP8 as bfloat16, but model.dtype is "
             f"{model.dtype}; set model.dtype=bfloat16"
+        )
+
+
+def _parameters(recipe: Recipe, shape: ModelShape | None) -> Problems:
+    """Weights that exist in FP8 alone are read and written through the master weights of the distributed optimizer."""
+    trainer = recipe.trainer
+    if recipe.precision.emulate:
+        yield (
+            "precision.parameters saves the memory of GPUs, which precision.emulate does not, and it rounds weights to "
+            "FP8 in any case; leave precision.parameters out"
+        )
+        return
+    if not trainer.distributed_optimizer:
+        yield (
+            "precision.parameters needs the master weights of the distributed optimizer; set "
+            "trainer.distributed_optimizer=true"
+        )
+    if recipe.model.lora is not None:
+        yield (
+            "precision.parameters and model.lora exclude each other: frozen weights have no masters from which they "
+            "could be read; leave one out"
+        )
+    if trainer.overlap_parameter_gather:
+        yield (
+            "precision.parameters and trainer.overlap_parameter_gather exclude each other: weights in FP8 are gathered "
+            "in the update; set trainer.overlap_parameter_gather=false"
+        )
+    if recipe.precision.fp8 == "mxfp8" and shape is not None and (shape.num_experts or shape.mamba):
+        layers = "experts" if shape.num_experts else "Mamba layers"
+        yield (
+            "precision.parameters is set with mxfp8, whose weights are gathered in the gradients' buffer, where "
+            f"Megatron-Core 0.16 mixes up those of a model with {layers}; use tensorwise or blockwise, or set "
+            "precision.parameters=false"
         )
 
 

@@ -105,7 +105,10 @@ class Checkpointer:
     def _save(self, policy: Policy, step: int, state: dict[str, Any], name: str, keep_always: bool) -> Path:
         start = time.perf_counter()
         sharded = sharded_state(
-            policy.module, policy.optimizer if _updates(policy) else None, trained=policy.sharded_adapters()
+            policy.module,
+            policy.optimizer if _updates(policy) else None,
+            trained=policy.sharded_adapters(),
+            masters=policy.masters,
         )
         size = _sum_over_ranks(owned_bytes(sharded))
         needed = size + size // 50 + 2 * _RESERVE_BYTES
@@ -156,15 +159,17 @@ class Checkpointer:
     def load_weights(self, policy: Policy, path: Path | str) -> None:
         """Take the weights of a checkpoint and nothing else; collective.
 
-        Step, random states and the optimizer with its master weights stay as they are, so a policy that trains on from
-        here needs `reset_optimizer` first. Raises CheckpointError like `load`.
+        Step, random states and the optimizer with its master weights stay as they are (but for those of parameters in
+        FP8, which are the weights), so a policy that trains on from here needs `reset_optimizer` first. Raises
+        CheckpointError like `load`.
         """
         folder = Path(path)
         _, manifest = _on_rank_zero(lambda: self._inspect(folder, policy))
         self._verify(folder, manifest)
         _on_rank_zero(lambda: check_metadata(folder / SHARDS))
         policy.gather_parameters()
-        _together(lambda: _load_module(policy, folder / SHARDS))
+        with policy.weights_present():
+            _together(lambda: _load_module(policy, folder / SHARDS))
 
     def _prepare(self, policy: Policy, name: str, facts: dict[str, Any], needed: int) -> Path:
         self._clean_up()
@@ -311,23 +316,34 @@ def _take_weights(policy: Policy, shards: Path, updates: int) -> None:
     """Model, and optimizer state where there is any, from a folder of shards. Collective."""
     moments = policy.optimizer if updates else None
     adapters = policy.sharded_adapters()
-    loaded = read_sharded(sharded_state(policy.module, moments, loading_step=updates, trained=adapters), shards)
+    state = sharded_state(policy.module, moments, loading_step=updates, trained=adapters, masters=policy.masters)
+    loaded = read_sharded(state, shards)
     _put(policy, loaded["model"])
     if moments is not None:
         moments.load_state_dict(loaded["optimizer"])
-    elif policy.optimizer is not None:
+    elif policy.optimizer is not None and policy.masters is None:
         policy.optimizer.reload_model_params()
+    if policy.masters is not None:
+        policy.masters.write()
 
 
 def _load_module(policy: Policy, shards: Path) -> None:
     adapters = policy.sharded_adapters()
-    _put(policy, read_sharded(sharded_state(policy.module, None, trained=adapters), shards)["model"])
+    state = sharded_state(policy.module, None, loading_step=0, trained=adapters, masters=policy.masters)
+    _put(policy, read_sharded(state, shards)["model"])
+    if policy.masters is not None:
+        policy.masters.write()
 
 
 def _put(policy: Policy, values: dict[str, Any]) -> None:
-    """Give the policy loaded weights; adapters stand on the model they were trained on."""
+    """Give the policy loaded weights; adapters stand on the model they were trained on, and parameters in FP8 follow
+    their masters when those are written."""
     policy.require_base()
-    load_module(policy.module, values, part=policy.config.lora is not None)
+    if policy.masters is None:
+        load_module(policy.module, values, part=policy.config.lora is not None)
+    else:
+        load_module(policy.module, policy.masters.take(policy.module, values), part=True)
+        policy.masters.follow()
 
 
 def _amax_history(policy: Policy) -> AmaxHistory | None:

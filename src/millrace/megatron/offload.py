@@ -11,16 +11,18 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+from megatron.core.fp8_utils import is_float8tensor
 from megatron.core.optimizer import MegatronOptimizer
 from torch import Tensor
 
 
 class HostState:
-    """Where the state of one optimizer waits. `keep`: tensors of the model, whose memory is left alone."""
+    """Where the state of one optimizer waits. `keep`: tensors of the model, whose memory is left alone; those in FP8
+    have none of their own type, which the optimizer could share."""
 
     def __init__(self, optimizer: MegatronOptimizer, keep: Iterator[Tensor]) -> None:
         self._optimizer = optimizer
-        self._kept = {tensor.untyped_storage().data_ptr() for tensor in keep}
+        self._kept = {tensor.untyped_storage().data_ptr() for tensor in keep if not is_float8tensor(tensor)}
         self._waiting: list[tuple[Tensor, Tensor]] = []
         self._buffers: dict[int, Tensor] = {}
 

@@ -13,7 +13,8 @@ from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 
-from millrace.config.schema import OptimizerConfig, TrainerConfig
+from millrace.config.schema import OptimizerConfig, PrecisionConfig, TrainerConfig
+from millrace.megatron.precision import PLAIN, optimizer_options
 
 
 def learning_rate(step: int, config: OptimizerConfig, total_steps: int) -> float:
@@ -36,13 +37,19 @@ def learning_rate(step: int, config: OptimizerConfig, total_steps: int) -> float
 
 
 def build_optimizer(
-    config: OptimizerConfig, trainer: TrainerConfig, dtype: torch.dtype, model: DistributedDataParallel
+    config: OptimizerConfig,
+    trainer: TrainerConfig,
+    dtype: torch.dtype,
+    model: DistributedDataParallel,
+    precision: PrecisionConfig = PLAIN,
 ) -> MegatronOptimizer:
     """A fresh optimizer over the model's parameters. Collective."""
-    return get_megatron_optimizer(optimizer_settings(config, trainer, dtype), [model])
+    return get_megatron_optimizer(optimizer_settings(config, trainer, dtype, precision), [model])
 
 
-def optimizer_settings(config: OptimizerConfig, trainer: TrainerConfig, dtype: torch.dtype) -> MegatronOptimizerConfig:
+def optimizer_settings(
+    config: OptimizerConfig, trainer: TrainerConfig, dtype: torch.dtype, precision: PrecisionConfig = PLAIN
+) -> MegatronOptimizerConfig:
     """Megatron-Core's description of the optimizer."""
     return MegatronOptimizerConfig(
         optimizer="adam",
@@ -57,6 +64,7 @@ def optimizer_settings(config: OptimizerConfig, trainer: TrainerConfig, dtype: t
         bf16=dtype == torch.bfloat16,
         use_distributed_optimizer=trainer.distributed_optimizer,
         overlap_param_gather=trainer.overlap_parameter_gather,
+        **optimizer_options(precision),
     )
 
 

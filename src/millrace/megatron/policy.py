@@ -13,6 +13,7 @@ import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -41,12 +42,13 @@ from millrace.megatron.divergence import Divergence, TeacherStates, taught_logpr
 from millrace.megatron.fp8_emulation import Fp8Emulation
 from millrace.megatron.kernels import kernels_in_use
 from millrace.megatron.logprobs import token_logprobs, vocabulary_logits, whole_hidden
+from millrace.megatron.master_weights import MasterWeights, require_attributes
 from millrace.megatron.microbatch import MicroBatch, cut_batch
 from millrace.megatron.model import HiddenStateModel, build_model
 from millrace.megatron.offload import HostState
 from millrace.megatron.optimizer import build_optimizer, learning_rate, set_hyper_parameters
 from millrace.megatron.parameter_gather import ParameterGather
-from millrace.megatron.precision import PLAIN, token_multiple
+from millrace.megatron.precision import PLAIN, data_parallel_options, token_multiple
 from millrace.megatron.topology import Topology
 
 log = logging.getLogger(__name__)
@@ -65,7 +67,8 @@ class TrainingDiverged(MillraceError):
 class Policy:
     """One model over all ranks of the trainer; every rank calls every method, in the same order.
 
-    `optimizer` None builds it forward only, without gradient buffers: a reference or a teacher.
+    `optimizer` None builds it forward only, without gradient buffers: a reference or a teacher. It has no master
+    weights, and so keeps its weights in the model's type with `precision.parameters` too.
     """
 
     def __init__(
@@ -86,7 +89,7 @@ class Policy:
         self.trainer = trainer
         self.topology = topology
         self.seed = seed
-        self.precision = precision
+        self.precision = precision = precision if optimizer is not None else replace(precision, parameters=False)
         self.step = 0
         """Updates made since the policy was built; checkpoints carry it on."""
         self.dtype = DTYPES[model.dtype]
@@ -113,6 +116,8 @@ class Policy:
         self._base: str | None = None
         """What the frozen weights below the adapters were read from."""
         self.optimizer: MegatronOptimizer | None = None
+        self.masters: MasterWeights | None = None
+        """Of parameters that exist in FP8 alone, with `precision.parameters`; to be used in `weights_present`."""
         self._host_state: HostState | None = None
         """Where the optimizer's state waits between updates, with `trainer.offload_optimizer`."""
         self._trained: DistributedDataParallel | None = None
@@ -121,7 +126,7 @@ class Policy:
         if optimizer is None:
             self.module.requires_grad_(False)
         else:
-            self._trained = _with_gradient_buffers(self.module, trainer)
+            self._trained = _with_gradient_buffers(self.module, trainer, precision)
             if trainer.overlap_parameter_gather:
                 self._gather = ParameterGather(self._trained)
             self.reset_optimizer(optimizer, total_steps=0)
@@ -143,13 +148,17 @@ class Policy:
         """Take the weights of a Hugging Face checkpoint; each rank reads its own parts. Raises ConversionError.
 
         Adapters start afresh, or from `model.lora.adapter`. `master_weights`: whether the optimizer's copies follow, as
-        they must where training goes on from here.
+        they must where training goes on from here; those of parameters in FP8 always do, for they are the weights.
         """
         self.gather_parameters()
-        self._load_base(path)
+        with self.weights_present():
+            self._load_base(path)
+            if self.masters is not None:
+                self.masters.follow()
+                self.masters.write()
         if self.config.lora is not None:
             self._start_adapters(self.config.lora)
-        if self.optimizer is not None and master_weights:
+        if self.optimizer is not None and self.masters is None and master_weights:
             with self.optimizer_present():
                 self.optimizer.reload_model_params()
 
@@ -161,7 +170,7 @@ class Policy:
     def _load_base(self, path: str) -> None:
         if self.config.lora is not None and self._base == path:
             return  # frozen, so they are what was read
-        weights.load_hf(weights.bind(self.module, self.shape, self.topology), self.shape, path)
+        weights.load_hf(self._bound(), self.shape, path)
         self._base = path
 
     def _start_adapters(self, config: LoraConfig) -> None:
@@ -189,11 +198,15 @@ class Policy:
         """The Hugging Face tensors this rank owns, adapters merged; see `weights.hf_tensors`. Collective: iterate to
         the end."""
         self.gather_parameters()
-        return weights.hf_tensors(weights.bind(self.module, self.shape, self.topology), few_owners=few_owners)
+        with self.weights_present():
+            yield from weights.hf_tensors(self._bound(), few_owners=few_owners)
 
     def owned_bytes(self, *, few_owners: bool = False) -> int:
         """Bytes of the tensors that `hf_tensors` yields on this rank."""
-        return weights.owned_bytes(weights.bind(self.module, self.shape, self.topology), few_owners=few_owners)
+        return weights.owned_bytes(self._bound(), few_owners=few_owners)
+
+    def _bound(self) -> list[weights.BoundParameter]:
+        return weights.bind(self.module, self.shape, self.topology, masters=self.masters)
 
     def reset_optimizer(self, config: OptimizerConfig, total_steps: int) -> None:
         """Start a stage of `total_steps` updates: fresh moments, and its schedule from the beginning. Where FP8 is
@@ -201,8 +214,13 @@ class Policy:
         assert self._trained is not None, "a forward-only policy has no optimizer"
         if self.emulation is not None:
             self.emulation.reset()
-        self.optimizer = self._host_state = None  # free the old state first
-        self.optimizer = build_optimizer(config, self.trainer, self.dtype, self._trained)
+        if self.masters is not None:
+            with self.optimizer_present():
+                self.masters.hand_on()
+        self.optimizer = self.masters = self._host_state = None  # free the old state first
+        self.optimizer = build_optimizer(config, self.trainer, self.dtype, self._trained, self.precision)
+        if self.precision.parameters:
+            self.masters = MasterWeights(self._trained, self.optimizer)
         if self.trainer.offload_optimizer:
             self._host_state = HostState(self.optimizer, self.module.parameters())
             self._host_state.take_out()
@@ -212,6 +230,10 @@ class Policy:
         """For whoever reads or writes the optimizer's state: with `trainer.offload_optimizer` it is on the device only
         inside. Not to be nested."""
         return nullcontext() if self._host_state is None else self._host_state.present()
+
+    def weights_present(self) -> AbstractContextManager[None]:
+        """For whoever reads or writes `masters` outside `optimizer_present`; does nothing where there are none."""
+        return nullcontext() if self.masters is None else self.optimizer_present()
 
     @property
     def offloaded_bytes(self) -> int:
@@ -496,23 +518,27 @@ class Policy:
                 )
 
 
-def _with_gradient_buffers(module: HiddenStateModel, trainer: TrainerConfig) -> DistributedDataParallel:
+def _with_gradient_buffers(
+    module: HiddenStateModel, trainer: TrainerConfig, precision: PrecisionConfig
+) -> DistributedDataParallel:
     """Megatron-Core's data parallelism: gradients add up in float32 buffers, reduced once a step by plain sums."""
     config = module.config
     config.finalize_model_grads_func = _finalize_sums
-    wrapped = DistributedDataParallel(config, data_parallel_settings(trainer), module)
+    require_attributes(module)
+    wrapped = DistributedDataParallel(config, data_parallel_settings(trainer, precision), module)
     if trainer.overlap_gradient_reduction:
         config.no_sync_func = wrapped.no_sync  # gradients of all but the last micro-batch only add up
     return wrapped
 
 
-def data_parallel_settings(trainer: TrainerConfig) -> DistributedDataParallelConfig:
+def data_parallel_settings(trainer: TrainerConfig, precision: PrecisionConfig = PLAIN) -> DistributedDataParallelConfig:
     """Megatron-Core's description of data parallelism."""
     return DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
         overlap_grad_reduce=trainer.overlap_gradient_reduction,
         overlap_param_gather=trainer.overlap_parameter_gather,
         use_distributed_optimizer=trainer.distributed_optimizer,
+        **data_parallel_options(precision),
     )
 
 

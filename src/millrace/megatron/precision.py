@@ -1,10 +1,11 @@
 """FP8 on GPUs: what the recipe's `precision` means to Megatron-Core and to Transformer Engine.
 
 Megatron-Core turns fields of its config into a recipe object of Transformer Engine and computes a layer's linears under
-it. `transformer_options` are those fields; `engine_recipe` is the object that comes of them, by class and arguments, so
-that it can be said, and tested, where Transformer Engine is not installed. Weights stay in the model's type, for they
-are what checkpoints, exports and weight syncs read; Transformer Engine multiplies copies in FP8. The emulation on CPU
-ranks is `fp8_emulation`'s; to Megatron-Core it is no FP8 at all.
+it. `transformer_options`, `data_parallel_options` and `optimizer_options` are those fields; `engine_recipe` is the
+object that comes of them, by class and arguments, so that it can be said, and tested, where Transformer Engine is not
+installed. Weights stay in the model's type, and Transformer Engine multiplies copies in FP8; with
+`precision.parameters` they exist in FP8 alone, and `master_weights` has what they were rounded from. The emulation on
+CPU ranks is `fp8_emulation`'s; to Megatron-Core it is no FP8 at all.
 """
 
 from __future__ import annotations
@@ -76,6 +77,7 @@ def transformer_options(precision: PrecisionConfig, shape: ModelShape) -> dict[s
     options: dict[str, Any] = {
         "fp8": precision.chosen_format,
         "fp8_recipe": precision.fp8,
+        "fp8_param": precision.parameters,
     }
     if precision.fp8 == "delayed":
         options |= {
@@ -92,6 +94,21 @@ def transformer_options(precision: PrecisionConfig, shape: ModelShape) -> dict[s
     if shape.num_experts:
         options["moe_router_padding_for_quantization"] = precision.pad_experts
     return options
+
+
+def data_parallel_options(precision: PrecisionConfig) -> dict[str, Any]:
+    """Fields of Megatron-Core's DistributedDataParallelConfig: weights in FP8 are gathered as they are."""
+    return {"fp8_param_gather": True, **_shared_buffer(precision)} if precision.parameters else {}
+
+
+def optimizer_options(precision: PrecisionConfig) -> dict[str, Any]:
+    """Fields of Megatron-Core's OptimizerConfig: how the optimizer writes master weights into those in FP8."""
+    return {"fp8_recipe": precision.fp8, **_shared_buffer(precision)} if precision.parameters else {}
+
+
+def _shared_buffer(precision: PrecisionConfig) -> dict[str, Any]:
+    """MXFP8 rounds a weight twice, by rows and by columns; it is gathered in bfloat16, in the gradients' buffer."""
+    return {"reuse_grad_buf_for_mxfp8_param_ag": precision.fp8 == "mxfp8"}
 
 
 def token_multiple(precision: PrecisionConfig, parallel: ParallelConfig) -> int:

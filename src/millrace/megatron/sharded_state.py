@@ -37,6 +37,7 @@ from torch.distributed.checkpoint import CheckpointException, FileSystemWriter
 from millrace.checkpoint_store import CheckpointError
 from millrace.converters.errors import ConversionError
 from millrace.converters.torch_metadata import read_metadata
+from millrace.megatron.master_weights import MasterWeights
 
 SHARDING = {
     # Optimizer state in the shapes of the parameters: readable at any layout, with and without a distributed optimizer.
@@ -91,11 +92,13 @@ def sharded_state(
     *,
     loading_step: int | None = None,
     trained: dict[str, Any] | None = None,
+    masters: MasterWeights | None = None,
 ) -> dict[str, Any]:
     """Model (and optimizer) of this rank as Megatron's sharded state dict.
 
     To load into it, give the optimizer step that the checkpoint was written at. `trained` stands for the model where
-    only part of it is trained: the sharded tensors of that part.
+    only part of it is trained: the sharded tensors of that part. In the place of parameters in FP8 it has, on the host,
+    what their `masters` hold, or room for it. Collective.
     """
     model = module.sharded_state_dict(metadata=dict(SHARDING)) if trained is None else trained
     state = {"model": _without_empty_objects(model)}
@@ -106,7 +109,21 @@ def sharded_state(
         state["optimizer"] = _portable(
             theirs, parameters, optimizer_step(optimizer) if loading_step is None else loading_step
         )
+    if masters is not None:
+        _put_masters(state["model"], masters, loading=loading_step is not None)
     return state
+
+
+def _put_masters(model: dict[str, Any], masters: MasterWeights, *, loading: bool) -> None:
+    for item in nested_values(model):
+        master = masters.of(item.data) if isinstance(item, SHARDED) else None
+        if master is None:
+            continue
+        whole = None if loading else master.gathered()
+        if whole is not None and is_main_replica(item.replica_id):
+            item.data = whole.cpu()
+        else:
+            item.data = torch.empty(item.data.shape, dtype=item.data.dtype)
 
 
 def optimizer_step(optimizer: Any) -> int:

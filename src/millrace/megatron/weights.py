@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from operator import attrgetter
 from typing import Protocol
 
@@ -22,6 +22,7 @@ from millrace.config.model_shape import ModelShape
 from millrace.converters.errors import ConversionError
 from millrace.converters.mapping import Entry, canonical_name, mapping_for
 from millrace.converters.safetensors_io import HFReader
+from millrace.megatron.master_weights import MasterWeight, MasterWeights
 from millrace.megatron.topology import Topology
 
 log = logging.getLogger(__name__)
@@ -53,6 +54,8 @@ class BoundParameter:
     """Ranks that hold the same shard."""
     replica: int
     adapter: Adapter | None = None
+    master: MasterWeight | None = None
+    """What the tensor was rounded from, where it is in FP8."""
 
     @property
     def merged(self) -> Tensor:
@@ -88,10 +91,11 @@ def bind(
     shape: ModelShape,
     topology: Topology,
     of: Callable[[torch.nn.Parameter], Tensor] | None = None,
+    masters: MasterWeights | None = None,
 ) -> list[BoundParameter]:
     """The parameters of this rank, and the buffers that have an entry, in the mapping's order, which is the same on all
     ranks that share them. With `of` what it takes from each parameter instead, such as its gradient. Adapters are no
-    parameters of their own here, but belong to the weights they adapt.
+    parameters of their own here, but belong to the weights they adapt, as do the `masters` of weights in FP8.
 
     Raises ConversionError for a parameter without an entry, and for an entry that this rank's layers should hold and do
     not.
@@ -102,6 +106,7 @@ def bind(
     named = {names(name): take(p) for name, p in own}
     for name in named:
         mapping[name]  # a parameter without an entry is an error
+    rounded = {names(name): master for name, p in own if masters is not None and (master := masters.of(p))}
     adapters: dict[str, Adapter] = {}
     buffers = {names(name): b for name, b in model.named_buffers()}
     if of is None:
@@ -113,7 +118,7 @@ def bind(
         if entry.name not in present and names.here(entry):
             raise ConversionError(f"the model on rank {topology.rank} has no parameter for {entry.name}")
     return [
-        bind_one(entry, named[entry.name], topology, adapters.get(entry.name))
+        bind_one(entry, named[entry.name], topology, adapters.get(entry.name), rounded.get(entry.name))
         for entry in mapping
         if entry.name in named
     ]
@@ -124,11 +129,14 @@ def is_adapter_parameter(name: str) -> bool:
     return f".{ADAPTER}." in name
 
 
-def bind_one(entry: Entry, tensor: Tensor, t: Topology, adapter: Adapter | None = None) -> BoundParameter:
+def bind_one(
+    entry: Entry, tensor: Tensor, t: Topology, adapter: Adapter | None = None, master: MasterWeight | None = None
+) -> BoundParameter:
     """A parameter of this rank, or what takes its shape, with its place among the ranks."""
     if entry.expert is None:
-        return BoundParameter(entry, tensor, t.tp, t.tp_rank, t.dp * t.cp, t.dp_rank * t.cp + t.cp_rank, adapter)
-    return BoundParameter(entry, tensor, t.etp, t.etp_rank, t.edp, t.edp_rank, adapter)
+        replica = t.dp_rank * t.cp + t.cp_rank
+        return BoundParameter(entry, tensor, t.tp, t.tp_rank, t.dp * t.cp, replica, adapter, master)
+    return BoundParameter(entry, tensor, t.etp, t.etp_rank, t.edp, t.edp_rank, adapter, master)
 
 
 @torch.no_grad()
@@ -139,6 +147,7 @@ def load_hf(
     progress: Callable[[int], None] = lambda count: None,
 ) -> None:
     """Fill the parameters from a Hugging Face checkpoint, reading this rank's parts only, cast to the parameters' type.
+    Of those in FP8 the masters are filled.
 
     `progress` is told the bytes of each parameter that was filled. Raises ConversionError when the checkpoint lacks a
     tensor, has one too many, or one of another shape than config.json says.
@@ -161,7 +170,10 @@ def load_hf(
                 f"{bound.entry.name} has shape {list(bound.tensor.shape)} in the model, but {list(local.shape)} by the "
                 "mapping"
             )
-        bound.tensor.copy_(local)
+        if bound.master is None:
+            bound.tensor.copy_(local)
+        else:
+            bound.master.take(local)
         progress(local.numel() * local.element_size())
 
 
@@ -172,13 +184,16 @@ def hf_tensors(parameters: list[BoundParameter], *, few_owners: bool = False) ->
 
     Ranks that hold the same take turns, so that each owns about as much; with `few_owners` one rank of each pipeline
     stage and group of experts owns all that its group holds. A parameter is gathered within the ranks that share it, to
-    its owner alone, and is whole there as long as it is the present one.
+    its owner alone, and is whole there as long as it is the present one. What is in FP8 comes from its master weight,
+    which all ranks that share it gather before.
 
     Collective: every rank iterates to the end. A tensor may share memory with the parameter: use it before the next
     update.
     """
     for bound, owner in _exported(parameters, few_owners):
-        shards = _gather(bound, owner)
+        if bound.master is not None:
+            bound = replace(bound, tensor=bound.master.gathered())
+        shards = None if owner is None else _gather(bound, owner)
         if shards is not None:
             yield from bound.entry.to_hf(shards).items()
 
@@ -193,13 +208,14 @@ def owned_bytes(parameters: list[BoundParameter], *, few_owners: bool = False) -
     )
 
 
-def _exported(parameters: list[BoundParameter], few_owners: bool) -> Iterator[tuple[BoundParameter, int]]:
-    """The parameters that this rank's replica exports, each with its owner's place among the ranks that share it."""
+def _exported(parameters: list[BoundParameter], few_owners: bool) -> Iterator[tuple[BoundParameter, int | None]]:
+    """The parameters that are exported, each with its owner's place among the ranks that share it; None where another
+    replica than this rank's exports it."""
     exported = [bound for bound in parameters if not bound.entry.is_copy]
     for number, bound in enumerate(exported):
         turn = 0 if few_owners else number
-        if turn % bound.replicas == bound.replica:
-            yield bound, turn // bound.replicas % bound.shards
+        mine = turn % bound.replicas == bound.replica
+        yield bound, turn // bound.replicas % bound.shards if mine else None
 
 
 def _gather(bound: BoundParameter, owner: int) -> list[Tensor] | None:

@@ -16,7 +16,7 @@ from millrace.config.cluster import ClusterConfig
 from millrace.config.errors import ConfigError
 from millrace.config.model_shape import ModelShape
 from millrace.config.placement import Placement, teacher_count
-from millrace.config.plan import BYTES, RankPlan, rank_plan
+from millrace.config.plan import ADAM_BYTES, BYTES, MASTER_BYTES, RankPlan, rank_plan
 from millrace.config.schema import FleetConfig, MopdStage, Recipe, RlStage, StageConfig, TrainerConfig
 from millrace.planning.activations import ActivationSettings, held_bytes, in_flight, peak_bytes, stage_parts
 from millrace.planning.assumed import GIB, MEMORY, gib
@@ -157,12 +157,19 @@ class MemoryModel:
         of_rank = rank_plan(pp_rank * p.tp * p.cp * p.dp, recipe, self.shape)
         device: Items = {
             "weights": of_rank.weight_bytes,
-            **self._fp8_weights(pp_rank),
+            **self._fp8_weights(pp_rank, of_rank),
             "gradients": of_rank.gradient_bytes,
             "optimizer": of_rank.optimizer_bytes,
             **self._activations(pp_rank),
         }
-        extra: list[tuple[Items, Items]] = [({}, {}), *(_frozen_models(stage, of_rank) for stage in recipe.stages)]
+        if recipe.precision.parameters:  # master weights in float32 stand for those in FP8
+            lent = device["weights"] + of_rank.optimizer_bytes * MASTER_BYTES // (ADAM_BYTES + MASTER_BYTES)
+        else:
+            lent = of_rank.weight_bytes * of_rank.trained // of_rank.parameters
+        extra: list[tuple[Items, Items]] = [
+            ({}, {}),
+            *(_frozen_models(stage, of_rank, lent) for stage in recipe.stages),
+        ]
         device.update(_largest_of([on_device for on_device, _ in extra]))
         host = dict(_largest_of([on_host for _, on_host in extra]))
         if recipe.samples:
@@ -171,7 +178,9 @@ class MemoryModel:
         if recipe.trainer.offload_optimizer and not self.on_cpu:
             # It is on the GPU during the update alone, when no activation is.
             host["optimizer"] = of_rank.optimizer_bytes
-            device["optimizer"] = max(0, of_rank.optimizer_bytes - sum(self._activations(pp_rank).values()))
+            # Beside engines on the same GPU too, where a sync reads master weights.
+            if not (recipe.precision.parameters and recipe.samples and recipe.fleet.transport == "ipc"):
+                device["optimizer"] = max(0, of_rank.optimizer_bytes - sum(self._activations(pp_rank).values()))
         host["process"] = gib("cpu_rank_process_gib" if self.on_cpu else "rank_process_gib")
         if not self.on_cpu:
             device["context"] = gib("gpu_context_gib")
@@ -182,9 +191,9 @@ class MemoryModel:
         stage = f", pipeline stage {pp_rank}" if p.pp > 1 else ""
         return Role(name=f"trainer{stage}", ranks=p.tp * p.cp * p.dp, device=device, host=host)
 
-    def _fp8_weights(self, pp_rank: int) -> Items:
-        """The linears' weights in FP8, by rows and by columns, beside those in bfloat16. What activations in FP8 save
-        is not counted."""
+    def _fp8_weights(self, pp_rank: int, of_rank: RankPlan) -> Items:
+        """The linears' weights in FP8, by rows and by columns: beside those in bfloat16, or with `precision.parameters`
+        in their place, and then one at a time is gathered in bfloat16. What activations in FP8 save is not counted."""
         precision, p, shape = self.recipe.precision, self.recipe.parallel, self.shape
         if self.on_cpu or not precision.computes_fp8:
             return {}
@@ -192,7 +201,15 @@ class MemoryModel:
         layers = [n for n in shape.stage_layers(p.pp, pp_rank) if precision.first_layers_bf16 <= n < last]
         sizes = [shape.layer_parameters(layer) for layer in layers]
         own = sum(size.cut // p.tp + (shape.num_experts // p.ep) * size.expert // p.etp for size in sizes)
-        return {"fp8_weights": 2 * own}
+        if not precision.parameters:
+            return {"fp8_weights": 2 * own}
+        width = BYTES[self.recipe.model.dtype]
+        largest = max((max(size.cut // p.tp, size.expert // p.etp) for size in sizes), default=0)
+        return {
+            "weights": of_rank.weight_bytes - width * own,
+            "fp8_weights": 2 * own,
+            "gathered_weight": width * largest,  # of one linear, for which its layer stands
+        }
 
     def _activations(self, pp_rank: int) -> Items:
         recipe, p, shape = self.recipe, self.recipe.parallel, self.shape
@@ -364,10 +381,9 @@ def _fleet_of(recipe: Recipe, role: str) -> FleetConfig:
     return recipe.judges[role.removeprefix("judge-")].engine
 
 
-def _frozen_models(stage: StageConfig, of_rank: RankPlan) -> tuple[Items, Items]:
-    """What a stage holds besides the policy, on the GPU and on the host of a rank: a reference, teachers."""
-    adapters = of_rank.trained < of_rank.parameters
-    lent = of_rank.weight_bytes * of_rank.trained // of_rank.parameters if adapters else of_rank.weight_bytes
+def _frozen_models(stage: StageConfig, of_rank: RankPlan, lent: int) -> tuple[Items, Items]:
+    """What a stage holds besides the policy, on the GPU and on the host of a rank: a reference, teachers. `lent`: bytes
+    of one set of weights that takes another's place."""
     if isinstance(stage, RlStage) and stage.kl.coefficient:
         return {"reference": of_rank.weight_bytes}, {}
     if isinstance(stage, MopdStage):

@@ -21,6 +21,7 @@ from millrace.planning.hardware import GPUS
 
 RECIPES = ("delayed", "tensorwise", "blockwise", "mxfp8")
 ON_GPUS = ("trainer.device=cuda", "model.dtype=bfloat16")
+IN_FP8_ALONE = (*ON_GPUS, "precision={fp8: tensorwise, parameters: true}", "trainer.distributed_optimizer=true")
 
 
 def loaded(file: Path, *overrides: str) -> Recipe:
@@ -41,6 +42,12 @@ def test_a_recipe_without_the_section_computes_in_its_own_type(recipe_file: Path
 def test_every_recipe_is_accepted_on_gpus_and_as_an_emulation(recipe_file: Path, fp8: str) -> None:
     assert check_recipe(loaded(recipe_file, f"precision.fp8={fp8}", *ON_GPUS)) == []
     assert check_recipe(loaded(recipe_file, f"precision={{fp8: {fp8}, emulate: true}}", "model.dtype=float32")) == []
+
+
+@pytest.mark.parametrize("model", ["moe", "dense"])
+def test_weights_may_be_in_fp8_alone_where_there_are_masters(recipe_file: Path, model: str) -> None:
+    path = ("model.path=moe",) if model == "moe" else ("precision.fp8=mxfp8",)
+    assert check_recipe(loaded(recipe_file, *IN_FP8_ALONE, *path, "trainer.offload_optimizer=true")) == []
 
 
 def test_the_format_follows_the_recipe_unless_it_is_named() -> None:
@@ -70,6 +77,18 @@ def test_the_format_follows_the_recipe_unless_it_is_named() -> None:
             "precision.last_layers_bf16 is 3, but Megatron-Core takes at most the 2 layers of one pipeline stage",
         ),
         (["precision={fp8: mxfp8, emulate: true, pad_experts: true}"], "pad_experts is set, but the model has no ex"),
+        (["precision={fp8: delayed, parameters: true}", *ON_GPUS], "parameters is not read with precision.fp8=delayed"),
+        (["precision={fp8: mxfp8, parameters: true}", *ON_GPUS], "set trainer.distributed_optimizer=true"),
+        (["precision={fp8: mxfp8, emulate: true, parameters: true}"], "leave precision.parameters out"),
+        ([*IN_FP8_ALONE, "model.lora={}"], "precision.parameters and model.lora exclude each other"),
+        (
+            [*IN_FP8_ALONE, "trainer.overlap_parameter_gather=true"],
+            "precision.parameters and trainer.overlap_parameter_gather exclude each other",
+        ),
+        (
+            [*IN_FP8_ALONE, "precision.fp8=mxfp8", "model.path=moe"],
+            "mixes up those of a model with experts; use tensorwise",
+        ),
         (
             ["precision={fp8: delayed, emulate: true}", "stages.climb.kl.coefficient=0.1"],
             "the reference of stages.climb.kl never train; use tensorwise",

@@ -16,9 +16,11 @@ from tiny_checkpoints import write_checkpoint
 from without_engine import without_engine
 
 from millrace.config.model_shape import ModelShape
-from millrace.config.schema import ParallelConfig, PrecisionConfig, TrainerConfig
+from millrace.config.schema import OptimizerConfig, ParallelConfig, PrecisionConfig, TrainerConfig
 from millrace.launch.local import trainer_environment
 from millrace.megatron.model_config import transformer_config
+from millrace.megatron.optimizer import optimizer_settings
+from millrace.megatron.policy import data_parallel_settings
 from millrace.megatron.precision import (
     PLAIN,
     PrecisionError,
@@ -35,6 +37,7 @@ CASES: dict[str, tuple[PrecisionConfig, dict[str, Any], str]] = {
         {
             "fp8": "hybrid",
             "fp8_recipe": "delayed",
+            "fp8_param": False,
             "fp8_margin": 2,
             "fp8_amax_history_len": 16,
             "fp8_amax_compute_algo": "most_recent",
@@ -47,6 +50,7 @@ CASES: dict[str, tuple[PrecisionConfig, dict[str, Any], str]] = {
         {
             "fp8": "e4m3",
             "fp8_recipe": "tensorwise",
+            "fp8_param": False,
             "first_last_layers_bf16": True,
             "num_layers_at_start_in_bf16": 1,
             "num_layers_at_end_in_bf16": 0,
@@ -58,6 +62,7 @@ CASES: dict[str, tuple[PrecisionConfig, dict[str, Any], str]] = {
         {
             "fp8": "e4m3",
             "fp8_recipe": "blockwise",
+            "fp8_param": False,
             "first_last_layers_bf16": True,
             "num_layers_at_start_in_bf16": 0,
             "num_layers_at_end_in_bf16": 2,
@@ -65,8 +70,8 @@ CASES: dict[str, tuple[PrecisionConfig, dict[str, Any], str]] = {
         "Float8BlockScaling(fp8_format=E4M3)",
     ),
     "mxfp8": (
-        PrecisionConfig(fp8="mxfp8", format="hybrid"),
-        {"fp8": "hybrid", "fp8_recipe": "mxfp8"},
+        PrecisionConfig(fp8="mxfp8", format="hybrid", parameters=True),
+        {"fp8": "hybrid", "fp8_recipe": "mxfp8", "fp8_param": True},
         "MXFP8BlockScaling(fp8_format=HYBRID)",
     ),
 }
@@ -97,7 +102,6 @@ def test_megatron_accepts_the_fields_and_would_build_that_object_of_them(
 ) -> None:
     config = TransformerConfig(num_layers=4, hidden_size=64, num_attention_heads=4, bf16=True, **fields)
     assert {name: getattr(config, name) for name in fields} == fields
-    assert not config.fp8_param  # weights that exist in FP8 alone would be saved, exported and synced rounded
     built = engine_recipe(precision)
     assert built is not None
     assert _what_megatron_builds(config) == (built.name, dict(built.arguments))
@@ -145,6 +149,20 @@ def test_the_router_of_experts_pads_when_it_is_asked_to(experts: ModelShape) -> 
     for asked in (False, True):
         options = transformer_options(PrecisionConfig(fp8="blockwise", pad_experts=asked), experts)
         assert options["moe_router_padding_for_quantization"] is asked
+
+
+def test_weights_in_fp8_alone_reach_data_parallelism_and_the_optimizer() -> None:
+    trainer = TrainerConfig(distributed_optimizer=True)
+    for fp8, shared in (("tensorwise", False), ("mxfp8", True)):
+        precision = PrecisionConfig(fp8=fp8, parameters=True)
+        ddp = data_parallel_settings(trainer, precision)
+        assert ddp.fp8_param_gather and ddp.reuse_grad_buf_for_mxfp8_param_ag is shared
+        optimizer = optimizer_settings(OptimizerConfig(), trainer, torch.bfloat16, precision)
+        assert optimizer.fp8_recipe == fp8 and optimizer.reuse_grad_buf_for_mxfp8_param_ag is shared
+        kept = replace(precision, parameters=False)
+        assert data_parallel_settings(trainer, kept) == data_parallel_settings(trainer)
+        settings = [optimizer_settings(OptimizerConfig(), trainer, torch.bfloat16, p) for p in (kept, PLAIN)]
+        assert settings[0] == settings[1]
 
 
 @pytest.mark.parametrize("precision", [PLAIN, PrecisionConfig(fp8="mxfp8", emulate=True)], ids=["none", "emulated"])

@@ -155,9 +155,15 @@ def test_overrides_reach_sections_and_stages(cascade_file: Path) -> None:
     assert other == pasted
 
 
-def test_fp8_keeps_weights_of_linears_beside_those_in_bfloat16(recipe_file: Path) -> None:
+def test_fp8_keeps_weights_of_linears_beside_those_in_bfloat16_unless_it_takes_their_place(recipe_file: Path) -> None:
     gpus = ClusterConfig(name="gpus", nodes=1, node=NodeConfig(gpus=8, gpu="h100", cores=64, memory_gib=1000))
-    base = ("trainer.device=cuda", "trainer.distributed_optimizer=true", "fleet.transport=nccl", "parallel.pp=2")
+    base = (
+        "trainer.device=cuda",
+        "model.dtype=bfloat16",
+        "trainer.distributed_optimizer=true",
+        "fleet.transport=nccl",
+        "parallel.pp=2",
+    )
 
     def stages(*overrides: str) -> list[dict[str, int]]:
         memory = memory_of(recipe_of(recipe_file, *base, *overrides), gpus)
@@ -171,6 +177,10 @@ def test_fp8_keeps_weights_of_linears_beside_those_in_bfloat16(recipe_file: Path
     assert [device["fp8_weights"] for device in edges] == [0, 2 * 2 * layer]
     assert all("fp8_weights" not in device for device in plain)
     assert [device["weights"] for device in beside] == [device["weights"] for device in plain]
+    for alone, other in zip(stages("precision={fp8: blockwise, parameters: true}"), beside, strict=True):
+        assert alone["fp8_weights"] == other["fp8_weights"]
+        assert alone["weights"] == other["weights"] - 2 * 2 * layer, "two layers of two bytes a weight"
+        assert alone["gathered_weight"] == 2 * layer and "gathered_weight" not in other
 
 
 def test_an_optimizer_that_waits_on_the_host_leaves_the_gpu_what_activations_do_not_take(recipe_file: Path) -> None:
@@ -179,6 +189,19 @@ def test_an_optimizer_that_waits_on_the_host_leaves_the_gpu_what_activations_do_
     assert away.host["optimizer"] == here.device["optimizer"] and "optimizer" not in here.host
     assert away.device["optimizer"] < here.device["optimizer"]
     assert away.device["weights"] == here.device["weights"]
+
+
+def test_master_weights_that_a_sync_reads_come_back_beside_engines_on_the_same_gpu(recipe_file: Path) -> None:
+    base = (
+        "trainer={device: cuda, offload_optimizer: true, distributed_optimizer: true}",
+        "precision={fp8: blockwise, parameters: true}",
+        "model.dtype=bfloat16",
+    )
+    apart, beside = (
+        role(memory_of(recipe_of(recipe_file, *base, f"fleet.transport={transport}"), GPUS), "trainer").device
+        for transport in ("nccl", "ipc")
+    )
+    assert apart["optimizer"] < beside["optimizer"]
 
 
 def test_the_buffers_of_overlapped_tensor_parallelism_are_counted(recipe_file: Path) -> None:

@@ -15,9 +15,8 @@ class PrecisionConfig:
     """How the linear layers' products are computed in FP8. none: in `model.dtype`, bfloat16 if not said otherwise;
     delayed: one scale a tensor, from the largest values of earlier steps; tensorwise: one scale a tensor, from its own
     largest value; blockwise: a scale for 1 x 128 inputs and gradients and for 128 x 128 weights; mxfp8: a scale for 32
-    numbers. Embeddings, norms, attention, routers and the output layer stay in `model.dtype`, and so do the weights
-    themselves: what is multiplied is a copy in FP8, so that checkpoints, exports and engines get none that were rounded
-    to it."""
+    numbers. Embeddings, norms, attention, routers and the output layer stay in `model.dtype`. What checkpoints, exports
+    and engines get was never rounded to FP8."""
     format: Fp8Format | None = None
     """e4m3 everywhere, or hybrid: e4m3 for inputs and weights, e5m2 for gradients. When absent hybrid with delayed and
     tensorwise, e4m3 with blockwise and mxfp8."""
@@ -29,6 +28,12 @@ class PrecisionConfig:
     """delayed: scales leave this many powers of two of room above the largest value."""
     power_of_two_scales: bool = True
     """blockwise: round scales down to powers of two; false keeps them as float32."""
+    parameters: bool = False
+    """tensorwise, blockwise, mxfp8: keep the weights of linear layers on the GPU in FP8 alone, rather than in
+    `model.dtype` with copies in FP8. Checkpoints, exports and engines get the optimizer's float32 master weights in
+    `model.dtype`, gathered one at a time. Needs `trainer.distributed_optimizer`. Frozen models have no masters and stay
+    in `model.dtype`. Tested with a stand-in for Transformer Engine's tensors on CPU ranks; it has not been run on a
+    GPU."""
     first_layers_bf16: int = 0
     """Layers at the start of the model that stay in `model.dtype`; not with delayed."""
     last_layers_bf16: int = 0
