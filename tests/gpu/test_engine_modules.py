@@ -47,6 +47,7 @@ PRECISIONS: dict[str, dict[str, Any]] = {
     "tensorwise": {"fp8": "tensorwise", "first_layers_bf16": 1},
     "blockwise": {"fp8": "blockwise", "last_layers_bf16": 1},
     "mxfp8": {"fp8": "mxfp8", "format": "hybrid"},
+    "parameters": {"fp8": "tensorwise", "parameters": True},
 }
 
 
