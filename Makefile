@@ -1,6 +1,8 @@
 # `make demo` and `make test` set up .venv themselves. Another interpreter: make test PYTHON=python3.12 VENV=.venv312
 PYTHON ?= python3
 VENV ?= .venv
+# Processes that share the tests; with 1 they run one after the other in the order of their files.
+JOBS ?= 2
 export PYTHON VENV
 
 .PHONY: demo test lint gpu-check venv
@@ -9,7 +11,7 @@ demo: venv
 	@bash recipes/laptop/demo.sh
 
 test: venv
-	@$(VENV)/bin/python -m pytest $(if $(JOBS),-n $(JOBS))
+	@$(VENV)/bin/python -m pytest $(if $(filter-out 1,$(JOBS)),-n $(JOBS))
 
 lint: venv
 	@$(VENV)/bin/ruff check .

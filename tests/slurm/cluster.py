@@ -13,6 +13,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -153,9 +154,12 @@ class Cluster:
         _tried("scancel", "--user", _user())
         with suppress(AssertionError):  # what does not end is ended with its node
             _until(lambda: not _said("squeue", "-h"), "the queue to be empty", 30.0)
+        self.end_daemons()
+        self._mariadbd.wait(LIMIT)
+
+    def end_daemons(self) -> None:
         for pattern in ("slurmd-*.pid", "slurmctld.pid", "slurmdbd.pid", "mariadb.pid", "munge.pid"):
             _end(self.root.glob(pattern))
-        self._mariadbd.wait(LIMIT)
 
     def _munge(self) -> None:
         secret = self.root / "munge"
@@ -260,12 +264,23 @@ def running_cluster() -> Iterator[Cluster]:
     root = Path(tempfile.mkdtemp(prefix="slurm-"))
     root.chmod(0o755)  # munged wants its socket to be reachable by all
     cluster = Cluster(root)
+    guard = subprocess.Popen([sys.executable, __file__, str(os.getpid()), str(root)], start_new_session=True)
     try:
         cluster.up()
         yield cluster
     finally:
         cluster.down()
+        guard.kill()
+        guard.wait()
         shutil.rmtree(root)
+
+
+def guard_for(tests: int, root: Path) -> None:
+    """End the daemons of a cluster whose tests end without doing it: pytest-xdist kills its processes at Ctrl-C."""
+    while _runs(tests):
+        time.sleep(1.0)
+    Cluster(root).end_daemons()
+    shutil.rmtree(root, ignore_errors=True)
 
 
 def _user() -> str:
@@ -326,3 +341,7 @@ def _runs(pid: int) -> bool:
         return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return False
+
+
+if __name__ == "__main__":
+    guard_for(int(sys.argv[1]), Path(sys.argv[2]))
