@@ -2,7 +2,9 @@
 
 All that is Python is theirs and Megatron-Core's: modules and autograd functions, what tensor-parallel ranks exchange,
 how tokens are split over experts, attention over packed sequences. What they call of the package's extension for torch,
-CUDA kernels alone, is computed by torch here, in float32. A run is one of `verify_worker`, or the jobs of `measure`.
+CUDA kernels alone, is computed by torch here, in float32. FP8 is rounded by the package's own reference, which is
+written in torch, for one scale a tensor (`precision.fp8=tensorwise`). A run is one of `verify_worker`, or the jobs of
+`measure`.
 """
 
 from __future__ import annotations
@@ -179,6 +181,33 @@ STAND_INS = (
 )
 
 
+def quantized_product(
+    quantizer: Any,
+    x: Tensor,
+    weight: Tensor,
+    settings: Any,
+    dtype: torch.dtype,
+    of_x: Tensor,
+    of_weight: Tensor,
+    bias: Tensor | None = None,
+    **more: Any,
+) -> Tensor:
+    """The reference's product of numbers in FP8 and their scales, which it takes on tensor cores."""
+    value = (x.float() * of_x) @ (weight.float() * of_weight).T
+    return (value if bias is None or not bias.numel() else value + bias).to(dtype)
+
+
+def round_by_reference() -> None:
+    reference = importlib.import_module(f"{ENGINE}.pytorch.custom_recipes.reference_current_scaling")
+    recipes = importlib.import_module(f"{ENGINE}.common.recipe")
+    reference.CurrentScalingQuantizerRef.qgemm = quantized_product
+    fp8_utils = importlib.import_module("megatron.core.fp8_utils")
+    vars(fp8_utils)["get_fp8_recipe"] = lambda config: recipes.CustomRecipe(
+        qfactory=reference.current_scaling_ref_factory
+    )
+    model_config.require_computable = lambda precision, shape, device: None
+
+
 def install() -> None:
     """Adapt Megatron-Core to the CPU, and then Transformer Engine, of which models are built from here on."""
     cpu.adapt()
@@ -194,6 +223,7 @@ def install() -> None:
             if getattr(module, "torch", None) is torch:
                 vars(module)["torch"] = view
     look_like_cuda()
+    round_by_reference()
     model_config.uses_transformer_engine = lambda shape, device, dtype: not needs_local_layers(shape)
 
 

@@ -136,14 +136,14 @@ def by_transformers(device: str, model: str) -> dict[str, Any]:
     return {"logits": logits, "gradients": found}
 
 
-def one_linear(device: str, model: str, precision: dict[str, Any]) -> dict[str, Any]:
+def one_linear(
+    device: str, model: str, precision: dict[str, Any], linear_name: str = "mlp.linear_fc2"
+) -> dict[str, Any]:
     """Output and gradients of one linear layer, from inputs that are the same everywhere."""
     with policy_of(device, model, "bfloat16", precision=precision, trains=False) as policy:
         layer: Any = policy.module.decoder.layers[0]
-        linear = layer.mlp.linear_fc2
-        x, gradient = (
-            _seeded(n, 64, size) for n, size in ((1, policy.shape.ffn_hidden_size), (2, layer.config.hidden_size))
-        )
+        linear: Any = layer.get_submodule(linear_name)
+        x, gradient = (_seeded(n, 64, size) for n, size in ((1, linear.weight.shape[1]), (2, linear.weight.shape[0])))
         x, gradient = (t.to(policy.topology.device).bfloat16() for t in (x, gradient))
         x.requires_grad_()
         linear.weight.requires_grad_()

@@ -58,6 +58,9 @@ SWITCHES: dict[str, tuple[str, dict[str, Any]]] = {
     "experts one by one": ("qwen3_moe", {"switches": {"grouped_gemm": False}}),
 }
 
+LINEARS = ("self_attention.linear_proj", "mlp.linear_fc2")
+"""Without a norm fused into them."""
+
 
 @pytest.fixture(scope="module")
 def paths(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
@@ -80,6 +83,11 @@ def found(paths: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> di
         }
         listed[f"{kind} whole"] = {**once, "steps": 4}
         listed[f"{kind} first half"] = {**once, "save": saved[kind]}
+        fp8 = {"fp8": "tensorwise", "emulate": kind == "plain"}
+        model = {"model": paths["qwen3"], "precision": fp8}
+        listed[f"{kind} in FP8"] = {"kind": "computed", "dtype": "float32", **model}
+        for name in LINEARS:
+            listed[f"{kind} {name} in FP8"] = {"kind": "one_linear", "linear_name": name, **model}
         for name, (model, options) in SWITCHES.items():
             # Plain layers show what it comes to without them, adapters apart.
             options = options if kind == "engine" or "lora" in options else {}
@@ -119,6 +127,23 @@ def test_a_run_goes_on_from_the_checkpoint_of_plain_layers(found: dict[str, Foun
     assert second["step"] == 4
     assert second["losses"] == pytest.approx(whole["losses"][2:], rel=0.05)
     assert torch.isfinite(second["logits"]).all()
+
+
+@pytest.mark.parametrize("linear", LINEARS)
+def test_the_emulation_rounds_a_linear_as_their_reference_does(linear: str, found: dict[str, Found]) -> None:
+    reference, emulated = (found[f"{kind} {linear} in FP8"] for kind in ("engine", "plain"))
+    assert farthest(reference, emulated) <= 1e-6
+    exact = {"y": emulated["y without FP8"]}
+    assert farthest({"y": emulated["y"]}, exact) > 0.01
+
+
+def test_the_emulation_of_a_model_is_near_their_reference(found: dict[str, Found]) -> None:
+    """Both are the same but for sums of another order, which let a few numbers fall to the other side of a rounding:
+    from there on everything differs a little."""
+    reference, emulated, exact = (
+        found[name]["logp"] for name in ("engine in FP8", "plain in FP8", "plain qwen3 float32")
+    )
+    assert mean_distance(reference, emulated) <= 0.3 * mean_distance(exact, emulated)
 
 
 @pytest.mark.parametrize("switch", SWITCHES)

@@ -26,8 +26,9 @@ class MicroBatch:
     """Sequences behind one another: as the loss sees them, whole and without padding, and what this rank's model
     computes of them.
 
-    The model sees each sequence with the padding that context parallelism needs at its end, then more padding as a
-    sequence of its own.
+    The model sees each sequence with the padding that context parallelism needs at its end, then more padding as
+    sequences of their own, which repeat the real ones from the first on. So their activations are some that are there
+    already, and change no scale of FP8, which comes from the largest.
     """
 
     tokens: Tensor
@@ -154,14 +155,15 @@ def make_micro_batch(
     padded = [n + -n % context.multiple for n in lengths]
     whole = math.lcm(context.multiple, context.ranks * multiple)
     padding = -sum(padded) % whole or (0 if padded else whole)
-    padded_lengths = padded + [padding] * (padding > 0)
+    padded_lengths = padded + repeated(padded, padding)
 
     starts = itertools.accumulate(padded_lengths, initial=0)
     places = [torch.arange(first, first + n) for first, n in zip(starts, lengths, strict=False)]
     row_of_token = torch.cat(places) if places else torch.zeros(1, dtype=torch.int64)
     tokens = batch.tokens[positions].cpu() if lengths else torch.zeros(1, dtype=torch.int64)
     rows = context.rows(padded_lengths)
-    input_ids = torch.zeros(sum(padded_lengths), dtype=torch.int64).index_copy(0, row_of_token, tokens)[rows]
+    unpadded = torch.zeros(sum(padded) or 1, dtype=torch.int64).index_copy(0, row_of_token, tokens)
+    input_ids = unpadded[torch.arange(sum(padded_lengths)) % unpadded.numel()][rows]
     model_rows = torch.full((sum(padded_lengths),), -1).index_copy(0, rows, torch.arange(rows.numel()))[row_of_token]
 
     streams = {name: values[positions] if lengths else values.new_zeros(1) for name, values in batch.streams.items()}
@@ -176,3 +178,14 @@ def make_micro_batch(
         context=context,
         index=index,
     )
+
+
+def repeated(lengths: Sequence[int], count: int) -> list[int]:
+    """Lengths that add up to `count`: those given, again and again, the last one cut; just `count` where none is."""
+    found: list[int] = []
+    for length in itertools.cycle(lengths or [count]):
+        if count == 0:
+            return found
+        found.append(min(length, count))
+        count -= found[-1]
+    raise AssertionError("a cycle has no end")

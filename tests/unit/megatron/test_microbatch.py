@@ -46,6 +46,17 @@ def test_ranks_get_equal_numbers_of_micro_batches_and_empty_ones_weigh_nothing()
     assert empty.predicting_rows.numel() == 0
 
 
+def test_padding_repeats_the_sequences_from_the_first_on() -> None:
+    part = make_micro_batch(batch_of(3, 2), [0, 1], 16, CPU)
+    assert part.padded_lengths == (3, 2, 3, 2, 3, 2, 1)
+    assert part.input_ids.tolist() == [*range(100, 105)] * 3 + [100]
+    assert part.real == 5 and part.model_rows.tolist() == [0, 1, 2, 3, 4]
+    for rank in range(2):  # each has two of a sequence's four chunks, of a copy the same
+        shared = make_micro_batch(batch_of(3), [0], 4, CPU, context=ContextShare(2, rank))
+        assert shared.padded_lengths == (4, 4)
+        assert shared.input_ids[:2].tolist() == shared.input_ids[2:].tolist()
+
+
 def test_rows_predict_the_next_token_of_their_own_sequence_only() -> None:
     part = make_micro_batch(batch_of(3, 1, 2), [0, 1, 2], 4, CPU)
     assert part.predicting_rows.tolist() == [0, 1, 4]
