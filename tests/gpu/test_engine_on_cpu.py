@@ -58,6 +58,7 @@ SWITCHES: dict[str, tuple[str, dict[str, Any]]] = {
     "experts one by one": ("qwen3_moe", {"switches": {"grouped_gemm": False}}),
 }
 
+IN_FP8 = ("qwen3", "qwen3_moe", "deepseek_v3")
 LINEARS = ("self_attention.linear_proj", "mlp.linear_fc2")
 """Without a norm fused into them."""
 
@@ -83,11 +84,13 @@ def found(paths: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> di
         }
         listed[f"{kind} whole"] = {**once, "steps": 4}
         listed[f"{kind} first half"] = {**once, "save": saved[kind]}
-        fp8 = {"fp8": "tensorwise", "emulate": kind == "plain"}
-        model = {"model": paths["qwen3"], "precision": fp8}
-        listed[f"{kind} in FP8"] = {"kind": "computed", "dtype": "float32", **model}
+        fp8 = {"precision": {"fp8": "tensorwise", "emulate": kind == "plain"}}
+        for name in IN_FP8:
+            # The reference multiplies the experts' matrices one by one.
+            job = {"kind": "computed", "model": paths[name], "dtype": "float32", "switches": {"grouped_gemm": False}}
+            listed[f"{kind} {name} in FP8"] = job | fp8
         for name in LINEARS:
-            listed[f"{kind} {name} in FP8"] = {"kind": "one_linear", "linear_name": name, **model}
+            listed[f"{kind} {name}"] = {"kind": "one_linear", "model": paths["qwen3"], "linear_name": name} | fp8
         for name, (model, options) in SWITCHES.items():
             # Plain layers show what it comes to without them, adapters apart.
             options = options if kind == "engine" or "lora" in options else {}
@@ -131,18 +134,18 @@ def test_a_run_goes_on_from_the_checkpoint_of_plain_layers(found: dict[str, Foun
 
 @pytest.mark.parametrize("linear", LINEARS)
 def test_the_emulation_rounds_a_linear_as_their_reference_does(linear: str, found: dict[str, Found]) -> None:
-    reference, emulated = (found[f"{kind} {linear} in FP8"] for kind in ("engine", "plain"))
+    reference, emulated = (found[f"{kind} {linear}"] for kind in ("engine", "plain"))
     assert farthest(reference, emulated) <= 1e-6
     exact = {"y": emulated["y without FP8"]}
     assert farthest({"y": emulated["y"]}, exact) > 0.01
 
 
-def test_the_emulation_of_a_model_is_near_their_reference(found: dict[str, Found]) -> None:
+@pytest.mark.parametrize("model", IN_FP8)
+def test_the_emulation_of_a_model_is_near_their_reference(model: str, found: dict[str, Found]) -> None:
     """Both are the same but for sums of another order, which let a few numbers fall to the other side of a rounding:
     from there on everything differs a little."""
-    reference, emulated, exact = (
-        found[name]["logp"] for name in ("engine in FP8", "plain in FP8", "plain qwen3 float32")
-    )
+    names = (f"engine {model} in FP8", f"plain {model} in FP8", f"plain {model} float32")
+    reference, emulated, exact = (found[name]["logp"] for name in names)
     assert mean_distance(reference, emulated) <= 0.3 * mean_distance(exact, emulated)
 
 
