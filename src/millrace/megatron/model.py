@@ -63,7 +63,7 @@ def build_model(
     check_layout(shape, parallel)
     check_context_parallelism(shape, parallel, device)
     check_dispatcher(trainer)
-    check_recomputation(trainer)
+    check_recomputation(trainer, device)
     user_buffers.prepare(shape, parallel, trainer, dtype, device)
     config = transformer_config(
         shape,
@@ -138,13 +138,13 @@ def check_dispatcher(trainer: TrainerConfig) -> None:
         )
 
 
-def check_recomputation(trainer: TrainerConfig) -> None:
+def check_recomputation(trainer: TrainerConfig, device: torch.device) -> None:
     """Raises LayoutError where what is to be computed again needs Transformer Engine, which is not there."""
     asked = [m for m in trainer.recompute_modules if m in OUTPUT_DISCARDING and trainer.recompute == "selective"]
-    if asked and not transformer_engine_is_there():
+    if asked and not (device.type == "cuda" and transformer_engine_is_there()):
         raise LayoutError(
-            f"trainer.recompute_modules names {', '.join(asked)}, which Megatron-Core computes again through "
-            "Transformer Engine only, which is not there; leave it out"
+            f"trainer.recompute_modules names {', '.join(asked)}, which Megatron-Core computes again on CUDA, through "
+            "Transformer Engine, only; leave it out"
         )
 
 
