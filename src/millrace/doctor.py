@@ -180,7 +180,8 @@ def _imported(name: str, package: str, module: str, cost: str) -> Finding:
     version = _version(package)
     if version is None:
         return Finding(name, "absent", "", cost)
-    answer = _ask(f"import {module}")
+    # As everywhere in Millrace torch comes first: it loads the libraries of CUDA that these look for.
+    answer = _ask(f"import torch, {module}")
     if answer.reason:
         return Finding(name, "broken", f"{version}: {answer.reason}", cost)
     return Finding(name, "usable", version, cost)

@@ -37,7 +37,7 @@ def test_what_only_gpus_need_says_what_still_works_and_how_to_get_it(
     look: str, still_works: str, how_to_get_it: str
 ) -> None:
     finding = getattr(doctor, look)()
-    assert (finding.state, finding.needed) == ("absent", False)
+    assert finding.state in ("absent", "usable") and not finding.needed
     assert still_works in finding.cost and how_to_get_it in finding.cost
 
 
