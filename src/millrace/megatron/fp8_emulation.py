@@ -7,7 +7,8 @@
 Each operand is rounded by `fp8_scaling` as the recipe says, x and W to E4M3, dy to E4M3 or, in the hybrid format, to
 E5M2; the products themselves are taken in float32 and rounded to the model's type. Transformer Engine's roundings are
 thereby the same; the order of its sums, and the shorter accumulators of some GPUs, are not emulated. Neither are FP8
-weights, which hold no other numbers than weights that are rounded at each use.
+weights, which hold no other numbers than weights that are rounded at each use, nor the padding of micro-batches to
+multiples of 16 to 128 tokens: it repeats tokens, which changes no scale but that of the last block of tokens.
 
 Delayed scaling takes its scales from the largest values of earlier steps, over all micro-batches and all ranks.
 Transformer Engine moves its history on after each micro-batch: with one micro-batch a step the two are the same. A
