@@ -22,7 +22,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 from millrace.config.schema import FleetConfig
-from millrace.rollout.engine import free_port
+from millrace.ports import free_port
 from millrace.rollout.fleet import Fleet
 
 SHAPE = {

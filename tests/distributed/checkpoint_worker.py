@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from ranks import free_port
 from running_policy import cpu_trainer, running_policy
 from torch import Tensor
 
@@ -28,6 +27,7 @@ from millrace.data.batch import TokenBatch
 from millrace.megatron.checkpoint import Checkpointer
 from millrace.megatron.policy import Policy
 from millrace.megatron.sharded_state import check_metadata
+from millrace.ports import free_port
 
 LAYOUTS = {
     "tp2_sp": ("qwen3", "float32", ParallelConfig(tp=2, sequence_parallel=True), False),

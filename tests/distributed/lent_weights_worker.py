@@ -10,13 +10,13 @@ from pathlib import Path
 
 import torch
 from layout_data import example_batch, negative_log_likelihood
-from ranks import free_port
 from running_policy import copied, cpu_trainer, running_policy
 from torch import Tensor
 
 from millrace.config.schema import ModelConfig, OptimizerConfig, ParallelConfig
 from millrace.megatron.checkpoint import Checkpointer
 from millrace.megatron.lent_weights import copy_to_host, put
+from millrace.ports import free_port
 from millrace.stages.sources import WeightSource
 
 STEPS = 3

@@ -10,13 +10,13 @@ import atexit
 import functools
 import json
 import os
-import random
-import socket
 import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+
+from millrace.ports import free_port
 
 TAIL = 4000
 """Characters of a failed rank's output that the test shows."""
@@ -25,16 +25,6 @@ ALL_RANKS = {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
 
 class RanksFailed(AssertionError):
     """A rank ended with an error or did not end in time."""
-
-
-def free_port() -> int:
-    """A port below those the system hands out by itself: gloo's own connections take such a one at any moment, also
-    between this choice and its use by a later case."""
-    while True:
-        port = random.randrange(15000, 32000)
-        with socket.socket() as s:
-            if s.connect_ex(("127.0.0.1", port)):
-                return port
 
 
 def launch(script: Path, world: int, args: Sequence[str] = (), timeout: float = 300.0) -> list[str]:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from ranks import free_port, launch
+from ranks import launch
 from safetensors.torch import save_file
 from tiny_checkpoints import write_checkpoint
 
@@ -17,6 +17,7 @@ from millrace.conversion import Options, hf_to_megatron, megatron_to_hf
 from millrace.converters.mapping import FAMILIES
 from millrace.converters.safetensors_io import INDEX, HFReader
 from millrace.converters.torch_metadata import stored_tensors
+from millrace.ports import free_port
 
 MODELS: dict[str, dict] = {**{family: {} for family in FAMILIES}, "nemotron_h-moe": {"hybrid_override_pattern": "ME*E"}}
 """The tiny checkpoints that converter and ranks exchange: one of every family, with keys of its config.json."""

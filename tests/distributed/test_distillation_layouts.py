@@ -10,9 +10,11 @@ import distillation_reference as reference
 import pytest
 import torch
 from distillation_reference import TAUGHT, TEACHERS, TOP_K
-from ranks import free_port, launch
+from ranks import launch
 from tiny_checkpoints import write_checkpoint
 from torch import Tensor
+
+from millrace.ports import free_port
 
 SIGNALS: dict[str, tuple[str, str, int]] = {
     "sampled": ("sampled", "", 0),

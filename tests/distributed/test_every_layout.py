@@ -16,12 +16,13 @@ from typing import Any
 
 import pytest
 import torch
-from ranks import free_port, launch
+from ranks import launch
 from tiny_checkpoints import write_checkpoint
 
 from millrace.config.model_shape import ModelShape
 from millrace.config.rules import layout_problems
 from millrace.config.schema import ParallelConfig
+from millrace.ports import free_port
 
 SIZES = (1, 2, 4)
 ALL = os.environ.get("MILLRACE_LAYOUTS") == "all"

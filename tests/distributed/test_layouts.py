@@ -12,11 +12,12 @@ from typing import Any
 import pytest
 import torch
 from layout_data import example_batch, example_tokens, negative_log_likelihood
-from ranks import free_port, launch
+from ranks import launch
 from tiny_checkpoints import YARN, write_checkpoint
 from torch import Tensor
 
 from millrace.megatron import verify_worker
+from millrace.ports import free_port
 
 LLAMA3_ROPE = {
     "rope_type": "llama3",

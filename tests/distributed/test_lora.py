@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from layout_data import example_batch, example_tokens
-from ranks import free_port, launch
+from ranks import launch
 from safetensors.torch import load_file
 from test_layouts import _logp, difference
 from tiny_checkpoints import write_checkpoint
@@ -18,6 +18,7 @@ from torch import Tensor
 from millrace.config.model_shape import ModelShape
 from millrace.config.plan import _adapter_parameters
 from millrace.config.schema import LoraConfig, ParallelConfig
+from millrace.ports import free_port
 
 LORA = {"rank": 4, "alpha": 8.0}
 SOME = {"rank": 4, "alpha": 16.0, "rslora": True, "targets": ["q_proj", "v_proj", "down_proj"]}

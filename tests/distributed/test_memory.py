@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from ranks import free_port, launch
+from ranks import launch
 from tiny_checkpoints import write_checkpoint
 
 from millrace.config.model_shape import ModelShape
 from millrace.config.plan import rank_plan
 from millrace.config.schema import ModelConfig, ParallelConfig, Recipe, TrainerConfig
 from millrace.planning.activations import ActivationSettings, held_bytes, in_flight, peak_bytes, stage_parts
+from millrace.ports import free_port
 
 TOKENS = 1024
 TOLERANCE = 0.05

@@ -4,6 +4,7 @@ sampled from, synced, killed and frozen; and one with tied embeddings, which are
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import signal
@@ -24,8 +25,9 @@ from engine_policy import ShareOfPolicy, TransformersPolicy, join_trainer
 from tiny_checkpoints import write_checkpoint
 
 from millrace.config.schema import FleetConfig
+from millrace.ports import free_port, hold_port, port_of
 from millrace.rollout.client import RequestRefused
-from millrace.rollout.engine import EngineStartError, free_port
+from millrace.rollout.engine import EngineStartError
 from millrace.rollout.fleet import Fleet
 from millrace.rollout.fleet_health import State
 from millrace.rollout.member import FleetNeedsSync
@@ -363,17 +365,23 @@ def test_an_engine_whose_port_another_process_holds_takes_another_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     checkpoint = write_checkpoint("qwen3", tmp_path / "checkpoint")
-    with socket.create_server(("127.0.0.1", 0)) as holder:
-        taken = holder.getsockname()[1]
-        ports = iter([taken])
-        # The race itself cannot be staged: the port is chosen here as if it had been free a moment before.
-        monkeypatch.setattr("millrace.rollout.engine.free_port", lambda host: next(ports, None) or free_port(host))
+    with contextlib.ExitStack() as thieves:
+        taken: list[int] = []
+
+        def hold_a_port_that_another_listens_on(host: str, port: int | None) -> socket.socket:
+            holder = hold_port(host, port)
+            if not taken:
+                taken.append(port_of(holder))
+                thieves.enter_context(socket.create_server((host, taken[0])))
+            return holder
+
+        monkeypatch.setattr("millrace.rollout.engine.hold_port", hold_a_port_that_another_listens_on)
         fleet = Fleet(dataclasses.replace(CONFIG, engines=1), str(checkpoint), tmp_path)
         try:
             fleet.start()
-            assert fleet.members[0].engine.url.endswith(f":{taken}")
+            assert fleet.members[0].engine.url.endswith(f":{taken[0]}")
             fleet.wait_ready()
-            assert not fleet.members[0].engine.url.endswith(f":{taken}")
+            assert not fleet.members[0].engine.url.endswith(f":{taken[0]}")
             assert fleet.members[0].health.restarts == 0
         finally:
             fleet.close()

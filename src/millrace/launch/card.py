@@ -25,8 +25,9 @@ from millrace.config.rules import layout_problems
 from millrace.config.schema import ParallelConfig, TrainerConfig
 from millrace.errors import MillraceError
 from millrace.files import replace_text
-from millrace.launch.local import STOPPED, RankFailed, free_port, run_ranks, trainer_environment
+from millrace.launch.local import STOPPED, RankFailed, run_ranks, trainer_environment
 from millrace.launch.run_dir import versions
+from millrace.ports import free_port
 
 LAYOUTS: dict[str, dict[str, Any]] = {
     "one rank": {},

@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import os
-import random
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -23,6 +21,7 @@ from typing import IO
 
 from millrace.config.schema import PrecisionConfig, Recipe, TrainerConfig
 from millrace.errors import MillraceError
+from millrace.ports import free_port
 
 FINISHED, GATED, STOPPED = 0, 3, 130
 GRACE_SECONDS = 30.0
@@ -157,21 +156,6 @@ def trainer_environment(trainer: TrainerConfig, ranks: int, precision: Precision
 def has_nvidia_device() -> bool:
     """Whether the driver shows a GPU; asked without importing torch."""
     return any(Path("/dev").glob("nvidia[0-9]*"))
-
-
-def free_port(address: str = "127.0.0.1") -> int:
-    """A TCP port of an address of this machine that nobody listens on.
-
-    Taken below the range from which the kernel numbers outgoing connections, where another socket of the ranks could
-    take it before their rendezvous listens on it.
-    """
-    while True:
-        with socket.socket() as probe:
-            try:
-                probe.bind((address, random.randrange(10_000, 32_768)))
-            except OSError:
-                continue
-            return probe.getsockname()[1]
 
 
 @dataclass

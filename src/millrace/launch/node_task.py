@@ -23,12 +23,13 @@ from millrace.config.loading import load_recipe
 from millrace.config.placement import NodeRanks, read_placement
 from millrace.errors import MillraceError
 from millrace.launch.job import CURRENT, Site, note_start, read_site
-from millrace.launch.local import FINISHED, STOPPED, RankFailed, RankGroup, free_port, run_group
+from millrace.launch.local import FINISHED, STOPPED, RankFailed, RankGroup, run_group
 from millrace.launch.local import trainer_environment as local_environment
 from millrace.launch.network import address_of, interface_of
 from millrace.launch.node import CONTINUE
 from millrace.launch.run_dir import RECIPE, locked
 from millrace.launch.verifying import serve_programs
+from millrace.ports import free_port
 from millrace.rollout.agent import Agent
 from millrace.rollout.rendezvous import (
     LAUNCH_FOLDER,

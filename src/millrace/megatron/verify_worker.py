@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import socket
 import subprocess
 import sys
 import tempfile
@@ -50,6 +49,7 @@ from millrace.megatron.worker import (
     on_rank_zero,
     ranks,
 )
+from millrace.ports import free_port
 
 LOGITS_TOLERANCE = 1e-4
 """Largest absolute difference of float32 logits; summation order alone gives about 1e-5."""
@@ -323,10 +323,8 @@ def _layout_against(arguments: argparse.Namespace, file: str) -> Verdict:
 
 def _compute_reference(arguments: argparse.Namespace, file: str) -> None:
     """One rank in a process of its own; the others wait for rank 0 at the rendezvous meanwhile."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
+    alone |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     command = [sys.executable, "-m", "millrace.megatron.verify_worker", "layout-reference", "--hf", arguments.hf]
     command += ["--reference", file, "--device", arguments.device, "--seed", str(arguments.seed)]
     ended = subprocess.run(command, env={**os.environ, **alone}, stdout=subprocess.DEVNULL, check=False)

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from millrace.config.schema import FleetConfig
 from millrace.errors import MillraceError
+from millrace.ports import hold_port, port_of
 from millrace.rollout.server import MODEL_NAME, Device, server_command, server_environment
 
 LOG_TAIL_LINES = 20
@@ -23,13 +24,6 @@ PORT_IN_USE = "address already in use"
 
 class EngineStartError(MillraceError):
     """An engine did not come up; the message ends with the last lines of its log."""
-
-
-def free_port(host: str) -> int:
-    """A TCP port of `host` that nobody listens on now. Another process may still take it before the engine does."""
-    with socket.socket() as probe:
-        probe.bind((host, 0))
-        return int(probe.getsockname()[1])
 
 
 def last_lines(log: Path, start: int = 0) -> str:
@@ -72,6 +66,7 @@ class EngineProcess:
         self._device = device
         self._gpus = gpus
         self._process: subprocess.Popen[bytes] | None = None
+        self._port: socket.socket | None = None
         self._log_start = 0
 
     @property
@@ -88,7 +83,7 @@ class EngineProcess:
     def spawn(self, port: int | None = None) -> None:
         """Start the server in a session of its own and return at once. port: a free one when absent."""
         host = self._config.interface
-        port = port or free_port(host)
+        port = self._hold(host, port)
         self.url = f"http://{host}:{port}"
         self.log_path.parent.mkdir(parents=True, exist_ok=True)
         command = [sys.executable, "-m", "millrace.rollout.supervisor", str(os.getpid())]
@@ -120,6 +115,24 @@ class EngineProcess:
                 start_new_session=True,
             )
 
+    def _hold(self, host: str, port: int | None) -> int:
+        """Keep the port for the server until it is stopped or gets another one; a server binds it seconds later."""
+        if self._port is not None and port == port_of(self._port):
+            return port
+        self._let_go()
+        try:
+            self._port = hold_port(host, port)
+        except OSError:
+            if port is None:
+                raise
+            return port  # somebody has it: the server's log will say so
+        return port_of(self._port)
+
+    def _let_go(self) -> None:
+        if self._port is not None:
+            self._port.close()
+            self._port = None
+
     def exit_code(self) -> int | None:
         """Exit status of the server, or None while it runs."""
         return None if self._process is None else self._process.poll()
@@ -146,6 +159,7 @@ class EngineProcess:
         while self._process.poll() is None and time.monotonic() < end:
             time.sleep(0.05)
         self.kill()
+        self._let_go()
 
     def log_tail(self) -> str:
         """The last lines that the present process wrote to its log."""

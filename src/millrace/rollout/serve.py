@@ -46,6 +46,11 @@ class StandingFleet:
     def addresses(self) -> list[str]:
         return [engine.url for engine in self._engines]
 
+    @property
+    def pids(self) -> list[int]:
+        """Process of each server's supervisor, which is its process group too."""
+        return [engine.pid for engine in self._engines]
+
     def start(self) -> None:
         for engine in self._engines:
             engine.spawn()

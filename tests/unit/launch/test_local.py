@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from millrace.config.schema import TrainerConfig
-from millrace.launch.local import STOPPED, RankFailed, free_port, run_ranks, trainer_environment
+from millrace.launch.local import STOPPED, RankFailed, run_ranks, trainer_environment
 
 Ranks = Callable[..., int]
 
@@ -187,7 +187,3 @@ def test_the_threads_of_a_rank_are_its_share_of_the_cores() -> None:
     assert trainer_environment(TrainerConfig(threads_per_rank=7), 2)["OMP_NUM_THREADS"] == "7"
     assert "TORCH_COMPILE_DISABLE" in trainer_environment(TrainerConfig(device="cpu"), 1)
     assert "TORCH_COMPILE_DISABLE" not in trainer_environment(TrainerConfig(device="cuda"), 1)
-
-
-def test_a_free_port_can_be_listened_on() -> None:
-    assert 1024 < free_port() < 65536

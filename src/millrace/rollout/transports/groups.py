@@ -20,6 +20,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.distributed_c10d import ProcessGroupGloo
 
+from millrace.ports import free_port
+
 T = TypeVar("T")
 
 
@@ -64,10 +66,7 @@ def rank_offsets(workers: Sequence[int]) -> list[int]:
 def call_meeting(kind: str, rank: int, workers: int, urls: Sequence[str]) -> Meeting:
     """Choose where `workers` workers of the engines at `urls` meet this rank."""
     address = address_towards([urlsplit(url).hostname or "" for url in urls])
-    with socket.socket() as probe:
-        probe.bind((address, 0))
-        port = int(probe.getsockname()[1])
-    return Meeting(kind, rank, address, port, 1 + workers)
+    return Meeting(kind, rank, address, free_port(address), 1 + workers)
 
 
 def address_towards(hosts: Sequence[str]) -> str:
