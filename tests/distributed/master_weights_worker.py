@@ -27,8 +27,8 @@ from torch import Tensor
 from millrace.config.model_shape import ModelShape
 from millrace.config.schema import ModelConfig, OptimizerConfig, ParallelConfig, PrecisionConfig
 from millrace.converters.safetensors_io import HFReader
+from millrace.megatron import data_parallel, weights
 from millrace.megatron import policy as policy_module
-from millrace.megatron import weights
 from millrace.megatron.checkpoint import Checkpointer
 from millrace.megatron.lent_weights import copy_to_host, put
 from millrace.megatron.model import build_model
@@ -266,8 +266,8 @@ def with_stand_ins() -> None:
         model = build_model(*options, precision=PLAIN, **more)
         return round_linears(model, KINDS[precision.fp8]) if precision.parameters else model
 
-    settings = policy_module.data_parallel_settings
-    policy_module.data_parallel_settings = lambda *options: replace(settings(*options), bucket_size=BUCKET)
+    settings = data_parallel.data_parallel_settings
+    data_parallel.data_parallel_settings = lambda *options: replace(settings(*options), bucket_size=BUCKET)
     policy_module.token_multiple = lambda *unused: 1
     policy_module.build_model = build
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from millrace.config.model_shape import ModelShape
 from millrace.config.schema import LoraConfig, ModelConfig, OptimizerConfig, ParallelConfig
-from millrace.megatron import policy as policy_module
+from millrace.megatron import data_parallel
 from millrace.megatron.checkpoint import Checkpointer
 from millrace.megatron.lent_weights import copy_to_host
 from millrace.megatron.policy import Policy
@@ -107,8 +107,8 @@ def tensors(policy: Policy, when: str) -> dict[str, Tensor]:
 
 
 def with_small_buckets() -> None:
-    settings = policy_module.data_parallel_settings
-    policy_module.data_parallel_settings = lambda *options: replace(settings(*options), bucket_size=BUCKET)
+    settings = data_parallel.data_parallel_settings
+    data_parallel.data_parallel_settings = lambda *options: replace(settings(*options), bucket_size=BUCKET)
 
 
 def main(folder: Path) -> None:

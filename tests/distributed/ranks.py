@@ -27,7 +27,7 @@ class RanksFailed(AssertionError):
     """A rank ended with an error or did not end in time."""
 
 
-def launch(script: Path, world: int, args: Sequence[str] = (), timeout: float = 300.0) -> list[str]:
+def launch(script: Path, world: int, args: Sequence[str] = (), timeout: float = 600.0) -> list[str]:
     """Run `python script args...` on `world` ranks; what each wrote to stdout and stderr.
 
     The first rank that fails, or the time limit, ends all of them and raises RanksFailed with their last output.

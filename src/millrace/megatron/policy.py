@@ -14,14 +14,12 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
-from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from millrace.algorithms.losses import LossFn
@@ -38,17 +36,19 @@ from millrace.data.batch import TokenBatch
 from millrace.errors import MillraceError
 from millrace.megatron import lora, weights
 from millrace.megatron.context import ContextShare
-from millrace.megatron.divergence import Divergence, TeacherStates, taught_logprobs
+from millrace.megatron.data_parallel import with_gradient_buffers
+from millrace.megatron.divergence import Divergence, TeacherStates
 from millrace.megatron.fp8_emulation import Fp8Emulation
+from millrace.megatron.head import PolicyHead
 from millrace.megatron.kernels import kernels_in_use
-from millrace.megatron.logprobs import token_logprobs, vocabulary_logits, whole_hidden
-from millrace.megatron.master_weights import MasterWeights, require_attributes
+from millrace.megatron.master_weights import MasterWeights
 from millrace.megatron.microbatch import MicroBatch, cut_batch
-from millrace.megatron.model import HiddenStateModel, build_model
+from millrace.megatron.model import build_model
 from millrace.megatron.offload import HostState
 from millrace.megatron.optimizer import build_optimizer, learning_rate, set_hyper_parameters
 from millrace.megatron.parameter_gather import ParameterGather
-from millrace.megatron.precision import PLAIN, data_parallel_options, token_multiple
+from millrace.megatron.precision import PLAIN, token_multiple
+from millrace.megatron.schedule import OnLastStage, from_last_stage, run_micro_batches, sum_metrics
 from millrace.megatron.topology import Topology
 
 log = logging.getLogger(__name__)
@@ -56,8 +56,6 @@ log = logging.getLogger(__name__)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 BeforeUpdate = Callable[[dict[str, float]], None]
-OnLastStage = Callable[[MicroBatch, Tensor], tuple[Tensor, Any]]
-"""Micro-batch and hidden states [T, H] (or this rank's [T / TP, H]) -> loss and what is collected."""
 
 
 class TrainingDiverged(MillraceError):
@@ -126,10 +124,12 @@ class Policy:
         if optimizer is None:
             self.module.requires_grad_(False)
         else:
-            self._trained = _with_gradient_buffers(self.module, trainer, precision)
+            self._trained = with_gradient_buffers(self.module, trainer, precision)
             if trainer.overlap_parameter_gather:
                 self._gather = ParameterGather(self._trained)
             self.reset_optimizer(optimizer, total_steps=0)
+        self._head = PolicyHead(self.module, shape, topology, chunk=trainer.logprob_chunk_tokens, gather=self._gather)
+        """To be used on the last pipeline stage."""
 
     def frozen_twin(self) -> Policy:
         """A forward-only policy of the same model and layout, with random weights."""
@@ -258,7 +258,7 @@ class Policy:
 
         def on_last_stage(micro_batch: MicroBatch, hidden: Tensor) -> tuple[Tensor, Any]:
             rows = micro_batch.predicting_rows
-            logp, entropies = self._head(micro_batch, hidden, rows, temperature=temperature, entropy=entropy)
+            logp, entropies = self._head.logprobs(micro_batch, hidden, rows, temperature=temperature, entropy=entropy)
             stacked = logp[None] if entropies is None else torch.stack([logp, entropies])
             return logp.new_zeros(()), (micro_batch, stacked)
 
@@ -266,7 +266,7 @@ class Policy:
         values = torch.zeros(1 + entropy, batch.tokens.numel(), device=self.topology.device)
         for micro_batch, stacked in collected:
             values[:, micro_batch.positions.to(values.device)] = stacked[:, : micro_batch.real].float()
-        values = self._from_last_stage(values, sum_over_dp=True).cpu()
+        values = from_last_stage(values, self.topology, sum_over_dp=True).cpu()
         return values[0], (values[1] if entropy else None)
 
     def train_step(
@@ -325,29 +325,20 @@ class Policy:
         assert self._trained is not None and self.optimizer is not None, "a forward-only policy does not train"
         self._trained.zero_grad_buffer()
         self.optimizer.zero_grad()
+        wanted: dict[str, Any] = {"temperature": temperature, "entropy": entropy}
 
         def on_last_stage(micro_batch: MicroBatch, hidden: Tensor) -> tuple[Tensor, Any]:
             streams = dict(micro_batch.streams)
             if divergence is None:
-                rows = micro_batch.trained_rows
-                logp, entropies = self._head(micro_batch, hidden, rows, temperature=temperature, entropy=entropy)
+                logp, entropies = self._head.logprobs(micro_batch, hidden, micro_batch.trained_rows, **wanted)
             else:
-                logp, entropies, streams["divergence"] = taught_logprobs(
-                    hidden,
-                    self._head_weight,
-                    micro_batch,
-                    divergence,
-                    temperature=temperature,
-                    entropy=entropy,
-                    context=self.topology.cp_group,
-                    **self._head_settings,
-                )
+                logp, entropies, streams["divergence"] = self._head.taught(micro_batch, hidden, divergence, **wanted)
             loss, metrics = loss_fn(logp, streams, micro_batch.segment_ids)
             if entropies is not None:
                 metrics["entropy"] = (streams["weight"] * entropies).sum()
             return loss, {"loss": loss.detach(), **metrics}
 
-        return self._sum_metrics(self._run(micro_batches, on_last_stage, training=True))
+        return sum_metrics(self._run(micro_batches, on_last_stage, training=True), self.topology)
 
     def teacher_states(self, batch: TokenBatch, teacher: int) -> TeacherStates:
         """What these weights know, as the `teacher`-th teacher, of the tokens whose stream `taught` is `teacher`.
@@ -360,14 +351,13 @@ class Policy:
         keep = torch.zeros(len(batch), dtype=torch.bool).index_fill(0, batch.segment_ids[speaks], True)
 
         def on_last_stage(micro_batch: MicroBatch, hidden: Tensor) -> tuple[Tensor, Any]:
-            whole = whole_hidden(hidden, self.topology.tp_group, self._sequence_parallel)
             _, places = micro_batch.computed_here(micro_batch.taught_rows(teacher))
-            return hidden.new_zeros(()), whole.index_select(0, places)
+            return hidden.new_zeros(()), self._head.whole(hidden).index_select(0, places)
 
         states = self._run(self.cut(batch, keep), on_last_stage, training=False)
         if not self.topology.last_stage:
             return TeacherStates(states, None)
-        head_weight = self._head_weight.detach()
+        head_weight = self._head.weight.detach()
         return TeacherStates(states, head_weight if self._trained is None else head_weight.clone())
 
     @torch.no_grad()
@@ -386,49 +376,25 @@ class Policy:
         )
 
         def on_last_stage(micro_batch: MicroBatch, hidden: Tensor) -> tuple[Tensor, Any]:
-            values = vocabulary_logits(
-                hidden, self._head_weight, self.shape.vocab_size, self.topology.tp_group, self._sequence_parallel
-            )
-            shown, places = micro_batch.computed_here(torch.arange(micro_batch.real, device=values.device))
-            return values.new_zeros(()), (micro_batch.positions.to(values.device)[shown], values[places].float())
+            return hidden.new_zeros(()), self._head.logits(micro_batch, hidden)
 
         values = torch.zeros(rows * length, self.shape.vocab_size, device=self.topology.device)
         for positions, part in self._run(micro_batches, on_last_stage, training=False):
             values[positions] = part
         if self.topology.cp > 1 and self.topology.last_stage:
             dist.all_reduce(values, group=self.topology.cp_group)
-        return self._from_last_stage(values, sum_over_dp=False).cpu().reshape(rows, length, -1)
-
-    @property
-    def _sequence_parallel(self) -> bool:
-        return self.module.config.sequence_parallel
+        return from_last_stage(values, self.topology, sum_over_dp=False).cpu().reshape(rows, length, -1)
 
     @property
     def _multiple(self) -> int:
         if self.trainer.overlap_tensor_parallel:  # every micro-batch fills the buffers of `user_buffers`
             return self.trainer.max_tokens_per_micro_batch
-        return token_multiple(self.precision, self.parallel) * (self.topology.tp if self._sequence_parallel else 1)
+        ranks = self.topology.tp if self.module.config.sequence_parallel else 1
+        return token_multiple(self.precision, self.parallel) * ranks
 
     @property
     def _context(self) -> ContextShare:
         return ContextShare(self.topology.cp, self.topology.cp_rank)
-
-    @property
-    def _head_weight(self) -> Tensor:
-        """Of the log-prob head, whose module the model never calls, so that nothing else would gather it."""
-        weight = self.module.head_weight
-        if self._gather is not None:
-            self._gather.finish_of([weight])
-        return weight
-
-    @property
-    def _head_settings(self) -> dict[str, Any]:
-        return {
-            "vocab_size": self.shape.vocab_size,
-            "chunk": self.trainer.logprob_chunk_tokens,
-            "group": self.topology.tp_group,
-            "sequence_parallel": self._sequence_parallel,
-        }
 
     def cut(self, batch: TokenBatch, keep: Tensor | None = None) -> list[MicroBatch]:
         """The packed micro-batches of this rank; every rank gets the same number. `keep` as for `cut_batch`."""
@@ -444,70 +410,15 @@ class Policy:
         )
 
     def _run(self, micro_batches: Sequence[MicroBatch], on_last_stage: OnLastStage, *, training: bool) -> list[Any]:
-        """Megatron-Core's pipeline schedule; what the last stage collects of each micro-batch (elsewhere nothing)."""
+        """What the last stage collects of each micro-batch; elsewhere nothing."""
         longest = max(m.input_ids.numel() for m in micro_batches)
         assert not self.trainer.overlap_tensor_parallel or longest == self._multiple, (
             "kernels would pass their buffers' end"
         )
         self.module.train(training)
         model = self._trained if training else self.module
-        schedule = get_forward_backward_func()
-        with torch.set_grad_enabled(training):
-            return schedule(
-                forward_step_func=partial(_forward, on_last_stage),
-                data_iterator=iter(micro_batches),
-                model=[model],
-                num_microbatches=len(micro_batches),
-                seq_length=longest,
-                micro_batch_size=1,
-                forward_only=not training,
-            )
-
-    def _head(
-        self, micro_batch: MicroBatch, hidden: Tensor, rows: Tensor, *, temperature: float, entropy: bool
-    ) -> tuple[Tensor, Tensor | None]:
-        """Log-probs (and entropies) of the tokens behind `rows`, aligned with the shown tokens [shown]; elsewhere 0.
-
-        Under context parallelism each rank gives those of its own tokens, and all get all: a loss sees whole sequences.
-        """
-        rows, places = micro_batch.computed_here(rows)
-        logp, entropies = token_logprobs(
-            hidden,
-            self._head_weight,
-            micro_batch.tokens[rows + 1],
-            rows=places,
-            temperature=temperature,
-            entropy=entropy,
-            **self._head_settings,
-        )
-        aligned = partial(micro_batch.aligned, rows, group=self.topology.cp_group)
-        return aligned(logp), (None if entropies is None else aligned(entropies))
-
-    def _from_last_stage(self, values: Tensor, *, sum_over_dp: bool) -> Tensor:
-        """Values of the last pipeline stage on every rank; each data-parallel rank may have filled its own places."""
-        if sum_over_dp and self.topology.dp > 1 and self.topology.last_stage:
-            dist.all_reduce(values, group=self.topology.dp_group)
-        if self.topology.pp > 1:
-            dist.broadcast(values, src=self.topology.last_stage_rank, group=self.topology.pp_group)
-        return values
-
-    def _sum_metrics(self, collected: Sequence[Mapping[str, Tensor]]) -> dict[str, float]:
-        """Sums over micro-batches and data-parallel ranks, in float64, equal on every rank."""
-        shared: list[Any] = [None]
-        if self.topology.last_stage:
-            names = list(collected[0])
-            sums = torch.stack([torch.stack([part[name].double() for part in collected]).sum() for name in names])
-            if self.topology.dp > 1:
-                dist.all_reduce(sums, group=self.topology.dp_group)
-            shared = [dict(zip(names, sums.tolist(), strict=True))]
-        if self.topology.pp > 1:
-            dist.broadcast_object_list(
-                shared,
-                src=self.topology.last_stage_rank,
-                group=self.topology.pp_group,
-                device=self.topology.device,
-            )
-        return shared[0]
+        assert model is not None, "a forward-only policy does not train"
+        return run_micro_batches(model, micro_batches, on_last_stage, training=training)
 
     def _require_finite(self, metrics: Mapping[str, float]) -> None:
         for name in ("loss", "grad_norm"):
@@ -516,54 +427,3 @@ class Policy:
                     f"{name} is {metrics[name]} at update {self.step}; no update was made. Lower optimizer.lr, or look "
                     "for broken samples in this batch"
                 )
-
-
-def _with_gradient_buffers(
-    module: HiddenStateModel, trainer: TrainerConfig, precision: PrecisionConfig
-) -> DistributedDataParallel:
-    """Megatron-Core's data parallelism: gradients add up in float32 buffers, reduced once a step by plain sums."""
-    config = module.config
-    config.finalize_model_grads_func = _finalize_sums
-    require_attributes(module)
-    wrapped = DistributedDataParallel(config, data_parallel_settings(trainer, precision), module)
-    if trainer.overlap_gradient_reduction:
-        config.no_sync_func = wrapped.no_sync  # gradients of all but the last micro-batch only add up
-    return wrapped
-
-
-def data_parallel_settings(trainer: TrainerConfig, precision: PrecisionConfig = PLAIN) -> DistributedDataParallelConfig:
-    """Megatron-Core's description of data parallelism."""
-    return DistributedDataParallelConfig(
-        grad_reduce_in_fp32=True,
-        overlap_grad_reduce=trainer.overlap_gradient_reduction,
-        overlap_param_gather=trainer.overlap_parameter_gather,
-        use_distributed_optimizer=trainer.distributed_optimizer,
-        **data_parallel_options(precision),
-    )
-
-
-def _finalize_sums(model: Sequence[torch.nn.Module], num_tokens: Tensor | None = None, **options: Any) -> None:
-    """Reduce gradients without dividing by a number of tokens: the loss's weights hold every division already."""
-    finalize_model_grads(list(model), None, **options)
-    for chunk in model:
-        lora.sum_gradients_over_expert_ranks(chunk)
-
-
-def _forward(
-    on_last_stage: OnLastStage, micro_batches: Iterator[MicroBatch], model: torch.nn.Module
-) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor, Tensor, Any]]]:
-    """One micro-batch through this stage, as Megatron-Core's schedules call it."""
-    micro_batch = next(micro_batches)
-    output = model(
-        input_ids=micro_batch.input_ids[None],
-        position_ids=None,
-        attention_mask=None,
-        packed_seq_params=micro_batch.packed_seq_params(),
-    )
-
-    def finish(hidden: Tensor) -> tuple[Tensor, Tensor, Any]:
-        loss, collected = on_last_stage(micro_batch, hidden[:, 0])
-        # The middle value, a number of tokens, is what Megatron-Core would divide by; see _finalize_sums.
-        return loss, torch.zeros((), dtype=torch.int, device=loss.device), collected
-
-    return output, finish

@@ -18,9 +18,9 @@ from without_engine import without_engine
 from millrace.config.model_shape import ModelShape
 from millrace.config.schema import OptimizerConfig, ParallelConfig, PrecisionConfig, TrainerConfig
 from millrace.launch.local import trainer_environment
+from millrace.megatron.data_parallel import data_parallel_settings
 from millrace.megatron.model_config import transformer_config
 from millrace.megatron.optimizer import optimizer_settings
-from millrace.megatron.policy import data_parallel_settings
 from millrace.megatron.precision import (
     PLAIN,
     PrecisionError,

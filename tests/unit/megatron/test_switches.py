@@ -7,10 +7,10 @@ from tiny_checkpoints import write_checkpoint
 from millrace.config.model_shape import ModelShape
 from millrace.config.schema import OptimizerConfig, ParallelConfig, TrainerConfig
 from millrace.launch.local import trainer_environment
+from millrace.megatron.data_parallel import data_parallel_settings
 from millrace.megatron.model import check_dispatcher, check_recomputation
 from millrace.megatron.model_config import transformer_config
 from millrace.megatron.optimizer import optimizer_settings
-from millrace.megatron.policy import data_parallel_settings
 from millrace.megatron.topology import LayoutError
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
