@@ -78,21 +78,19 @@ def part_layer(
     """Specification of a layer that is one part."""
     if layer.mixer == "mamba":
         assert mamba is not None
-        return _mamba_layer(config, mamba, backend)
+        return _mamba_layer(mamba, backend)
     if layer.mixer == "attention":
         return _attention_layer(backend)
     return _ffn_layer(config, layer, backend)
 
 
-def _mamba_layer(config: TransformerConfig, mamba: MambaShape, backend: BackendSpecProvider) -> ModuleSpec:
+def _mamba_layer(mamba: MambaShape, backend: BackendSpecProvider) -> ModuleSpec:
     if not HAVE_MAMBA_SSM:
         raise LayoutError(
             "the model has Mamba-2 layers, but the installed mamba-ssm does not load: build it for this torch (pip "
             "install mamba-ssm causal-conv1d --no-build-isolation), or uninstall it for a scan in plain torch"
         )
     norm, column = _norm_and_column(backend)
-    if norm is not IdentityOp:  # MambaLayer passes no eps
-        norm = ModuleSpec(module=norm, params={"eps": config.layernorm_epsilon})
     mixer = ModuleSpec(
         module=MambaMixer,
         params={"d_conv": mamba.conv_kernel, "chunk_size": mamba.chunk},

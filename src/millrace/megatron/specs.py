@@ -38,12 +38,12 @@ class RMSNorm(torch.nn.Module):
     says so, 1 + weight.
 
     Under sequence parallelism each rank sees part of the tokens; the flag on the weight tells Megatron-Core to add up
-    the ranks' gradients.
+    the ranks' gradients. eps: the config's where the layer passes none, as Megatron-Core's Mamba layer did before 0.19.
     """
 
-    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **unused: Any) -> None:
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float | None = None, **unused: Any) -> None:
         super().__init__()
-        self.eps = eps
+        self.eps = config.layernorm_epsilon if eps is None else eps
         self.zero_centered = config.layernorm_zero_centered_gamma
         device = torch.cuda.current_device()
         unit = torch.zeros if self.zero_centered else torch.ones

@@ -141,7 +141,7 @@ def test_overlong_conversations_are_an_error_or_are_dropped_and_counted(
         (conversation("x", tool_calls=[{}]), "message 1: a tool call has no 'name'"),
         (conversation("x", tool_calls=[{"name": "f", "arguments": "{"}]), "the arguments of f are not valid JSON"),
         (
-            conversation("x", tool_calls=[{"name": "f", "arguments": "[" * 9000}]),
+            conversation("x", tool_calls=[{"name": "f", "arguments": "[" * 99_999}]),
             "f are not valid JSON: maximum recurs",
         ),
         (conversation("x", tool_calls=[{"name": "f", "arguments": "9" * 9000}]), "f are not valid JSON: Exceeds"),

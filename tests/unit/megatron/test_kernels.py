@@ -80,11 +80,13 @@ def modules(shape: ModelShape, device: torch.device, dtype: torch.dtype = torch.
 def named(spec: Any) -> Iterator[str]:
     if isinstance(spec, ModuleSpec):
         yield from named(spec.module)
-        if spec.submodules is not None:
-            for field in dataclasses.fields(spec.submodules):
-                yield from named(getattr(spec.submodules, field.name))
+        yield from named(spec.submodules)
     elif isinstance(spec, functools.partial):
         yield from named(spec.func)
+        yield from named(spec.keywords.get("submodules"))
+    elif dataclasses.is_dataclass(spec) and not isinstance(spec, type):
+        for field in dataclasses.fields(spec):
+            yield from named(getattr(spec, field.name))
     elif isinstance(spec, type):
         yield spec.__name__
 
