@@ -313,12 +313,14 @@ class _Writer:
 _LAYER = re.compile(r"^decoder\.layers\.(\d+)\.")
 _LOCAL_EXPERT = re.compile(r"\.experts\.local_experts\.(\d+)\.")
 _GROUPED_EXPERT = re.compile(r"\.experts\.(linear_fc[12])\.(weight|bias)(\d+)$")
-_FUSED_NORMS = {
+_OTHER_NAMES = {
     ".self_attention.linear_qkv.layer_norm_weight": ".input_layernorm.weight",
     ".self_attention.linear_q_up_proj.layer_norm_weight": ".self_attention.q_layernorm.weight",
     ".self_attention.linear_kv_up_proj.layer_norm_weight": ".self_attention.kv_layernorm.weight",
     ".mlp.linear_fc1.layer_norm_weight": ".pre_mlp_layernorm.weight",
     ".mixer.in_proj.layer_norm_weight": ".norm.weight",
+    ".mixer.conv1d_weight": ".mixer.conv1d.weight",
+    ".mixer.conv1d_bias": ".mixer.conv1d.bias",
 }
 
 
@@ -327,13 +329,14 @@ def canonical_name(name: str, layers: Sequence[int] | None = None, expert_offset
 
     `layers[i]` is the number, over the whole model, of the rank's layer i (None: the rank holds all of them);
     `expert_offset` is the number of its first expert. Understood are the names of Megatron's local spec, of Transformer
-    Engine's (norms fused into the next linear, experts numbered behind the weight), and wrappers' `module.` prefixes.
+    Engine's (norms fused into the next linear, experts numbered behind the weight), those that later versions of
+    Megatron-Core have for a Mamba layer's convolution, and wrappers' `module.` prefixes.
     """
     name = re.sub(r"^(module\.)+", "", name)
     if layers is not None:
         name = _LAYER.sub(lambda match: f"decoder.layers.{layers[int(match[1])]}.", name)
-    for fused, plain in _FUSED_NORMS.items():
-        if name.endswith(fused):
-            return name.removesuffix(fused) + plain
+    for other, canonical in _OTHER_NAMES.items():
+        if name.endswith(other):
+            return name.removesuffix(other) + canonical
     name = _LOCAL_EXPERT.sub(lambda match: f".experts.{int(match[1]) + expert_offset}.", name)
     return _GROUPED_EXPERT.sub(lambda match: f".experts.{int(match[3]) + expert_offset}.{match[1]}.{match[2]}", name)

@@ -199,6 +199,8 @@ def test_the_names_of_both_layer_specs_lead_to_one_canonical_name():
             "decoder.layers.4.self_attention.kv_layernorm.weight"
         ),
         "decoder.layers.0.mlp.experts.linear_fc2.weight3": "decoder.layers.4.mlp.experts.11.linear_fc2.weight",
+        "decoder.layers.1.mixer.in_proj.layer_norm_weight": "decoder.layers.5.norm.weight",
+        "decoder.layers.1.mixer.conv1d_bias": "decoder.layers.5.mixer.conv1d.bias",
         "embedding.word_embeddings.weight": "embedding.word_embeddings.weight",
     }
     for local, canonical in spelled.items():

@@ -39,8 +39,10 @@ class LatentAttention(MLASelfAttention):
 
 def latent_attention_spec(provider: BackendSpecProvider) -> ModuleSpec:
     """Latent attention from a provider of plain modules, with its two norms as modules of their own."""
-    # The module takes Transformer Engine for installed when it is not, and compares types with its stand-ins.
+    # The module compares types with those of Transformer Engine: 0.16 takes it for installed when it is not, and later
+    # versions know the plain linear by name only beside it.
     multi_latent_attention.HAVE_TE = isinstance(multi_latent_attention.TELinear, type)
+    multi_latent_attention.Linear = Linear
     norm = provider.layer_norm(for_qk=True)
     return ModuleSpec(
         module=LatentAttention,
