@@ -14,6 +14,8 @@ FIRST, LAST = 10_000, 65_535
 """Lower ports are those of well-known services."""
 KERNELS_RANGE = Path("/proc/sys/net/ipv4/ip_local_port_range")
 TRIES = 1000
+CHANCE = random.SystemRandom()
+"""None that a run seeds and its checkpoints hold: from one seed two runs would choose the same ports at one time."""
 
 
 def hold_port(host: str, port: int | None = None) -> socket.socket:
@@ -22,7 +24,7 @@ def hold_port(host: str, port: int | None = None) -> socket.socket:
     A server that sets SO_REUSEADDR, as servers do, may bind the port beside it. Raises OSError for one that is taken
     and for a host that is not this machine.
     """
-    ports = [*random.sample(_outside_kernels_range(), TRIES), 0] if port is None else [port]
+    ports = [*CHANCE.sample(_outside_kernels_range(), TRIES), 0] if port is None else [port]
     for tried in ports:
         holder = socket.socket()
         try:

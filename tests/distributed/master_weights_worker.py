@@ -45,6 +45,7 @@ CASES: dict[str, tuple[PrecisionConfig, ParallelConfig, bool]] = {
     "tensor parallel": (TENSORWISE, TENSOR, False),
     "experts": (TENSORWISE, replace(TENSOR, ep=2), True),
     "mxfp8": (MXFP8, TENSOR, False),
+    "stages and shared sequences": (TENSORWISE, ParallelConfig(pp=2, cp=2), True),
 }
 """Precision, layout, and whether the optimizer's state waits in host memory."""
 OPTIMIZER = OptimizerConfig(lr=1e-2, weight_decay=0.1)

@@ -22,6 +22,7 @@ from millrace.ports import free_port
 
 LORA = {"rank": 4, "alpha": 8.0}
 SOME = {"rank": 4, "alpha": 16.0, "rslora": True, "targets": ["q_proj", "v_proj", "down_proj"]}
+LATE = {"rank": 4, "alpha": 8.0, "targets": ["up_proj"]}
 LAYOUTS: dict[str, dict[str, dict[str, Any]]] = {
     "qwen3": {
         "tp2": {"tp": 2},
@@ -81,6 +82,8 @@ def cases() -> list[dict[str, Any]]:
         case("qwen3-resume-dropout", "qwen3", sp, "resume", lora=dropout),
         case("qwen3-resume-bfloat16", "qwen3", {"dp": 2}, "resume", trainer=sharded, dtype="bfloat16"),
         case("qwen3_moe-resume-ep2", "qwen3_moe", {"dp": 2, "ep": 2}, "resume"),
+        # The layers of the first stage have no adapters.
+        case("nemotron_h-resume-pp2", "nemotron_h", {"pp": 2}, "resume", lora=LATE, dtype="bfloat16"),
         case("qwen3_moe-export-ep2", "qwen3_moe", {"dp": 2, "ep": 2}, "export"),
         case("qwen3-pp2-from-tp2sp", "qwen3", {"pp": 2}, "elsewhere", source="qwen3-resume-tp2sp"),
         case("qwen3_moe-tp2etp2-from-ep2", "qwen3_moe", LAYOUTS["qwen3_moe"]["tp2etp2"], "elsewhere",
@@ -244,7 +247,13 @@ def test_gradients_equal_those_of_transformers_with_the_factors_by_hand(
         torch.testing.assert_close(found["qwen3-one"][0]["adapted"], logits(example_tokens()), atol=1e-4, rtol=0)
 
 
-RESUMED = ["qwen3-resume-tp2sp", "qwen3-resume-dropout", "qwen3-resume-bfloat16", "qwen3_moe-resume-ep2"]
+RESUMED = [
+    "qwen3-resume-tp2sp",
+    "qwen3-resume-dropout",
+    "qwen3-resume-bfloat16",
+    "qwen3_moe-resume-ep2",
+    "nemotron_h-resume-pp2",
+]
 
 
 @pytest.mark.parametrize("name", RESUMED)

@@ -15,7 +15,14 @@ from millrace.megatron.master_weights import require_attributes
 from millrace.megatron.precision import PrecisionError
 
 RANKS = 4
-FAMILIES = {"tensor parallel": "qwen3", "experts": "qwen3_moe", "mxfp8": "qwen3"}
+FAMILIES = {
+    "tensor parallel": "qwen3",
+    "experts": "qwen3_moe",
+    "mxfp8": "qwen3",
+    "stages and shared sequences": "qwen3",
+}
+TIED = ("stages and shared sequences",)
+"""Cases whose first and last stage hold the embedding."""
 
 
 @pytest.fixture(scope="module")
@@ -24,9 +31,8 @@ def folder(tmp_path_factory):
     for case, family in FAMILIES.items():
         for seed, name in enumerate(("base", "other", "exact")):
             # Megatron-Core gathers MXFP8 only where all parameters are of multiples of 64 numbers.
-            write_checkpoint(
-                family, folder / case / name, seed=seed, dtype="bfloat16", num_hidden_layers=2, head_dim=64
-            )
+            options = {"num_hidden_layers": 2, "head_dim": 64, "tie_word_embeddings": case in TIED}
+            write_checkpoint(family, folder / case / name, seed=seed, dtype="bfloat16", **options)
         hold_exactly(folder / case / "exact" / "model.safetensors")
     write_checkpoint("qwen3", folder / "mxfp8" / "odd", dtype="bfloat16", num_hidden_layers=2, head_dim=16)
     return folder

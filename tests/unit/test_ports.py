@@ -1,3 +1,4 @@
+import random
 import socket
 import struct
 from pathlib import Path
@@ -86,6 +87,16 @@ def test_free_ports_are_none_that_the_kernel_gives_out_by_itself() -> None:
     assert len(chosen) > 150
     assert not chosen & set(kernels_range())
     assert min(chosen) >= 10_000
+
+
+def test_ports_neither_follow_from_a_seed_nor_move_a_runs_random_state() -> None:
+    chosen = set[int]()
+    for _ in range(3):
+        random.seed(5)
+        before = random.getstate()
+        chosen |= {free_port() for _ in range(2)}
+        assert random.getstate() == before
+    assert len(chosen) > 2
 
 
 @pytest.mark.parametrize("given_out", ["1024\t65535", "10500\t65500"])

@@ -104,15 +104,16 @@ class Checkpointer:
 
     def _save(self, policy: Policy, step: int, state: dict[str, Any], name: str, keep_always: bool) -> Path:
         start = time.perf_counter()
+        updates = _updates(policy)
         sharded = sharded_state(
             policy.module,
-            policy.optimizer if _updates(policy) else None,
+            policy.optimizer if updates else None,
             trained=policy.sharded_adapters(),
             masters=policy.masters,
         )
         size = _sum_over_ranks(owned_bytes(sharded))
         needed = size + size // 50 + 2 * _RESERVE_BYTES
-        facts = {**_facts(policy, step), "state": state, "keep_always": keep_always}
+        facts = {**_facts(policy, step, updates), "state": state, "keep_always": keep_always}
         aside = _on_rank_zero(lambda: self._prepare(policy, name, facts, needed))
         try:
             write_sharded(sharded, aside / SHARDS, reserve=aside / _RESERVE)
@@ -276,10 +277,8 @@ class Checkpointer:
         )
 
 
-def _facts(policy: Policy, step: int) -> dict[str, Any]:
-    facts = checkpoint_facts(
-        policy.shape, _layout(policy), step=step, policy_step=policy.step, optimizer_step=_updates(policy)
-    )
+def _facts(policy: Policy, step: int, updates: int) -> dict[str, Any]:
+    facts = checkpoint_facts(policy.shape, _layout(policy), step=step, policy_step=policy.step, optimizer_step=updates)
     return {
         **facts,
         "lora": _lora_facts(policy),
@@ -308,8 +307,9 @@ def _base_checksum(path: str) -> str:
 
 
 def _updates(policy: Policy) -> int:
-    """Updates the optimizer has made; before the first one it has no state to keep."""
-    return 0 if policy.optimizer is None else optimizer_step(policy.optimizer)
+    """Updates the optimizer has made; before the first one it has no state to keep. Collective: a rank on which nothing
+    is trained, as a pipeline stage may be whose layers have no adapters, counts none."""
+    return max(_gather(0 if policy.optimizer is None else optimizer_step(policy.optimizer)))
 
 
 def _take_weights(policy: Policy, shards: Path, updates: int) -> None:

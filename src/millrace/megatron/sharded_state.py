@@ -152,7 +152,7 @@ def _portable(node: Any, parameters: dict[Place, torch.Tensor], step: int) -> An
             key: _groups_at(value, step) if key == "param_groups" else _portable(value, parameters, step)
             for key, value in node.items()
         }
-    if isinstance(node, list):
+    if isinstance(node, list) and node:  # an empty one is of a rank on which nothing is trained
         return [_portable(value, parameters, step) for value in node]
     if isinstance(node, SHARDED):
         return _master_copy(node, parameters) if node.key.startswith(DISTRIBUTED_MASTER) else node
