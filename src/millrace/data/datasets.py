@@ -104,9 +104,9 @@ def wrong_rows(
 
 def _problem(line: bytes, required: Sequence[str], check: Check | None, read: Read) -> str | None:
     try:
-        written = json.loads(line)
+        written = json.loads(line.rstrip())
     except json.JSONDecodeError as error:
-        return f"not valid JSON: {error.msg} at column {error.colno}"
+        return f"not valid JSON at column {error.colno}: {error.msg}"
     except UnicodeDecodeError:
         return "not valid UTF-8"
     if not isinstance(written, dict):

@@ -48,7 +48,7 @@ def test_a_run_on_this_machine_tells_step_rate_checkpoint_and_last_word(run_dir:
     assert lines == [
         f"{run_dir}: runs, process {os.getpid()}",
         "stages done: warm of warm, climb",
-        "in climb, update 12, 2.5 s a step",
+        "in climb, step 2 of 5, 2.5 s a step",
         "last checkpoint: step-00000012, 10 min ago",
         "last word: waiting for the engines to start: 20 s of 300 s",
     ]
