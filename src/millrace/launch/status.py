@@ -15,6 +15,7 @@ from millrace.config.placement import Placement, read_placement
 from millrace.config.schema import EvaluateStage, Recipe
 from millrace.errors import MillraceError
 from millrace.launch.job import CURRENT, JobRecord, read_job
+from millrace.launch.local import failure_log
 from millrace.launch.queue import JobState, SlurmError, states
 from millrace.launch.run_dir import LOCK, is_locked, recorded_recipe
 from millrace.launch.slurm import cancel
@@ -187,12 +188,17 @@ def _ago(then: float) -> str:
 
 
 def _endings(run_dir: Path, record: JobRecord | None) -> Iterator[str]:
-    """Why the last start of a job failed: its failure.json, or, when a node died without a word, the end of its log."""
+    """Why the last start failed: of a job by its failure.json, or, when a node died without a word, by the end of its
+    log; on this machine by what was put on record there."""
+    if record is None:
+        if (here := failure_log(run_dir)).exists():
+            yield f"failed: {here.read_text(encoding='utf-8', errors='replace').rstrip()}"
+        return
     meeting = _meeting(run_dir)
     failure = meeting.failure() if meeting else None
     if failure is not None:
         yield f"failed: {failure}"
-    elif record is not None and _failed(record):
+    elif _failed(record):
         log = Path(record.log.replace("%j", record.ids[-1]))
         if log.exists():
             yield f"the end of {log}:"

@@ -14,6 +14,7 @@ from millrace.config.errors import ConfigError
 from millrace.config.loading import dump_recipe, load_recipe
 from millrace.config.placement import NodeRanks, Placement, ServerPlace, VerifierPlace
 from millrace.launch.job import JobRecord, read_job, write_job
+from millrace.launch.local import RankFailed, failure_on_record
 from millrace.launch.run_dir import locked
 from millrace.launch.status import cancel_run, follow, log_file, node_parts, status_lines
 
@@ -54,11 +55,21 @@ def test_a_run_on_this_machine_tells_step_rate_checkpoint_and_last_word(run_dir:
     ]
 
 
+def test_a_run_that_failed_on_this_machine_says_why_until_it_is_started_again(run_dir: Path) -> None:
+    said = "^rank 1 was ended; once its cause is mended the same command goes on from what is saved$"
+    with pytest.raises(RankFailed, match=said), failure_on_record(run_dir):
+        raise RankFailed("rank 1 was ended", lost_peer=False, last_lines="first\nlast")
+    assert status_lines(run_dir)[-1] == "failed: rank 1 was ended\nfirst\nlast"
+    with failure_on_record(run_dir):
+        assert status_lines(run_dir)[-1] == "stages done: none of warm, climb"
+
+
 def test_a_run_on_this_machine_is_cancelled_by_asking_it_to_save(run_dir: Path) -> None:
     assert cancel_run(run_dir) == f"{run_dir}: nothing runs"
     program = """
 import signal, sys, time
 from pathlib import Path
+from millrace.launch.local import RankFailed, failure_on_record
 from millrace.launch.run_dir import locked
 signal.signal(signal.SIGINT, signal.SIG_DFL)  # which a job in the background is started without
 with locked(Path(sys.argv[1])):
