@@ -45,6 +45,11 @@ class RunConsole:
             f"{_short(name)} {format_value(name, values[name])}" for name in LINE[kind] if name in values
         )
         log.info(f"{stage} {step}/{steps}  {numbers}")
+        if kind in ("rl", "rlhf") and values.get("groups/without_variance") == 1:
+            log.warning(
+                f"{stage} {step}/{steps}: within each group all rewards are equal, so no reward taught anything; the "
+                "prompts are too hard or too easy for this model, or its answers are not understood (see the report)"
+            )
 
     @contextmanager
     def bar(self, what: str, total: int) -> Iterator[Bar]:
