@@ -198,10 +198,10 @@ def test_a_missing_shard_and_a_missing_tokenizer_are_named(recipe_file: Path) ->
 
 def test_a_tokenizer_without_a_chat_template_needs_one_named(recipe_file: Path) -> None:
     base = recipe_file.parent / "base"
-    (base / "chat_template.jinja").unlink()
+    (base / "tokenizer_config.json").write_text("{}")
     assert "model.chat_template is not set, and the tokenizer in" in check(recipe_file)[0]
     assert check(recipe_file, "model.chat_template=nemotron") == []
-    (base / "tokenizer_config.json").write_text('{"chat_template": "{{ messages }}"}')
+    (base / "chat_template.jinja").write_text("{{ messages }}")
     assert check(recipe_file) == []
 
 
