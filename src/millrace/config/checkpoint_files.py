@@ -30,7 +30,7 @@ def has_chat_template(folder: Path) -> bool:
         return True
     try:
         return bool(json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8")).get("chat_template"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, AttributeError):  # no file, no JSON, no object
         return False
 
 
