@@ -182,6 +182,8 @@ def _single_file(path: Path) -> str:
         return found[0]
     if found:
         raise ConversionError(f"{path} holds {len(found)} safetensors files, but no {INDEX} that names their tensors")
+    if not path.exists():
+        raise ConversionError(f"{path} does not exist; name the folder of a Hugging Face checkpoint")
     hint = "; convert its .bin files to safetensors first" if list(path.glob("*.bin")) else ""
     raise ConversionError(f"{path} holds no safetensors file{hint}")
 

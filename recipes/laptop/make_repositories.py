@@ -188,6 +188,8 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--each", type=int, default=2, help="repositories of each kind of bug; the last is held out")
     arguments = parser.parse_args()
+    if arguments.folder.exists():
+        parser.error(f"{arguments.folder} exists already; remove it, or name another folder")
     draw = random.Random(arguments.seed)
     rows: dict[str, list[dict[str, object]]] = {"train": [], "held_out": []}
     for bug in BUGS:
@@ -202,6 +204,7 @@ def main() -> None:
         agentless = [without_execution(row, arguments.folder / "repositories") for row in found]
         for file, written in ((f"{name}.jsonl", found), (f"agentless/{name}.jsonl", agentless)):
             (arguments.folder / file).write_text("".join(json.dumps(row) + "\n" for row in written))
+            sys.stdout.write(f"{arguments.folder / file}: {len(written)} rows\n")
 
 
 def make(bug: Bug, word: str, number: int, folder: Path) -> dict[str, object]:

@@ -71,6 +71,11 @@ def main() -> None:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(FAILED)
+    except OSError as error:  # a folder that cannot be written, a full disk
+        if error.filename is None or "--traceback" in sys.argv:
+            raise
+        sys.stderr.write(f"{error.filename}: {error.strerror}; millrace --traceback ... shows where it arose\n")
+        sys.exit(FAILED)
 
 
 if __name__ == "__main__":

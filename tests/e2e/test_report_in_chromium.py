@@ -66,6 +66,20 @@ def test_nothing_moves_once_the_page_stands(browser, page):
     assert browser.run(script) < 0.01
 
 
+def test_every_chart_says_what_its_axes_count_also_the_chosen_one(browser, page):
+    browser.open(page)
+    texts = "s => [...s.querySelectorAll('.unit')].map(u => u.textContent)"
+    units = f"[...document.querySelectorAll('.chart > svg')].map({texts})"
+    drawn = browser.run(units)
+    assert drawn[0] == ["reward", "step of the stage"]
+    assert all(unit and unit != "undefined" and over == "step of the stage" for unit, over in drawn)
+    browser.run(
+        "(() => { const s = document.getElementById('compare-metric'); s.value = 'time/train';"
+        " s.dispatchEvent(new Event('change', {bubbles: true})); })()"
+    )
+    assert browser.run(units)[0] == ["seconds", "step of the stage"]
+
+
 def test_the_arrows_read_a_curve(browser, page):
     browser.open(page)
     browser.run("document.querySelector('#compare-chart > svg').focus()")

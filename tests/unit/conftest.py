@@ -77,6 +77,7 @@ def write_checkpoint(folder: Path, facts: dict[str, object]) -> Path:
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(facts))
     (folder / "tokenizer.json").write_text("{}")
+    (folder / "tokenizer_config.json").write_text('{"chat_template": "{{ messages }}"}')
     (folder / "model.safetensors").write_bytes(safetensors_bytes())
     return folder
 

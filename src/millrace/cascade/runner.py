@@ -26,10 +26,10 @@ from millrace.cascade.provenance import (
     recorded_versions,
 )
 from millrace.cascade.selection import choose_teachers, loadable
+from millrace.config.checkpoint_files import TEMPLATE_FILE
 from millrace.config.graph import START, stage_graph
 from millrace.config.loading import written
 from millrace.config.schema import EvaluateStage, MopdStage, Recipe, RlStage, SftStage, StageConfig
-from millrace.data.chat_template import TEMPLATE_FILE
 from millrace.errors import MillraceError
 from millrace.megatron.export import export_adapter, export_hf
 from millrace.megatron.topology import init_distributed

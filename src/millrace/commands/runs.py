@@ -53,6 +53,8 @@ def run(
     with locked(run_dir):
         for line in start(loaded, run_dir, options):
             say(line)
+        ranks = loaded.parallel.world_size
+        say(f"starting {ranks} trainer rank{'s' if ranks > 1 else ''}; logs are in {run_dir / 'logs'}")
         code = launch(loaded, run_dir, until)
     raise typer.Exit(code)
 

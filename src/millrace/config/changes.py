@@ -38,6 +38,9 @@ _NEXT_TIME = {
 }
 """Keys that say what is done at later moments alone."""
 
+ALIGNED = 48
+"""Columns of values up to which lines are aligned; a longer one, such as a list of files, shifts its own line alone."""
+
 
 class _Absent:
     """The value of a key that a recipe does not have."""
@@ -85,7 +88,7 @@ def change_lines(changes: Sequence[Change]) -> list[str]:
     """One aligned line a change: key, old and new value, effect and reason."""
     values = [f"{_said(change.before)} -> {_said(change.after)}" for change in changes]
     key_width = max((len(change.key) for change in changes), default=0)
-    value_width = max((len(text) for text in values), default=0)
+    value_width = max((len(text) for text in values if len(text) <= ALIGNED), default=0)
     return [
         f"{change.key:{key_width}}  {text:{value_width}}  {change.effect:6}  {change.reason}"
         for change, text in zip(changes, values, strict=True)

@@ -8,7 +8,9 @@ from pathlib import Path
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
+TEMPLATE_FILE = "chat_template.jinja"
+"""Where transformers and vLLM look for a checkpoint's chat template first."""
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tekken.json")
 
 
 def checkpoint_problems(folder: Path) -> list[str]:
@@ -20,6 +22,16 @@ def checkpoint_problems(folder: Path) -> list[str]:
         problem = file_problem(folder / SINGLE)
         return problems + ([problem] if problem else [])
     return [*problems, f"{folder} holds neither {SINGLE} nor {INDEX}; download the weights as safetensors"]
+
+
+def has_chat_template(folder: Path) -> bool:
+    """Whether transformers and vLLM would find a chat template beside the tokenizer."""
+    if (folder / TEMPLATE_FILE).exists():
+        return True
+    try:
+        return bool(json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8")).get("chat_template"))
+    except (OSError, ValueError, AttributeError):  # no file, no JSON, no object
+        return False
 
 
 def file_problem(file: Path) -> str | None:

@@ -168,7 +168,7 @@ class _Converter:
     def _choice(self, choices: tuple[str, ...], value: Any, place: _Place) -> Any:
         if value in choices and isinstance(value, str):
             return str(value)
-        near = difflib.get_close_matches(str(value), choices, n=1)
+        near = difflib.get_close_matches(str(value), choices, n=1, cutoff=0.7)
         hint = f" (did you mean {near[0]}?)" if near else ""
         return self._refuse(place, f"must be one of {', '.join(choices)}, not {_said(value)}{hint}")
 

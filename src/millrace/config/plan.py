@@ -288,12 +288,12 @@ def to_json(plan: Plan) -> str:
 def render_text(plan: Plan) -> str:
     """The plan as aligned text."""
     engines = (
-        f"{plan.engines} vLLM of {plan.engine_ranks} ranks" if plan.engines else ", ".join(plan.addresses) or "none"
+        f"{plan.engines} vLLM of {_ranks(plan.engine_ranks)}" if plan.engines else ", ".join(plan.addresses) or "none"
     )
     head = [
         ("run", f"{plan.name} in {Path(plan.run_dir)}"),
         ("model", f"{plan.family}, {_short(plan.parameters)} parameters"),
-        ("trainer", f"{plan.world_size} ranks, device {plan.device}, order {plan.order}"),
+        ("trainer", f"{_ranks(plan.world_size)}, device {plan.device}, order {plan.order}"),
         ("engines", engines),
         *(("start", command) for command in plan.commands),
     ]
@@ -348,9 +348,13 @@ def _judge_table(plan: Plan) -> Table:
     for judge in plan.judges:
         asking = [s for s in plan.stages if s.verdicts_per_step and set(s.domains) & set(judge.domains)]
         verdicts = ", ".join(f"{stage.name} {stage.verdicts_per_step}" for stage in asking)
-        where = judge.url or f"vLLM of {judge.ranks} ranks, {judge.model}"
+        where = judge.url or f"vLLM of {_ranks(judge.ranks)}, {judge.model}"
         rows.append((judge.name, ", ".join(judge.domains), where, verdicts or "none"))
     return rows
+
+
+def _ranks(count: int) -> str:
+    return f"{count} rank{'s' if count > 1 else ''}"
 
 
 def _rank_row(r: RankPlan) -> tuple[str, ...]:

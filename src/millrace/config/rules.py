@@ -13,7 +13,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from millrace.config.checkpoint_files import checkpoint_problems
+from millrace.config.checkpoint_files import checkpoint_problems, has_chat_template
 from millrace.config.errors import ConfigError
 from millrace.config.graph import graph_problems
 from millrace.config.linears import ALL_LINEAR, linear_names
@@ -22,6 +22,7 @@ from millrace.config.precision_rules import precision_problems
 from millrace.config.ranges import range_problems
 from millrace.config.schema import (
     BUILT_IN_TEMPLATES,
+    FAMILY_TEMPLATES,
     ParallelConfig,
     Recipe,
     RlStage,
@@ -84,10 +85,16 @@ def _shape(recipe: Recipe, problems: list[str]) -> ModelShape | None:
         return None
     problems += [f"model.path: {problem}" for problem in checkpoint_problems(folder)]
     try:
-        return ModelShape.from_hf(folder)
+        shape = ModelShape.from_hf(folder)
     except ConfigError as error:
         problems += [f"model.path: {problem}" for problem in error.problems]
         return None
+    if recipe.model.chat_template is None and shape.family not in FAMILY_TEMPLATES and not has_chat_template(folder):
+        problems.append(
+            f"model.chat_template is not set, and the tokenizer in {folder} has none; name a Jinja file or a built-in "
+            f"one ({', '.join(BUILT_IN_TEMPLATES)})"
+        )
+    return shape
 
 
 def layout_of_recipe(recipe: Recipe, shape: ModelShape) -> list[str]:

@@ -280,6 +280,8 @@ def domain_problems(recipe: Recipe) -> Problems:
     yield from _ports_of_agents(recipe)
     for name, judge in recipe.judges.items():
         yield from _judge(judge, f"judges.{name}")
+        if name in recipe.judges_used:
+            yield from _model_of_judge(judge, f"judges.{name}")
         yield from _room_for_answers(name, judge, recipe)
     if recipe.evaluation.keep and not recipe.evaluation.every:
         yield "evaluation.keep keeps what evaluation.every measures, which is 0; set evaluation.every or leave keep out"
@@ -382,6 +384,10 @@ def _judge(judge: JudgeConfig, key: str) -> Problems:
         yield f"{key}.url holds credentials, which would stand in the run's files; give them by {key}.api_key_variable"
     elif judge.url is not None and (problem := http_problem(judge.url)):
         yield f"{key}.url {problem}"
+
+
+def _model_of_judge(judge: JudgeConfig, key: str) -> Problems:
+    """Of a judge that runs: one that no domain names is never started, and needs no checkpoint."""
     if judge.model is not None and Path(judge.model).is_dir():
         yield from (f"{key}.model: {problem}" for problem in checkpoint_problems(Path(judge.model)))
     elif judge.model is not None:

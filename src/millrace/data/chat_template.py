@@ -7,13 +7,9 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from millrace.config.schema import BUILT_IN_TEMPLATES
+from millrace.config.checkpoint_files import TEMPLATE_FILE
+from millrace.config.schema import BUILT_IN_TEMPLATES, FAMILY_TEMPLATES
 from millrace.data.errors import DataError
-
-TEMPLATE_FILE = "chat_template.jinja"
-"""Where transformers and vLLM look for a checkpoint's template first."""
-FAMILY_TEMPLATES = {"nemotron_h": "nemotron"}
-"""The built-in template of a family, for checkpoints of it that have none."""
 
 
 def chosen_template(own: str | None, config: Mapping[str, Any], named: str | None, path: Path) -> str:

@@ -104,9 +104,9 @@ def wrong_rows(
 
 def _problem(line: bytes, required: Sequence[str], check: Check | None, read: Read) -> str | None:
     try:
-        written = json.loads(line)
+        written = json.loads(line.rstrip())
     except json.JSONDecodeError as error:
-        return f"not valid JSON: {error.msg} at column {error.colno}"
+        return f"not valid JSON at column {error.colno}: {error.msg}"
     except UnicodeDecodeError:
         return "not valid UTF-8"
     if not isinstance(written, dict):
@@ -175,6 +175,7 @@ class ConversationDataset:
         max_length: longest sequence in tokens.
         drop_overlong: leave longer ones out (`dropped` counts them) instead of raising.
         thinking: the form of the rows that do not say it.
+        on_row: called with the rows rendered so far and the rows of all files.
 
     Raises:
         DataError: a bad file, row or conversation, an overlong one, or none left.
@@ -188,6 +189,7 @@ class ConversationDataset:
         max_length: int,
         drop_overlong: bool = False,
         thinking: bool | None = None,
+        on_row: Callable[[int, int], object] = lambda done, rows: None,
     ) -> None:
         self._tokenizer, self._thinking = tokenizer, thinking
         self._files = [JsonlFile(path, ["messages"], conversation_problem) for path in paths]
@@ -213,6 +215,7 @@ class ConversationDataset:
                         f"{self._where(row)}: the conversation has {length} tokens, more than max_length {max_length}; "
                         "raise max_length or set drop_overlong"
                     )
+            on_row(row + 1, self.conversations)
         if not self.lengths:
             names = ", ".join(str(file.path) for file in self._files)
             raise DataError(f"{names}: all {self.conversations} conversations are longer than max_length {max_length}")

@@ -7,6 +7,7 @@ reasoning is lost and none is rendered twice.
 
 from __future__ import annotations
 
+import difflib
 import json
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -24,6 +25,8 @@ Tools = Sequence[Mapping[str, Any]]
 THINK_OPEN, THINK_CLOSE = "<think>", "</think>"
 REASONING_FIELDS = ("reasoning_content", "reasoning")
 MASK_FIELDS = ("train", "weight")
+ROLES = ("system", "developer", "user", "assistant", "tool", "function")
+"""The usual roles. Others are left to the chat template, but for those that look like one of these misspelt."""
 
 
 def messages_problem(messages: Any) -> str | None:
@@ -33,6 +36,8 @@ def messages_problem(messages: Any) -> str | None:
     for number, message in enumerate(messages):
         if not isinstance(message, dict) or not isinstance(message.get("role"), str):
             return f"message {number} has no 'role'"
+        if problem := _role_problem(message["role"]):
+            return f"message {number}: {problem}"
         if message.get("content") is None and not message.get("tool_calls") and _reasoning_field(message) is None:
             return f"message {number} has no 'content'"
         if problem := _mask_problem(message):
@@ -165,6 +170,12 @@ def _call(call: Any) -> dict[str, Any]:
         raise DataError(f"the arguments of {function['name']} must be an object, not {_kind(arguments)}")
     outer = {key: value for key, value in call.items() if key not in ("name", "arguments")}
     return {"type": "function", **outer, "function": {**function, "arguments": dict(arguments or {})}}
+
+
+def _role_problem(role: str) -> str | None:
+    """A misspelt role: many templates would render it without a word, and its message would never be trained on."""
+    near = [] if role in ROLES else difflib.get_close_matches(role.lower(), ROLES, n=1, cutoff=0.8)
+    return f"the role {role!r} is not known; did you mean {near[0]!r}?" if near else None
 
 
 def _mask_problem(message: Message) -> str | None:

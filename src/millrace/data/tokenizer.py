@@ -316,7 +316,7 @@ def _encode_turn(encode: Encode, prompt: str, answer: str) -> tuple[list[int], l
 def _load(path: Path) -> PreTrainedTokenizerBase:
     if not path.is_dir():
         raise DataError(
-            f"{path}: there is no such folder; model.path must be a Hugging Face checkpoint on this machine"
+            f"{path}: there is no such folder; name the folder of a Hugging Face checkpoint on this machine"
         )
     if not (path / "tokenizer_config.json").is_file() and not (path / "tokenizer.json").is_file():
         raise DataError(f"{path}: the checkpoint has no tokenizer (tokenizer.json, tokenizer_config.json)")

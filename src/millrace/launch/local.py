@@ -13,7 +13,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -76,12 +77,31 @@ class RankGroup:
 def launch(recipe: Recipe, run_dir: Path, until: str | None = None) -> int:
     """Run the trainer of a recipe on this machine until it ends: 0 finished, 3 stopped by a gate, 130 on request.
 
-    Raises RankFailed, naming the rank and its log in RUN_DIR/logs.
+    Raises RankFailed, naming the rank and its log in RUN_DIR/logs; that is then on record in RUN_DIR/logs/failure.log.
     """
     ranks = recipe.parallel.world_size
     environment = trainer_environment(recipe.trainer, ranks, recipe.precision)
     arguments = [str(run_dir), *([until] if until else [])]
-    return run_ranks("millrace.cascade.worker", arguments, ranks, environment, run_dir / "logs")
+    with failure_on_record(run_dir):
+        return run_ranks("millrace.cascade.worker", arguments, ranks, environment, run_dir / "logs")
+
+
+@contextmanager
+def failure_on_record(run_dir: Path) -> Iterator[None]:
+    """Write why the ranks failed, with the end of the log, to where `millrace status` looks; a new start removes it."""
+    record = failure_log(run_dir)
+    record.unlink(missing_ok=True)
+    try:
+        yield
+    except RankFailed as error:
+        record.write_text(f"{error}\n{error.last_lines}".rstrip() + "\n", encoding="utf-8")
+        way_out = f"{error}; once its cause is mended the same command goes on from what is saved"
+        raise RankFailed(way_out, error.lost_peer, error.last_lines) from error
+
+
+def failure_log(run_dir: Path) -> Path:
+    """Why the last start of a run on this machine failed; there is none where it did not."""
+    return run_dir / "logs" / "failure.log"
 
 
 def run_ranks(module: str, arguments: Sequence[str], ranks: int, environment: Mapping[str, str], log_dir: Path) -> int:

@@ -67,9 +67,14 @@ def recorded_recipe(run_dir: Path) -> Recipe | None:
 
 @contextmanager
 def locked(run_dir: Path) -> Iterator[None]:
-    """Hold the folder for this process. Raises ConfigError when another run of this machine holds it."""
-    run_dir.mkdir(parents=True, exist_ok=True)
-    with (run_dir / LOCK).open("a+") as lock:
+    """Hold the folder for this process. Raises ConfigError when another run of this machine holds it, or when nothing
+    can be written there."""
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        opened = (run_dir / LOCK).open("a+")
+    except OSError as error:
+        raise ConfigError(f"run_dir: {run_dir} cannot be written ({error.strerror}); name another folder") from error
+    with opened as lock:
         try:
             # The kernel drops the lock with its holder, however that ends, so a lock is never stale.
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

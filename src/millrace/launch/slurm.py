@@ -113,8 +113,12 @@ def jobs(recipe: Recipe, chain: bool, until: str | None) -> dict[str, str | None
 
 
 def require_slurm() -> None:
-    """Raises SlurmError where no job can be submitted."""
+    """Raises SlurmError where no job can be submitted: without Slurm, and where its controller does not answer."""
     slurm("sbatch", "--version")
+    asked = slurm("sinfo", "--noheader")
+    if asked.returncode != 0:
+        said = asked.stderr.strip().splitlines() or ["it says nothing"]
+        raise SlurmError(f"Slurm does not answer here ({said[-1]}); launch from a machine of its cluster")
 
 
 def require_free(run_dir: Path) -> None:

@@ -12,9 +12,10 @@ from pathlib import Path
 from millrace.cascade.ledger import Ledger, standing
 from millrace.config.errors import ConfigError
 from millrace.config.placement import Placement, read_placement
-from millrace.config.schema import Recipe
+from millrace.config.schema import EvaluateStage, Recipe
 from millrace.errors import MillraceError
 from millrace.launch.job import CURRENT, JobRecord, read_job
+from millrace.launch.local import failure_log
 from millrace.launch.queue import JobState, SlurmError, states
 from millrace.launch.run_dir import LOCK, is_locked, recorded_recipe
 from millrace.launch.slurm import cancel
@@ -148,10 +149,11 @@ def _meeting(run_dir: Path) -> Rendezvous | None:
 def _progress(recipe: Recipe, run_dir: Path) -> Iterator[str]:
     events, names = Ledger(run_dir).events(), [stage.name for stage in recipe.stages]
     done = standing(events, names)
-    yield f"stages done: {', '.join(done.finished) or 'none'} of {', '.join(names)}"
+    finished = "all" if len(done.finished) == len(names) else ", ".join(done.finished) or "none"
+    yield f"stages done: {finished} of {', '.join(names)}"
     rows = read_metrics(run_dir / "metrics.jsonl")
-    if rows:
-        yield f"in {rows[-1]['stage']}, update {rows[-1]['step']}{_rate(rows)}"
+    if rows and rows[-1]["stage"] not in done.finished:
+        yield f"in {rows[-1]['stage']}, {_step(recipe, rows)}{_rate(rows)}"
     checkpoints = [path for path in (run_dir / "checkpoints").glob("*") if path.is_dir() and path.name[0] != "."]
     if checkpoints:
         last = max(checkpoints, key=lambda path: path.stat().st_mtime)
@@ -159,6 +161,14 @@ def _progress(recipe: Recipe, run_dir: Path) -> Iterator[str]:
     word = run_dir / "logs" / "run.log"
     if word.exists() and (lines := word.read_text(encoding="utf-8", errors="replace").splitlines()):
         yield f"last word: {lines[-1]}"
+
+
+def _step(recipe: Recipe, rows: list[dict]) -> str:  # type: ignore[type-arg]
+    """The last step, counted as the lines of the run count: from the beginning of its stage."""
+    stage = rows[-1]["stage"]
+    steps = {one.name: one.steps for one in recipe.stages if not isinstance(one, EvaluateStage)}.get(stage)
+    step = sum(row["stage"] == stage for row in rows)
+    return f"step {step} of {steps}" if steps else f"step {step}"
 
 
 def _rate(rows: list[dict]) -> str:  # type: ignore[type-arg]
@@ -178,12 +188,17 @@ def _ago(then: float) -> str:
 
 
 def _endings(run_dir: Path, record: JobRecord | None) -> Iterator[str]:
-    """Why the last start of a job failed: its failure.json, or, when a node died without a word, the end of its log."""
+    """Why the last start failed: of a job by its failure.json, or, when a node died without a word, by the end of its
+    log; on this machine by what was put on record there."""
+    if record is None:
+        if (here := failure_log(run_dir)).exists():
+            yield f"failed: {here.read_text(encoding='utf-8', errors='replace').rstrip()}"
+        return
     meeting = _meeting(run_dir)
     failure = meeting.failure() if meeting else None
     if failure is not None:
         yield f"failed: {failure}"
-    elif record is not None and _failed(record):
+    elif _failed(record):
         log = Path(record.log.replace("%j", record.ids[-1]))
         if log.exists():
             yield f"the end of {log}:"

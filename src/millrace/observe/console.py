@@ -42,11 +42,14 @@ class RunConsole:
 
     def step(self, kind: str, stage: str, step: int, steps: int, values: Mapping[str, float]) -> None:
         numbers = "  ".join(
-            f"{name.removeprefix('reward/').removeprefix('time/')} {format_value(name, values[name])}"
-            for name in LINE[kind]
-            if name in values
+            f"{_short(name)} {format_value(name, values[name])}" for name in LINE[kind] if name in values
         )
         log.info(f"{stage} {step}/{steps}  {numbers}")
+        if kind in ("rl", "rlhf") and values.get("groups/without_variance") == 1:
+            log.warning(
+                f"{stage} {step}/{steps}: within each group all rewards are equal, so no reward taught anything; the "
+                "prompts are too hard or too easy for this model, or its answers are not understood (see the report)"
+            )
 
     @contextmanager
     def bar(self, what: str, total: int) -> Iterator[Bar]:
@@ -75,6 +78,11 @@ class RunConsole:
     def close(self) -> None:
         self._log_file.close()
         log.handlers = []
+
+
+def _short(name: str) -> str:
+    """What a metric is called on the line of a step."""
+    return "reward" if name == "reward/mean" else name.removeprefix("reward/").removeprefix("time/")
 
 
 class _Terminal(logging.Handler):

@@ -56,7 +56,7 @@ def _digest(header: bytes) -> bytes:
 
 
 async def _refuse(send: Send) -> None:
-    body = json.dumps({"error": "this engine needs the token of its run"}).encode()
+    body = json.dumps({"error": f"this server asks for the {TOKEN_VARIABLE} that it was started with"}).encode()
     headers = [(b"content-type", b"application/json"), (b"www-authenticate", b"Bearer")]
     await send({"type": "http.response.start", "status": 401, "headers": headers})
     await send({"type": "http.response.body", "body": body})

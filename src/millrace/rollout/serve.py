@@ -12,6 +12,8 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 
+import httpx
+
 from millrace.config.schema import FleetConfig
 from millrace.rollout.auth import TOKEN_VARIABLE
 from millrace.rollout.engine import EngineProcess
@@ -40,6 +42,7 @@ class StandingFleet:
             for index in range(config.engines)
         ]
         self._restarts = [0] * config.engines
+        self._starting = set(range(config.engines))
         self._most_restarts = config.max_restarts
 
     @property
@@ -56,10 +59,14 @@ class StandingFleet:
             engine.spawn()
 
     def watch(self, stop: threading.Event, say: Callable[[str], object]) -> None:
-        """Start servers again that end, until `stop` is set. Raises FleetError for one that ends again and again."""
+        """Say of each server when it is ready and start those again that end, until `stop` is set. Raises FleetError
+        for one that ends again and again."""
         while not stop.wait(WATCH_SECONDS):
             for index in range(len(self._engines)):
                 self._revive(index, say)
+            for index in [index for index in self._starting if _is_healthy(self._engines[index].url)]:
+                self._starting.remove(index)
+                say(f"{self._engines[index].name} is ready")
 
     def _revive(self, index: int, say: Callable[[str], object]) -> None:
         engine = self._engines[index]
@@ -71,6 +78,7 @@ class StandingFleet:
                 f"{engine.log_tail()}"
             )
         self._restarts[index] += 1
+        self._starting.add(index)
         say(f"{engine.name} ended with exit status {code}; it starts again")
         engine.kill()  # what its process group has left
         engine.spawn(int(engine.url.rsplit(":", 1)[1]))
@@ -81,6 +89,13 @@ class StandingFleet:
             engine.terminate()
         for engine in self._engines:
             engine.stop()
+
+
+def _is_healthy(url: str) -> bool:
+    try:
+        return httpx.get(f"{url}/health", timeout=WATCH_SECONDS, trust_env=False).status_code == 200
+    except httpx.HTTPError:
+        return False
 
 
 def serve(config: FleetConfig, model_path: str, folder: Path, say: Callable[[str], object]) -> None:

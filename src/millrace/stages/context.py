@@ -128,7 +128,8 @@ class StageContext:
         assert self.sync is not None
         with self.timed("sync"):
             report = self.sync.push(self.policy.step)
-        self.say(str(report))
+        if report.slow:  # a usual one is in the metrics
+            self.say(str(report))
         return report.metrics()
 
     def rest_engines(self) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import time
+from collections.abc import Callable
 
 from millrace.algorithms.aggregation import token_weights
 from millrace.algorithms.losses import sft_loss_fn
@@ -12,6 +14,9 @@ from millrace.data.datasets import ConversationDataset
 from millrace.data.sampler import EpochSampler
 from millrace.data.tokenizer import ChatTokenizer
 from millrace.stages.context import Progress, StageContext
+
+TELL_SECONDS = 10.0
+"""How often is said how much of the data has been read."""
 
 
 def run_sft(stage: SftStage, ctx: StageContext, progress: Progress) -> None:
@@ -38,13 +43,23 @@ def run_sft(stage: SftStage, ctx: StageContext, progress: Progress) -> None:
         ctx.end_step(stage, Progress(progress.stage, step + 1, sampler.state_dict()), steps, metrics)
 
 
-def open_conversations(stage: SftStage, tokenizer: ChatTokenizer) -> ConversationDataset:
+def open_conversations(stage: SftStage, tokenizer: ChatTokenizer, say: Callable[[str], object]) -> ConversationDataset:
+    """The stage's data, every row of which is rendered; says how far it is from time to time."""
+    told = time.monotonic()
+
+    def on_row(done: int, rows: int) -> None:
+        nonlocal told
+        if time.monotonic() - told >= TELL_SECONDS:
+            told = time.monotonic()
+            say(f"{stage.name}: {done:,} of {rows:,} conversations read")
+
     return ConversationDataset(
         stage.data,
         tokenizer,
         max_length=stage.max_length,
         drop_overlong=stage.drop_overlong,
         thinking=stage.thinking,
+        on_row=on_row,
     )
 
 

@@ -53,6 +53,9 @@ def with_stages(*stages) -> Recipe:
 def test_equal_recipes_have_nothing_to_explain() -> None:
     assert explain_changes(RECIPE, changed(), ["sft"], []) == []
     assert change_lines([]) == []
+    lines = change_lines([Change("a", 1, 2, "free", "why"), Change("b", "x" * 60, "y", "free", "why")])
+    assert lines[0] == "a  1 -> 2  free    why", "a long value shifts its own line alone"
+    assert lines[1] == f"b  {'x' * 60} -> y  free    why"
 
 
 @pytest.mark.parametrize(

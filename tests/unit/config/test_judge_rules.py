@@ -34,6 +34,7 @@ def check(file: Path, *overrides: str) -> list[str]:
 
 def test_a_judged_recipe_is_sound_and_takes_kl_to_the_stages_start(judged: Path) -> None:
     assert check(judged) == []
+    assert check(judged, "judges.spare={model: nowhere, max_tokens: 64}") == [], "it is never started"
     (stage,) = load_recipe(judged, ()).stages
     assert (stage.kl.coefficient, stage.kl.estimator) == (0.03, "k3")
 

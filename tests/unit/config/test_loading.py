@@ -151,6 +151,9 @@ def test_a_mistake_on_the_command_line_is_said_to_be_there(base: Path) -> None:
     assert problems(base, "stages.warm.optimzer.lr=1") == [
         "command line: stages.warm.optimzer is not a known key; did you mean optimizer?"
     ]
+    assert problems(base, "trainer.device=gpu") == [
+        "command line: trainer.device must be one of auto, cpu, cuda, not the text 'gpu'"
+    ], "cpu is near in letters alone"
     assert problems(base, "seed=x") == ["command line: seed must be a whole number, not the text 'x'"]
 
 

@@ -196,6 +196,15 @@ def test_a_missing_shard_and_a_missing_tokenizer_are_named(recipe_file: Path) ->
     assert "holds no tokenizer" in found[0] and "b.safetensors is named by" in found[1]
 
 
+def test_a_tokenizer_without_a_chat_template_needs_one_named(recipe_file: Path) -> None:
+    base = recipe_file.parent / "base"
+    (base / "tokenizer_config.json").write_text("{}")
+    assert "model.chat_template is not set, and the tokenizer in" in check(recipe_file)[0]
+    assert check(recipe_file, "model.chat_template=nemotron") == []
+    (base / "chat_template.jinja").write_text("{{ messages }}")
+    assert check(recipe_file) == []
+
+
 def test_all_rules_are_looked_at(recipe_file: Path) -> None:
     overrides = [
         "parallel.tp=3",

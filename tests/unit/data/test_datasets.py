@@ -6,7 +6,7 @@ import pytest
 from chat_checkpoints import checkpoint
 from tiny_checkpoints import VOCABULARY, write_tokenizer
 
-from millrace.data.datasets import ConversationDataset, PromptDataset, read_rows
+from millrace.data.datasets import ConversationDataset, PromptDataset, conversation_problem, read_rows
 from millrace.data.errors import DataError
 from millrace.data.tokenizer import ChatTokenizer
 
@@ -41,7 +41,7 @@ def test_rows_come_back_by_index_whatever_their_encoding(tmp_path: Path) -> None
     [
         (b"", "the data set is empty"),
         (b"\n \n", "the data set is empty"),
-        (b'{"a": 1}\n{"a": \n', r":2: not valid JSON: .* at column"),
+        (b'{"a": 1}\n{"a": \n', r":2: not valid JSON at column 6: Expecting value"),
         (b'{"a": 1}\n\n{"b": 1, "c": 2}\n', r":3: the row has no field 'a' \(it has b, c\)"),
         (b'{"a": 1}\n{}\n', r":2: the row has no field 'a' \(it has none\)"),
         (b"[1]\n", ":1: a row must be a JSON object, this is a list"),
@@ -121,6 +121,11 @@ def test_overlong_conversations_are_an_error_or_are_dropped_and_counted(
         ({"messages": []}, "at least one message"),
         ({"messages": "hello"}, "at least one message"),
         ({"messages": [{"content": "x"}]}, "message 0 has no 'role'"),
+        (
+            {"messages": [{"role": "user", "content": "x"}, {"role": "asistant", "content": "y"}]},
+            "message 1: the role 'asistant' is not known; did you mean 'assistant'",
+        ),
+        ({"messages": [{"role": "User", "content": "x"}]}, "message 0: the role 'User' is not known"),
         ({"messages": [{"role": "user"}]}, "message 0 has no 'content'"),
         ({"messages": [{"role": "user", "content": "x"}]}, "no assistant message to train on"),
         (conversation("x", weight=0), "no assistant message to train on"),
@@ -206,3 +211,7 @@ def test_content_in_parts_is_their_text(tmp_path: Path, tokenizer: ChatTokenizer
     path = write(tmp_path / "data.jsonl", conversation("ab"), conversation(parts))
     data = ConversationDataset([path], tokenizer, max_length=100)
     assert data[0] == data[1]
+
+
+def test_a_role_of_a_template_of_its_own_is_left_to_it() -> None:
+    assert conversation_problem({"messages": [{"role": "ipython", "content": "4"}]}) is None

@@ -57,3 +57,12 @@ def test_the_lock_is_free_again_after_the_run(tmp_path: Path) -> None:
             locked(tmp_path),
         ):
             pass
+
+
+def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with (
+        pytest.raises(ConfigError, match=r"run_dir: .*file/run cannot be written \(Not a directory\); name another"),
+        locked(tmp_path / "file" / "run"),
+    ):
+        pass

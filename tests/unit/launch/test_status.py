@@ -14,6 +14,7 @@ from millrace.config.errors import ConfigError
 from millrace.config.loading import dump_recipe, load_recipe
 from millrace.config.placement import NodeRanks, Placement, ServerPlace, VerifierPlace
 from millrace.launch.job import JobRecord, read_job, write_job
+from millrace.launch.local import RankFailed, failure_on_record
 from millrace.launch.run_dir import locked
 from millrace.launch.status import cancel_run, follow, log_file, node_parts, status_lines
 
@@ -48,10 +49,19 @@ def test_a_run_on_this_machine_tells_step_rate_checkpoint_and_last_word(run_dir:
     assert lines == [
         f"{run_dir}: runs, process {os.getpid()}",
         "stages done: warm of warm, climb",
-        "in climb, update 12, 2.5 s a step",
+        "in climb, step 2 of 5, 2.5 s a step",
         "last checkpoint: step-00000012, 10 min ago",
         "last word: waiting for the engines to start: 20 s of 300 s",
     ]
+
+
+def test_a_run_that_failed_on_this_machine_says_why_until_it_is_started_again(run_dir: Path) -> None:
+    said = "^rank 1 was ended; once its cause is mended the same command goes on from what is saved$"
+    with pytest.raises(RankFailed, match=said), failure_on_record(run_dir):
+        raise RankFailed("rank 1 was ended", lost_peer=False, last_lines="first\nlast")
+    assert status_lines(run_dir)[-1] == "failed: rank 1 was ended\nfirst\nlast"
+    with failure_on_record(run_dir):
+        assert status_lines(run_dir)[-1] == "stages done: none of warm, climb"
 
 
 def test_a_run_on_this_machine_is_cancelled_by_asking_it_to_save(run_dir: Path) -> None:
@@ -59,6 +69,7 @@ def test_a_run_on_this_machine_is_cancelled_by_asking_it_to_save(run_dir: Path) 
     program = """
 import signal, sys, time
 from pathlib import Path
+from millrace.launch.local import RankFailed, failure_on_record
 from millrace.launch.run_dir import locked
 signal.signal(signal.SIGINT, signal.SIG_DFL)  # which a job in the background is started without
 with locked(Path(sys.argv[1])):

@@ -47,8 +47,9 @@ def assert_taken(address: str) -> None:
 @pytest.fixture
 def fleet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[StandingFleet]:
     def command(*_: object, host: str, port: int, **__: object) -> list[str]:
-        return [sys.executable, "-m", "http.server", "--bind", host, str(port)]
+        return [sys.executable, "-m", "http.server", "--bind", host, "--directory", str(served), str(port)]
 
+    (served := tmp_path / "served").mkdir()
     monkeypatch.setattr("millrace.rollout.engine.server_command", command)
     monkeypatch.setattr("millrace.rollout.engine.server_environment", lambda *_, **__: dict(os.environ))
     monkeypatch.setenv(TOKEN_VARIABLE, "of the test")
@@ -119,3 +120,17 @@ def test_without_a_token_no_server_is_started(tmp_path: Path, monkeypatch: pytes
     monkeypatch.delenv(TOKEN_VARIABLE, raising=False)
     with pytest.raises(FleetError, match=f"{TOKEN_VARIABLE} is not set; set it to a secret of your own"):
         StandingFleet(FleetConfig(engines=1), "model", tmp_path)
+
+
+def test_a_server_is_called_ready_once_it_answers_health(tmp_path: Path, fleet: StandingFleet) -> None:
+    said, stop = list[str](), threading.Event()
+    thread = threading.Thread(target=fleet.watch, args=(stop, said.append))
+    thread.start()
+    addresses = fleet.addresses
+    wait_until(lambda: all(map(answers, addresses)))
+    assert said == []
+    (tmp_path / "served" / "health").write_text("it is")
+    wait_until(lambda: len(said) == 2)
+    stop.set()
+    thread.join(30)
+    assert sorted(said) == [f"server {index} ({address}) is ready" for index, address in enumerate(addresses)]

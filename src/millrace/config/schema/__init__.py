@@ -17,7 +17,7 @@ from millrace.config.schema.domains import (
 )
 from millrace.config.schema.fleet import FleetConfig, JudgeConfig, PlacementConfig
 from millrace.config.schema.losses import AdvantageConfig, KlConfig, MismatchConfig, OffPolicyConfig, PolicyLossConfig
-from millrace.config.schema.model import BUILT_IN_TEMPLATES, LoraConfig, ModelConfig
+from millrace.config.schema.model import BUILT_IN_TEMPLATES, FAMILY_TEMPLATES, LoraConfig, ModelConfig
 from millrace.config.schema.observe import MlflowConfig, ObserveConfig, WandbConfig
 from millrace.config.schema.precision import Fp8Format, Fp8Recipe, PrecisionConfig
 from millrace.config.schema.recipe import Recipe
@@ -44,6 +44,7 @@ from millrace.config.schema.trainer import (
 
 __all__ = [
     "BUILT_IN_TEMPLATES",
+    "FAMILY_TEMPLATES",
     "JUDGED",
     "OUTPUT_DISCARDING",
     "AdvantageConfig",

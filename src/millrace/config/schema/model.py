@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 BUILT_IN_TEMPLATES = ("nemotron",)
+FAMILY_TEMPLATES = {"nemotron_h": "nemotron"}
+"""The built-in template of a family, for checkpoints of it that have none."""
 """Chat templates that Millrace ships, by the names that `model.chat_template` takes."""
 
 

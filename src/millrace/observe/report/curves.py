@@ -27,22 +27,26 @@ class ChartKind:
     title: str
     metrics: tuple[str, ...]
     """Names of metrics; DOMAIN stands for each domain of the stage."""
+    unit: str
+    """What the vertical axis counts."""
 
 
 CHARTS = (
-    ChartKind("Reward", ("reward/mean", "reward/DOMAIN")),
-    ChartKind("Held-out pass rate", ("held_out/DOMAIN",)),
-    ChartKind("Reverse KL to the teacher", ("reverse_kl/DOMAIN",)),
-    ChartKind("Answer length", ("reward/length",)),
-    ChartKind("Entropy", ("entropy",)),
-    ChartKind("Log-prob mismatch", ("mismatch/mean",)),
-    ChartKind("Gradient norm", ("grad_norm",)),
-    ChartKind("Loss", ("loss",)),
-    ChartKind("KL to the reference", ("kl",)),
+    ChartKind("Reward", ("reward/mean", "reward/DOMAIN"), "reward"),
+    ChartKind("Held-out pass rate", ("held_out/DOMAIN",), "pass rate, 0 to 1"),
+    ChartKind("Reverse KL to the teacher", ("reverse_kl/DOMAIN",), "nats"),
+    ChartKind("Answer length", ("reward/length",), "tokens"),
+    ChartKind("Entropy", ("entropy",), "nats"),
+    ChartKind("Log-prob mismatch", ("mismatch/mean",), "nats"),
+    ChartKind("Gradient norm", ("grad_norm",), "L2 norm"),
+    ChartKind("Loss", ("loss",), "loss"),
+    ChartKind("KL to the reference", ("kl",), "nats"),
     ChartKind(
-        "Judge: first answer preferred, failed, unparsable", ("judge/first_wins", "judge/failed", "judge/unparsable")
+        "Judge: first answer preferred, failed, unparsable",
+        ("judge/first_wins", "judge/failed", "judge/unparsable"),
+        "share of verdicts",
     ),
-    ChartKind("Groups without variance", ("groups/without_variance",)),
+    ChartKind("Groups without variance", ("groups/without_variance",), "share of groups"),
 )
 
 
@@ -68,7 +72,8 @@ def stage_charts(stage: StageRecord, run: RunRecord) -> list[dict[str, Any]]:
         ]
         if series:
             metric = METRICS[kind.metrics[0]]
-            charts.append({"title": kind.title, "series": series, "meaning": metric.meaning, "healthy": metric.healthy})
+            told = {"meaning": metric.meaning, "healthy": metric.healthy}
+            charts.append({"title": kind.title, "unit": kind.unit, "series": series, **told})
     return [*charts, *_time_chart(stage)]
 
 
@@ -122,9 +127,11 @@ def _time_chart(stage: StageRecord) -> list[dict[str, Any]]:
     sections = list(_sections(stage.rows, min(len(stage.rows), MOST_POINTS // 2)))
     steps = [stage.step_of(section[-1]) for section in sections]
     series = [_series(name, [(x, _mean(s, name)) for x, s in zip(steps, sections, strict=True)]) for name in names]
-    meaning = "Seconds of a step by phase, one above the other"
-    healthy = "rollout takes the larger part, sync under 10%"
-    return [{"title": "Time per phase", "series": series, "meaning": meaning, "healthy": healthy, "stacked": True}]
+    told = {
+        "meaning": "Seconds of a step by phase, one above the other",
+        "healthy": "rollout takes the larger part, sync under 10%",
+    }
+    return [{"title": "Time per phase", "unit": "seconds", "series": series, "stacked": True, **told}]
 
 
 def _mean(rows: Sequence[Row], name: str) -> float:

@@ -79,6 +79,9 @@ _CURVES = """
 </form>
 <div id="compare-chart" class="chart big"></div>
 <div id="stage-curves"></div>
+<p class="note">A chart stands where at least two values of its metric are on record: a stage without one does not
+measure it (SFT has no rewards), or has not come so far. A – beside a name says that nothing was measured at that step.
+</p>
 """
 
 _ROLLOUTS = """

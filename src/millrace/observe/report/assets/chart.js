@@ -52,7 +52,7 @@ const rangeOf = (series, stacked) => {
   return { low, high, first, last: last > first ? last : first + 1 };
 };
 
-// spec: {title, stacked, series: [{label, x, y, index}]}. peers: charts that show the same step together.
+// spec: {title, unit, stacked, series: [{label, x, y, index}]}. peers: charts that show the same step together.
 function drawChart(box, spec, peers = []) {
   if (!box.clientWidth) return; // folded away; drawn when it is opened
   const series = spec.stacked ? stackUp(spec.series) : spec.series;
@@ -64,11 +64,11 @@ function drawChart(box, spec, peers = []) {
   const width = box.clientWidth - (box.classList.contains("big") ? 26 : 0);
   const height = Math.max(90, box.clientHeight - readout.offsetHeight - (box.classList.contains("big") ? 18 : 2));
   const range = rangeOf(series, spec.stacked);
-  const left = 46, right = width - 8, top = 8, bottom = height - 18;
+  const left = 46, right = width - 8, top = 18, bottom = height - 30;
   const px = (x) => left + ((x - range.first) / (range.last - range.first)) * (right - left);
   const py = (y) => bottom - ((y - range.low) / (range.high - range.low)) * (bottom - top);
-  const svg = makeSvg("svg", { viewBox: `0 0 ${width} ${height}`, tabindex: "0", role: "img", "aria-label": `${spec.title}: ${series.map((one) => one.label).join(", ")}. Arrow keys read the values.` });
-  drawAxes(svg, range, px, py, { left, right, top, bottom });
+  const svg = makeSvg("svg", { viewBox: `0 0 ${width} ${height}`, tabindex: "0", role: "img", "aria-label": `${spec.title}, ${spec.unit} over steps: ${series.map((one) => one.label).join(", ")}. Arrow keys read the values.` });
+  drawAxes(svg, range, px, py, { left, right, top, bottom, unit: spec.unit });
   series.forEach((one) => svg.append(...marks(one, px, py, spec.stacked)));
   const cross = makeSvg("line", { class: "cross", y1: top, y2: bottom, visibility: "hidden" });
   const dots = series.map((one) => makeSvg("circle", { class: "dot", r: 3.2, style: look(one.index).style, visibility: "hidden" }));
@@ -100,13 +100,15 @@ function legendKey(one, stacked) {
   return { value, span: make("span", {}, makeSvg("svg", { class: "key", viewBox: "0 0 20 8", style, "aria-hidden": "true" }, mark), `${one.label} `, value) };
 }
 
-function drawAxes(svg, range, px, py, { left, right, top, bottom }) {
+function drawAxes(svg, range, px, py, { left, right, top, bottom, unit }) {
+  svg.append(makeSvg("text", { class: "unit", x: 0, y: top - 8 }, unit));
+  svg.append(makeSvg("text", { class: "unit", x: right, y: bottom + 26, "text-anchor": "end" }, "step of the stage"));
   svg.append(makeSvg("path", { class: "axis", d: `M${left} ${top}V${bottom}H${right}` }));
   for (const tick of ticksOf(range.low, range.high, (bottom - top) / 38)) {
     svg.append(makeSvg("path", { class: "axis", d: `M${left} ${py(tick)}H${right}` }));
     svg.append(makeSvg("text", { x: left - 6, y: py(tick) + 3.5, "text-anchor": "end" }, showNumber(tick)));
   }
-  for (const tick of ticksOf(range.first, range.last, (right - left) / 70)) {
+  for (const tick of ticksOf(range.first, range.last, (right - left) / 45)) {
     if (Number.isInteger(tick)) svg.append(makeSvg("text", { x: px(tick), y: bottom + 14, "text-anchor": "middle" }, String(tick)));
   }
 }

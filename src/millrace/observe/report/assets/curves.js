@@ -12,7 +12,7 @@
       const caption = make("figcaption", {}, make("b", {}, chart.title), make("small", {}, `${chart.meaning}. Healthy: ${chart.healthy}.`));
       grid.append(make("figure", {}, caption, box));
       const series = chart.series.map((one, index) => ({ ...one, label: shortName(one.name), index }));
-      drawings.push({ box, stage: stage.name, spec: { title: `${chart.title} of ${stage.name}`, stacked: chart.stacked, series } });
+      drawings.push({ box, stage: stage.name, spec: { title: `${chart.title} of ${stage.name}`, unit: chart.unit, stacked: chart.stacked, series } });
     });
     const title = make("summary", {}, `${stage.name} `, make("span", { class: "note" }, `${stage.type}, ${stage.steps} steps`));
     const section = make("details", { class: "stage", open: "" }, title, grid);
@@ -41,7 +41,7 @@
   const byMetric = new Map();
   data.stages.forEach((stage) => stage.charts.forEach((chart) => chart.series.forEach((one) => {
     if (!byMetric.has(one.name)) byMetric.set(one.name, new Map());
-    byMetric.get(one.name).set(stage.name, one);
+    byMetric.get(one.name).set(stage.name, { ...one, unit: chart.unit });
   })));
   const chosenMetric = document.getElementById("compare-metric"), chosenStages = document.getElementById("compare-stages");
   [...byMetric.keys()].sort().forEach((name) => chosenMetric.append(make("option", { value: name }, name)));
@@ -57,7 +57,7 @@
     boxes.forEach((box) => { box.disabled = !found.has(box.value); });
     const series = boxes.flatMap((box, index) => (box.checked && found.has(box.value) ? [{ ...found.get(box.value), label: box.value, index }] : []));
     const target = document.getElementById("compare-chart");
-    if (series.length) drawChart(target, { title: `${chosenMetric.value} by stage`, series });
+    if (series.length) drawChart(target, { title: `${chosenMetric.value} by stage`, unit: series[0].unit, series });
     else target.replaceChildren(make("p", { class: "empty" }, "Choose at least one stage that has this metric."));
   };
   document.getElementById("compare").addEventListener("change", drawComparison);
