@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 BUILT_IN_TEMPLATES = ("nemotron",)
+"""Chat templates that Millrace ships, by the names that `model.chat_template` takes."""
 FAMILY_TEMPLATES = {"nemotron_h": "nemotron"}
 """The built-in template of a family, for checkpoints of it that have none."""
-"""Chat templates that Millrace ships, by the names that `model.chat_template` takes."""
 
 
 @dataclass(frozen=True, kw_only=True)
