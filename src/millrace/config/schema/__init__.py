@@ -1,7 +1,7 @@
 """What a recipe may say.
 
 Every class is frozen and every field's comment-docstring (the string below it) is its documentation: `millrace check
---explain KEY` and the README's tables are read from here. Paths are resolved against the folder of the recipe that
+--explain KEY` and its `--schema` are read from here. Paths are resolved against the folder of the recipe that
 wrote them unless they are absolute. A field whose name ends in an underscore is written without it (`from_`: `from`).
 Nothing here imports torch.
 """
