@@ -17,9 +17,12 @@ from megatron.core.models.backends import BackendSpecProvider
 from megatron.core.post_training.modelopt.layers import Linear
 from megatron.core.transformer import multi_latent_attention
 from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.multi_latent_attention import MLASelfAttention, MLASelfAttentionSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_config import MLATransformerConfig
 
+NORMED = ("linear_q_proj", "linear_q_up_proj", "linear_kv_up_proj", "q_layernorm", "kv_layernorm")
 LATENT_NORM_EPS = 1e-6
 """The norms of the latents keep this whatever the model's other norms use, as in transformers' classes."""
 
@@ -36,8 +39,14 @@ class LatentAttention(MLASelfAttention):
             if hasattr(module, "eps"):  # a norm, or Transformer Engine's linear with the norm fused into it
                 setattr(module, "eps", LATENT_NORM_EPS)  # noqa: B010
 
+    def _resolve_qk_norm_config(self, submodules: MLASelfAttentionSubmodules) -> dict[str, Any]:
+        """What these places are built from: what the specification names. Megatron-Core asks since a version behind
+        0.16, and would put a norm before the projection of queries without a latent, where released models have none.
+        """
+        return {name: getattr(submodules, name) for name in NORMED}
 
-def latent_attention_spec(provider: BackendSpecProvider) -> ModuleSpec:
+
+def latent_attention_spec(provider: BackendSpecProvider, config: MLATransformerConfig) -> ModuleSpec:
     """Latent attention from a provider of plain modules, with its two norms as modules of their own."""
     # The module compares types with those of Transformer Engine: 0.16 takes it for installed when it is not, and later
     # versions know the plain linear by name only beside it.
@@ -55,7 +64,7 @@ def latent_attention_spec(provider: BackendSpecProvider) -> ModuleSpec:
             linear_kv_up_proj=provider.column_parallel_linear(),
             core_attention=provider.core_attention(),
             linear_proj=provider.row_parallel_linear(),
-            q_layernorm=norm,
+            q_layernorm=IdentityOp if config.q_lora_rank is None else norm,  # of a latent that is not there
             kv_layernorm=norm,
         ),
     )

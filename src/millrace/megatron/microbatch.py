@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 import torch.distributed as dist
@@ -19,6 +19,8 @@ from torch import Tensor
 from millrace.data.batch import TokenBatch
 from millrace.data.packing import pack, split_balanced
 from millrace.megatron.context import ALONE, ContextShare, sum_over_ranks
+
+COUNTS_TOKENS = "total_tokens" in {field.name for field in fields(PackedSeqParams)}
 
 
 @dataclass(frozen=True)
@@ -99,6 +101,9 @@ class MicroBatch:
         bounds = torch.tensor([0, *self.padded_lengths], device=self.tokens.device).cumsum(0).to(torch.int32)
         longest = max(self.padded_lengths)
         shared_bounds = bounds if self.context.ranks > 1 else None
+        # Since a version behind 0.16 Mamba layers are told here which tokens are of one sequence, but only with their
+        # number; without it, sequences would flow into one another.
+        counted = {"total_tokens": sum(self.padded_lengths)} if COUNTS_TOKENS else {}
         return PackedSeqParams(
             qkv_format="thd",
             cu_seqlens_q=bounds,
@@ -107,6 +112,7 @@ class MicroBatch:
             cu_seqlens_kv_padded=shared_bounds,
             max_seqlen_q=longest,
             max_seqlen_kv=longest,
+            **counted,
         )
 
 

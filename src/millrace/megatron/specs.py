@@ -24,7 +24,7 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
-from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 from torch import Tensor
 
@@ -126,7 +126,10 @@ def _self_attention_spec(provider: TorchSpecProvider, config: TransformerConfig)
 
 def _torch_layer(config: TransformerConfig, moe: bool) -> ModuleSpec:
     provider = TorchSpecProvider()
-    latent = config.multi_latent_attention
+    if latent := isinstance(config, MLATransformerConfig):
+        attention = latent_attention_spec(provider, config)
+    else:
+        attention = _self_attention_spec(provider, config)
     mlp = get_mlp_module_spec_for_backend(
         backend=provider, num_experts=config.num_moe_experts if moe else None, moe_grouped_gemm=False
     )
@@ -139,7 +142,7 @@ def _torch_layer(config: TransformerConfig, moe: bool) -> ModuleSpec:
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(
             input_layernorm=provider.layer_norm(),
-            self_attention=latent_attention_spec(provider) if latent else _self_attention_spec(provider, config),
+            self_attention=attention,
             self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=provider.layer_norm(),
             mlp=mlp,
