@@ -188,8 +188,8 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--each", type=int, default=2, help="repositories of each kind of bug; the last is held out")
     arguments = parser.parse_args()
-    if arguments.folder.exists():
-        parser.error(f"{arguments.folder} exists already; remove it, or name another folder")
+    if (arguments.folder / "repositories").exists():
+        parser.error(f"{arguments.folder} holds repositories already; remove it, or name another folder")
     draw = random.Random(arguments.seed)
     rows: dict[str, list[dict[str, object]]] = {"train": [], "held_out": []}
     for bug in BUGS:
