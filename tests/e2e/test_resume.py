@@ -62,6 +62,7 @@ def test_kills_at_random_moments_and_in_saves_change_no_bit(world):
     assert run(killed) == 0, output(killed)
     assert_same_export(world / "runs" / "whole", run_dir)
     assert metric_steps(run_dir) == list(range(1, STEPS + 1))
+    assert [file.name for file in (run_dir / "data-index").iterdir()] == [steps["name"]]
 
 
 @pytest.fixture(scope="module")

@@ -43,7 +43,7 @@ def open_run(
     tokenizer = ChatTokenizer(recipe.model.path, shape.vocab_size, recipe.model.chat_template)
     # Bad rows are found before a model is built or an engine waited for.
     domains = _domains(recipe, tokenizer, judges) if control.is_main else {}
-    conversations = _conversations(recipe, tokenizer, console) if console else {}
+    conversations = _conversations(recipe, run_dir, tokenizer, console) if console else {}
     control.barrier()
     policy = Policy(
         recipe.model,
@@ -116,6 +116,9 @@ def _open_domain(name: str, recipe: Recipe, tokenizer: ChatTokenizer, judges: Ju
     return domain
 
 
-def _conversations(recipe: Recipe, tokenizer: ChatTokenizer, console: RunConsole) -> dict[str, ConversationDataset]:
-    stages = (stage for stage in recipe.stages if isinstance(stage, SftStage))
-    return {stage.name: open_conversations(stage, tokenizer, console.say) for stage in stages}
+def _conversations(
+    recipe: Recipe, run_dir: Path, tokenizer: ChatTokenizer, console: RunConsole
+) -> dict[str, ConversationDataset]:
+    stages = [stage for stage in recipe.stages if isinstance(stage, SftStage)]
+    folder = run_dir / "data-index"
+    return {stage.name: open_conversations(stage, tokenizer, console.say, folder / stage.name) for stage in stages}
