@@ -11,13 +11,14 @@ import json
 from array import array
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from itertools import accumulate
+from itertools import accumulate, count
 from pathlib import Path
 from typing import Any
 
 from millrace.data.errors import DataError
 from millrace.data.kept_index import KeptIndex, Learnt, Places, stamp
 from millrace.data.messages import form_problem, messages_problem
+from millrace.data.rendering import render_rows, training_sequences
 from millrace.data.tokenizer import ChatTokenizer, TrainingSequence
 from millrace.errors import MillraceError
 
@@ -76,6 +77,12 @@ class JsonlFile:
     def where(self, index: int) -> str:
         """File and line of a row, for messages."""
         return f"{self.path}:{self.places.lines[index]}"
+
+    def part(self, first: int, end: int) -> JsonlFile:
+        """The rows from `first` to before `end`."""
+        whole = self.places
+        places = Places(whole.stamp, whole.starts[first:end], whole.lines[first:end])
+        return JsonlFile(self.path, self._required, self._check, self._read, places)
 
     def _find_places(self) -> Places:
         try:
@@ -222,12 +229,21 @@ class ConversationDataset:
         """Tokens of each sequence."""
         self.dropped = 0
         """Sequences left out because they are longer than max_length."""
-        learnt = known or Learnt([file.places for file in self._files], array("I"), array("I"))
-        for row, lengths in enumerate(known.rows() if known else self._rendered_rows(learnt)):
+        rows = count()
+
+        def take(lengths: Sequence[int]) -> None:
+            row = next(rows)
             self._keep(row, lengths, max_length, drop_overlong)
             on_row(row + 1, self.conversations)
-        if kept and not known:
-            kept.write(files, learnt)
+
+        if known:
+            for lengths in known.rows():
+                take(lengths)
+        else:
+            learnt = Learnt([file.places for file in self._files])
+            render_rows(self._files, tokenizer, thinking, lambda lengths: take(learnt.add(lengths)))
+            if kept:
+                kept.write(files, learnt)
         if not self.lengths:
             names = ", ".join(str(file.path) for file in self._files)
             raise DataError(f"{names}: all {self.conversations} conversations are longer than max_length {max_length}")
@@ -237,14 +253,6 @@ class ConversationDataset:
 
     def __getitem__(self, index: int) -> TrainingSequence:
         return self._render(self._kept_rows[index])[self._kept_parts[index]]
-
-    def _rendered_rows(self, learnt: Learnt) -> Iterator[Sequence[int]]:
-        """Lengths of the sequences of each row, which `learnt` is told too."""
-        for row in range(self.conversations):
-            lengths = [len(sequence.tokens) for sequence in self._render(row)]
-            learnt.parts.append(len(lengths))
-            learnt.lengths.extend(lengths)
-            yield lengths
 
     def _keep(self, row: int, lengths: Sequence[int], max_length: int, drop_overlong: bool) -> None:
         for part, length in enumerate(lengths):
@@ -272,20 +280,6 @@ class ConversationDataset:
     def _where(self, row: int) -> str:
         file, index = self._place(row)
         return file.where(index)
-
-
-def training_sequences(
-    file: JsonlFile, index: int, tokenizer: ChatTokenizer, thinking: bool | None
-) -> list[TrainingSequence]:
-    """Those of one conversation; see `ConversationDataset`. Raises DataError, naming the row."""
-    row = file[index]
-    own = row.get("thinking")
-    try:
-        return tokenizer.render_conversation(
-            row["messages"], tools=row.get("tools"), thinking=thinking if own is None else own
-        )
-    except DataError as error:
-        raise DataError(f"{file.where(index)}: {error}") from error
 
 
 def conversation_problem(row: Row) -> str | None:

@@ -13,7 +13,7 @@ import os
 from array import array
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from itertools import chain
 from pathlib import Path
@@ -52,10 +52,16 @@ class Learnt:
 
     places: Sequence[Places]
     """Of each file."""
-    parts: array[int]
+    parts: array[int] = field(default_factory=lambda: array("I"))
     """Training sequences of each row, through all files."""
-    lengths: array[int]
+    lengths: array[int] = field(default_factory=lambda: array("I"))
     """Tokens of each of these."""
+
+    def add(self, lengths: Sequence[int]) -> Sequence[int]:
+        """Learn the lengths of the next row's sequences; returns them."""
+        self.parts.append(len(lengths))
+        self.lengths.extend(lengths)
+        return lengths
 
     def rows(self) -> Iterator[Sequence[int]]:
         """Lengths of the sequences of each row."""

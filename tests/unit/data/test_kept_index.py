@@ -10,7 +10,7 @@ import pytest
 from chat_checkpoints import checkpoint
 from tiny_checkpoints import VOCABULARY
 
-from millrace.data import datasets
+from millrace.data import rendering
 from millrace.data.datasets import ConversationDataset
 from millrace.data.errors import DataError
 from millrace.data.tokenizer import ChatTokenizer
@@ -46,13 +46,13 @@ def index(tmp_path: Path) -> Path:
 def rendered(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Where the rows stand that are rendered."""
     rows: list[str] = []
-    render = datasets.training_sequences
+    render = rendering.training_sequences
 
     def noted(file, number, *rest):
         rows.append(file.where(number))
         return render(file, number, *rest)
 
-    monkeypatch.setattr(datasets, "training_sequences", noted)
+    monkeypatch.setattr(rendering, "training_sequences", noted)
     return rows
 
 

@@ -1,0 +1,75 @@
+"""Conversations that several processes render: each test starts two, which takes them seconds."""
+
+import json
+import multiprocessing
+from pathlib import Path
+
+import pytest
+from chat_checkpoints import checkpoint
+from tiny_checkpoints import VOCABULARY
+
+from millrace.data import rendering
+from millrace.data.datasets import JsonlFile
+from millrace.data.errors import DataError
+from millrace.data.rendering import render_rows
+from millrace.data.tokenizer import ChatTokenizer
+
+
+@pytest.fixture
+def tokenizer(tmp_path: Path) -> ChatTokenizer:
+    (tmp_path / "model").mkdir()
+    return ChatTokenizer(checkpoint(tmp_path / "model"), VOCABULARY, chat_template="nemotron")
+
+
+@pytest.fixture
+def several(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rendering, "ROWS_ALONE", 0)
+    monkeypatch.setattr(rendering, "ROWS_OF_PIECE", 3)
+    monkeypatch.setattr(rendering.os, "sched_getaffinity", lambda process: {0, 1})
+
+
+def write(path: Path, numbers: range, last: str = "assistant") -> JsonlFile:
+    """Conversations that differ in turns and lengths; of the last of them the role that speaks."""
+    turns = [
+        [{"role": "user", "content": "q"}, {"role": "assistant", "reasoning_content": "r", "content": "a" * number}]
+        for number in numbers
+    ]
+    rows = [{"messages": turn * (1 + number % 3)} for number, turn in enumerate(turns)]
+    rows[-1]["messages"][-1]["role"] = last
+    path.write_text("".join(json.dumps(row) + "\n\n" for row in rows), encoding="utf-8")
+    return JsonlFile(path, ["messages"])
+
+
+def rendered(files: list[JsonlFile], tokenizer: ChatTokenizer) -> tuple[list[list[int]], str]:
+    rows: list[list[int]] = []
+    with pytest.raises(DataError) as error:
+        render_rows(files, tokenizer, None, lambda lengths: rows.append(list(lengths)))
+    return rows, str(error.value)
+
+
+def test_rows_come_in_order_up_to_the_first_bad_one_as_from_one_process(
+    tmp_path: Path, tokenizer: ChatTokenizer, several: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = [
+        write(tmp_path / "1.jsonl", range(1, 9)),
+        write(tmp_path / "2.jsonl", range(20, 25), last="user"),
+        write(tmp_path / "3.jsonl", range(1), last="user"),
+    ]
+    rows, problem = rendered(files, tokenizer)
+    assert len(rows) == 12 and problem == f"{tmp_path}/2.jsonl:9: the conversation has no assistant message to train on"
+    assert multiprocessing.active_children() == []
+    monkeypatch.setattr(rendering, "ROWS_ALONE", 1000)
+    assert rendered(files, tokenizer) == (rows, problem)
+
+
+def test_a_process_that_is_killed_is_one_sentence(tmp_path: Path, tokenizer: ChatTokenizer, several: None) -> None:
+    file, seen = write(tmp_path / "data.jsonl", range(1, 400)), []
+
+    def take(lengths) -> None:
+        seen.append(lengths)
+        if len(seen) == 1:
+            multiprocessing.active_children()[0].kill()
+
+    with pytest.raises(DataError, match=r"data\.jsonl: a process that was rendering conversations was killed, by"):
+        render_rows([file], tokenizer, None, take)
+    assert 0 < len(seen) < 399 and multiprocessing.active_children() == []
