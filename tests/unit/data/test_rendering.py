@@ -1,9 +1,14 @@
-"""Conversations that several processes render: each test starts two, which takes them seconds."""
+"""Conversations that several processes render."""
 
 import json
 import multiprocessing
+import os
+import signal
+import threading
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 from chat_checkpoints import checkpoint
 from tiny_checkpoints import VOCABULARY
@@ -63,13 +68,32 @@ def test_rows_come_in_order_up_to_the_first_bad_one_as_from_one_process(
 
 
 def test_a_process_that_is_killed_is_one_sentence(tmp_path: Path, tokenizer: ChatTokenizer, several: None) -> None:
-    file, seen = write(tmp_path / "data.jsonl", range(1, 400)), []
-
-    def take(lengths) -> None:
-        seen.append(lengths)
-        if len(seen) == 1:
-            multiprocessing.active_children()[0].kill()
-
+    file = write(tmp_path / "data.jsonl", range(1, 400))
+    killer = threading.Thread(target=kill_the_first)  # it still imports then
+    killer.start()
     with pytest.raises(DataError, match=r"data\.jsonl: a process that was rendering conversations was killed, by"):
-        render_rows([file], tokenizer, None, take)
-    assert 0 < len(seen) < 399 and multiprocessing.active_children() == []
+        render_rows([file], tokenizer, None, lambda lengths: None)
+    killer.join()
+    assert multiprocessing.active_children() == []
+
+
+def kill_the_first() -> None:
+    while True:
+        for child in psutil.Process().children():
+            if "spawn_main" in " ".join(child.cmdline()):
+                return child.kill()
+        time.sleep(0.05)
+
+
+def test_what_interrupts_the_rendering_leaves_no_process(
+    tmp_path: Path, tokenizer: ChatTokenizer, several: None
+) -> None:
+    file = write(tmp_path / "data.jsonl", range(1, 400))
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may have it ignored
+    threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start()
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            render_rows([file], tokenizer, None, lambda lengths: None)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert multiprocessing.active_children() == []
