@@ -101,6 +101,7 @@ def _pool(processes: int, tokenizer: ChatTokenizer, thinking: bool | None) -> It
         for process in multiprocessing.active_children():
             if process not in others:
                 process.kill()
+                process.join()
         raise
     finally:
         pool.shutdown(cancel_futures=True)

@@ -69,7 +69,7 @@ def test_rows_come_in_order_up_to_the_first_bad_one_as_from_one_process(
 
 def test_a_process_that_is_killed_is_one_sentence(tmp_path: Path, tokenizer: ChatTokenizer, several: None) -> None:
     file = write(tmp_path / "data.jsonl", range(1, 400))
-    killer = threading.Thread(target=kill_the_first)  # it still imports then
+    killer = threading.Thread(target=kill_one_of_two)  # both still import then
     killer.start()
     with pytest.raises(DataError, match=r"data\.jsonl: a process that was rendering conversations was killed, by"):
         render_rows([file], tokenizer, None, lambda lengths: None)
@@ -77,12 +77,14 @@ def test_a_process_that_is_killed_is_one_sentence(tmp_path: Path, tokenizer: Cha
     assert multiprocessing.active_children() == []
 
 
-def kill_the_first() -> None:
-    while True:
-        for child in psutil.Process().children():
-            if "spawn_main" in " ".join(child.cmdline()):
-                return child.kill()
+def kill_one_of_two() -> None:
+    def ours() -> list[psutil.Process]:
+        return [child for child in psutil.Process().children() if "spawn_main" in " ".join(child.cmdline())]
+
+    while len(ours()) < 2:
         time.sleep(0.05)
+    time.sleep(0.5)  # the pool takes no notice of a death while it starts another process
+    ours()[0].kill()
 
 
 def test_what_interrupts_the_rendering_leaves_no_process(
