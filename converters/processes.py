@@ -14,16 +14,14 @@ import importlib
 import multiprocessing
 import multiprocessing.forkserver
 import os
-import signal
-import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from multiprocessing.connection import wait as wait_for
 from typing import Any, TypeVar
 
 from millrace.converters.errors import ConversionError
+from millrace.processes import deaf_to_interrupts, end_with_parent
 
 Job = TypeVar("Job")
 Result = TypeVar("Result")
@@ -47,7 +45,7 @@ class Stopped(Exception):
 def start_server() -> None:
     """Start the process that all others are forked from. Nobody waits for what it imports."""
     _CONTEXT.set_forkserver_preload([_JOBS])
-    with _deaf_to_interrupts():
+    with deaf_to_interrupts():
         multiprocessing.forkserver.ensure_running()
 
 
@@ -76,7 +74,7 @@ class Workers:
         self._counter, self._stop = shared = (_CONTEXT.Value("q", 0), _CONTEXT.Event())
         self._pool = ProcessPoolExecutor(self.processes, mp_context=_CONTEXT, initializer=_start, initargs=shared)
         self._threads = ThreadPoolExecutor(self.processes)
-        with _deaf_to_interrupts():
+        with deaf_to_interrupts():
             for _ in range(self.processes):
                 self._pool.submit(importlib.import_module, _JOBS)
         return self
@@ -100,7 +98,7 @@ class Workers:
         """
         told = 0
         try:
-            with _deaf_to_interrupts():
+            with deaf_to_interrupts():
                 working = {self._pool.submit(work, job): job for job in jobs}
             waiting: set[Future[Any]] = set(working)
             while waiting:
@@ -124,34 +122,17 @@ def alone(work: Callable[..., Result], *arguments: Any) -> Iterator[Future[Resul
     """Calls a function in a process of its own, which leaves nothing behind; the block may do something else until it
     needs what is returned."""
     with ProcessPoolExecutor(1, mp_context=_CONTEXT, initializer=_start, initargs=(None, None)) as pool:
-        with _deaf_to_interrupts():
+        with deaf_to_interrupts():
             future = pool.submit(work, *arguments)
         yield future
-
-
-@contextmanager
-def _deaf_to_interrupts() -> Iterator[None]:
-    """Processes that are started here never hear Ctrl-C: their parent does, and stops them."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _start(counter: Any, stop: Any) -> None:
     """What each process does first."""
     global _shared
     _shared = (counter, stop)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    end_with_parent()
     _keep_freed_memory()
-
-
-def _end_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        wait_for([parent.sentinel])
-        os._exit(1)
 
 
 def _keep_freed_memory() -> None:

@@ -62,6 +62,24 @@ def test_kills_at_random_moments_and_in_saves_change_no_bit(world):
     assert run(killed) == 0, output(killed)
     assert_same_export(world / "runs" / "whole", run_dir)
     assert metric_steps(run_dir) == list(range(1, STEPS + 1))
+    assert [file.name for file in (run_dir / "data-index").iterdir()] == [steps["name"]]
+
+
+def test_a_stop_while_conversations_are_read_ends_the_run_at_once_and_in_order(world):
+    rows = (world / "sft.jsonl").read_text(encoding="utf-8")
+    (world / "many.jsonl").write_text(rows * 1500, encoding="utf-8")
+    recipe = write_recipe(world, "reading", stages=[{**SFT, "data": ["many.jsonl"]}], domains=False)
+    run_dir = world / "runs" / "reading"
+    process = start(recipe)
+    assert wait_until((run_dir / "logs" / "run.log").exists, process, recipe), output(recipe)
+    time.sleep(3.0)
+    tree = psutil.Process(process.pid).children(recursive=True)
+    process.send_signal(signal.SIGINT)
+    asked = time.monotonic()
+    assert finish(process, recipe) == 130, output(recipe)
+    assert time.monotonic() - asked < 10, output(recipe)
+    assert "stopped as asked while the data were read" in output(recipe) and "Traceback" not in output(recipe)
+    assert not (run_dir / "data-index").exists() and psutil.wait_procs(tree, timeout=5)[1] == []
 
 
 @pytest.fixture(scope="module")

@@ -22,7 +22,7 @@ from millrace.observe.writer import MetricsWriter
 from millrace.rollout.fleet import Fleet
 from millrace.rollout.weight_sync import WeightSync
 from millrace.stages.context import Progress, StageContext
-from millrace.stages.control import ControlGroup
+from millrace.stages.control import ControlGroup, Stopped
 from millrace.stages.domains import Domain
 from millrace.stages.episodes import EpisodePlayer
 from millrace.stages.sft import open_conversations
@@ -34,7 +34,8 @@ def open_run(
 ) -> StageContext:
     """The context of a run that stands where its last checkpoint left it. Collective.
 
-    `fleet` and `judges` are rank 0's; `stack` closes what is opened.
+    `fleet` and `judges` are rank 0's; `stack` closes what is opened. Raises Stopped on every rank when the run is asked
+    to stop while conversations are read.
     """
     control = ControlGroup()
     control.stop_on_signals()
@@ -43,8 +44,18 @@ def open_run(
     tokenizer = ChatTokenizer(recipe.model.path, shape.vocab_size, recipe.model.chat_template)
     # Bad rows are found before a model is built or an engine waited for.
     domains = _domains(recipe, tokenizer, judges) if control.is_main else {}
-    conversations = _conversations(recipe, tokenizer, console) if console else {}
-    control.barrier()
+    conversations: dict[str, ConversationDataset] = {}
+
+    def read_conversations() -> None:
+        assert console is not None, "rank 0 has it"
+        conversations.update(_conversations(recipe, run_dir, tokenizer, console))
+
+    try:
+        control.on_main_until_stopped(read_conversations)
+    except Stopped:
+        if console:
+            console.say("stopped as asked while the data were read; the same command goes on from here")
+        raise
     policy = Policy(
         recipe.model,
         shape,
@@ -116,6 +127,9 @@ def _open_domain(name: str, recipe: Recipe, tokenizer: ChatTokenizer, judges: Ju
     return domain
 
 
-def _conversations(recipe: Recipe, tokenizer: ChatTokenizer, console: RunConsole) -> dict[str, ConversationDataset]:
-    stages = (stage for stage in recipe.stages if isinstance(stage, SftStage))
-    return {stage.name: open_conversations(stage, tokenizer, console.say) for stage in stages}
+def _conversations(
+    recipe: Recipe, run_dir: Path, tokenizer: ChatTokenizer, console: RunConsole
+) -> dict[str, ConversationDataset]:
+    stages = [stage for stage in recipe.stages if isinstance(stage, SftStage)]
+    folder = run_dir / "data-index"
+    return {stage.name: open_conversations(stage, tokenizer, console.say, folder / stage.name) for stage in stages}

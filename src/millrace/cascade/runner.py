@@ -62,7 +62,10 @@ def run(recipe: Recipe, run_dir: Path, fleet: Fleet | None, judges: Judges, *, u
     topology = init_distributed(recipe.parallel, recipe.trainer, recipe.seed)
     with ExitStack() as stack:
         stack.callback(topology.close)
-        ctx = open_run(recipe, run_dir, fleet, judges, topology, stack)
+        try:
+            ctx = open_run(recipe, run_dir, fleet, judges, topology, stack)
+        except Stopped:
+            return "stopped"
         cascade = Cascade(recipe, ctx, Ledger(run_dir))
         ending = cascade.run(fleet, judges, until or recipe.stages[-1].name)
         if ctx.console:

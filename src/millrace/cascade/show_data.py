@@ -18,8 +18,9 @@ from millrace.config.graph import nearest
 from millrace.config.model_shape import ModelShape
 from millrace.config.rules import check_recipe
 from millrace.config.schema import Recipe, SamplingStage, SftStage
-from millrace.data.datasets import JsonlFile, PromptDataset, conversation_problem, training_sequences, wrong_rows
+from millrace.data.datasets import JsonlFile, PromptDataset, conversation_problem, wrong_rows
 from millrace.data.errors import DataError
+from millrace.data.rendering import training_sequences
 from millrace.data.tokenizer import ChatTokenizer
 from millrace.environments.base import AnyEnvironment
 from millrace.environments.gym_rows import REQUEST

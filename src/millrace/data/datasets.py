@@ -8,16 +8,17 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from array import array
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from itertools import accumulate
+from itertools import accumulate, count
 from pathlib import Path
 from typing import Any
 
 from millrace.data.errors import DataError
+from millrace.data.kept_index import KeptIndex, Learnt, Places, stamp
 from millrace.data.messages import form_problem, messages_problem
+from millrace.data.rendering import render_rows, training_sequences
 from millrace.data.tokenizer import ChatTokenizer, TrainingSequence
 from millrace.errors import MillraceError
 
@@ -36,27 +37,28 @@ def as_written(row: Row) -> Row:
 class JsonlFile:
     """The rows of a JSONL file, each, once `read`, an object with the required fields. Blank lines are skipped.
 
+    Args:
+        places: where the rows are, of a file that was checked before and is not read again.
+
     Raises:
         DataError: the file is missing, empty, or has a bad row; the message names file, line and field.
     """
 
     def __init__(
-        self, path: str | Path, required: Iterable[str] = (), check: Check | None = None, read: Read = as_written
+        self,
+        path: str | Path,
+        required: Iterable[str] = (),
+        check: Check | None = None,
+        read: Read = as_written,
+        places: Places | None = None,
     ) -> None:
         self.path = Path(path)
         self._required, self._check, self._read = tuple(required), check, read
-        self._starts, self._lines = array("Q"), array("Q")
-        try:
-            with self.path.open("rb") as file:
-                self._stamp = _stamp(file.fileno())
-                self._index(file)
-        except OSError as error:
-            raise DataError(f"{self.path}: the data file cannot be read: {error.strerror}") from error
-        if not self._starts:
-            raise DataError(f"{self.path}: the data set is empty; it needs at least one row")
+        self.places = places or self._find_places()
+        """Where the rows are."""
 
     def __len__(self) -> int:
-        return len(self._starts)
+        return len(self.places.starts)
 
     def __getitem__(self, index: int) -> Row:
         return self._read(json.loads(self.raw(index)))
@@ -67,24 +69,41 @@ class JsonlFile:
     def raw(self, index: int) -> bytes:
         """The bytes of the row's line."""
         with self.path.open("rb") as file:
-            if _stamp(file.fileno()) != self._stamp:
+            if stamp(file.fileno()) != self.places.stamp:
                 raise DataError(f"{self.path}: the data file was changed while it was in use; start again")
-            file.seek(self._starts[index])
+            file.seek(self.places.starts[index])
             return file.readline().strip()
 
     def where(self, index: int) -> str:
         """File and line of a row, for messages."""
-        return f"{self.path}:{self._lines[index]}"
+        return f"{self.path}:{self.places.lines[index]}"
 
-    def _index(self, lines: Iterable[bytes]) -> None:
+    def part(self, first: int, end: int) -> JsonlFile:
+        """The rows from `first` to before `end`."""
+        whole = self.places
+        places = Places(whole.stamp, whole.starts[first:end], whole.lines[first:end])
+        return JsonlFile(self.path, self._required, self._check, self._read, places)
+
+    def _find_places(self) -> Places:
+        try:
+            with self.path.open("rb") as file:
+                places = Places(stamp(file.fileno()), array("Q"), array("Q"))
+                self._check_rows(file, places)
+        except OSError as error:
+            raise DataError(f"{self.path}: the data file cannot be read: {error.strerror}") from error
+        if not places.starts:
+            raise DataError(f"{self.path}: the data set is empty; it needs at least one row")
+        return places
+
+    def _check_rows(self, lines: Iterable[bytes], places: Places) -> None:
         start = 0
         for number, line in enumerate(lines, 1):
             if line.strip():
                 problem = _problem(line, self._required, self._check, self._read)
                 if problem:
                     raise DataError(f"{self.path}:{number}: {problem}")
-                self._starts.append(start)
-                self._lines.append(number)
+                places.starts.append(start)
+                places.lines.append(number)
             start += len(line)
 
 
@@ -168,13 +187,14 @@ class ConversationDataset:
 
     A row is {"messages": [...]}, perhaps with `tools` and `thinking`; it is one sequence, or several where the chat
     template rewrites earlier turns (see `ChatTokenizer.render_conversation`). Every row is rendered once at opening, so
-    that an overlong one, or one that the chat template refuses, is found then.
+    that an overlong one, or one that the chat template refuses, is found then; what that shows may be kept in a file.
 
     Args:
         paths: JSONL files, taken one after the other.
         max_length: longest sequence in tokens.
         drop_overlong: leave longer ones out (`dropped` counts them) instead of raising.
         thinking: the form of the rows that do not say it.
+        index: a file that keeps what opening shows, so that the next opening need not render; none when absent.
         on_row: called with the rows rendered so far and the rows of all files.
 
     Raises:
@@ -189,10 +209,18 @@ class ConversationDataset:
         max_length: int,
         drop_overlong: bool = False,
         thinking: bool | None = None,
+        index: Path | None = None,
         on_row: Callable[[int, int], object] = lambda done, rows: None,
     ) -> None:
         self._tokenizer, self._thinking = tokenizer, thinking
-        self._files = [JsonlFile(path, ["messages"], conversation_problem) for path in paths]
+        files = [Path(path) for path in paths]
+        kept = KeptIndex(index, tokenizer, thinking) if index else None
+        known = kept.read(files) if kept else None
+        places = known.places if known else [None] * len(files)
+        self._files = [
+            JsonlFile(file, ["messages"], conversation_problem, places=placed)
+            for file, placed in zip(files, places, strict=True)
+        ]
         self._ends = list(accumulate(len(file) for file in self._files))
         self.conversations = self._ends[-1]
         """Rows of all files."""
@@ -201,21 +229,21 @@ class ConversationDataset:
         """Tokens of each sequence."""
         self.dropped = 0
         """Sequences left out because they are longer than max_length."""
-        for row in range(self.conversations):
-            for part, sequence in enumerate(self._render(row)):
-                length = len(sequence.tokens)
-                if length <= max_length:
-                    self._kept_rows.append(row)
-                    self._kept_parts.append(part)
-                    self.lengths.append(length)
-                elif drop_overlong:
-                    self.dropped += 1
-                else:
-                    raise DataError(
-                        f"{self._where(row)}: the conversation has {length} tokens, more than max_length {max_length}; "
-                        "raise max_length or set drop_overlong"
-                    )
+        rows = count()
+
+        def take(lengths: Sequence[int]) -> None:
+            row = next(rows)
+            self._keep(row, lengths, max_length, drop_overlong)
             on_row(row + 1, self.conversations)
+
+        if known:
+            for lengths in known.rows():
+                take(lengths)
+        else:
+            learnt = Learnt([file.places for file in self._files])
+            render_rows(self._files, tokenizer, thinking, lambda lengths: take(learnt.add(lengths)))
+            if kept:
+                kept.write(files, learnt)
         if not self.lengths:
             names = ", ".join(str(file.path) for file in self._files)
             raise DataError(f"{names}: all {self.conversations} conversations are longer than max_length {max_length}")
@@ -225,6 +253,20 @@ class ConversationDataset:
 
     def __getitem__(self, index: int) -> TrainingSequence:
         return self._render(self._kept_rows[index])[self._kept_parts[index]]
+
+    def _keep(self, row: int, lengths: Sequence[int], max_length: int, drop_overlong: bool) -> None:
+        for part, length in enumerate(lengths):
+            if length <= max_length:
+                self._kept_rows.append(row)
+                self._kept_parts.append(part)
+                self.lengths.append(length)
+            elif drop_overlong:
+                self.dropped += 1
+            else:
+                raise DataError(
+                    f"{self._where(row)}: the conversation has {length} tokens, more than max_length {max_length}; "
+                    "raise max_length or set drop_overlong"
+                )
 
     def _place(self, row: int) -> tuple[JsonlFile, int]:
         """The file of a row and the row's index in it."""
@@ -240,26 +282,6 @@ class ConversationDataset:
         return file.where(index)
 
 
-def training_sequences(
-    file: JsonlFile, index: int, tokenizer: ChatTokenizer, thinking: bool | None
-) -> list[TrainingSequence]:
-    """Those of one conversation; see `ConversationDataset`. Raises DataError, naming the row."""
-    row = file[index]
-    own = row.get("thinking")
-    try:
-        return tokenizer.render_conversation(
-            row["messages"], tools=row.get("tools"), thinking=thinking if own is None else own
-        )
-    except DataError as error:
-        raise DataError(f"{file.where(index)}: {error}") from error
-
-
 def conversation_problem(row: Row) -> str | None:
     """What is wrong with a conversation, in one sentence, or None."""
     return messages_problem(row["messages"]) or form_problem(row)
-
-
-def _stamp(descriptor: int) -> tuple[int, int]:
-    """Size and time of last change: a rewritten file has other rows at the remembered places."""
-    status = os.fstat(descriptor)
-    return status.st_size, status.st_mtime_ns

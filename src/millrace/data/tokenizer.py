@@ -56,6 +56,7 @@ class ChatTokenizer:
 
     def __init__(self, path: str | Path, vocab_size: int | None = None, chat_template: str | None = None) -> None:
         self.path = Path(path)
+        self._made_of = self.path, vocab_size, chat_template
         self._tokenizer: Any = _load(self.path)  # transformers' annotations do not follow its keyword switches
         declared_stops = _declared_eos(self.path)
         self._check_ids(_declared_vocab_size(self.path) if vocab_size is None else vocab_size, declared_stops)
@@ -73,6 +74,10 @@ class ChatTokenizer:
         )
         """Ids at which an answer ends: the template's end of turn, the tokenizer's and the checkpoint's eos."""
         self._silent_ids = self._find_silent_ids()
+
+    def __reduce__(self) -> tuple[type[ChatTokenizer], tuple[object, ...]]:
+        """Another process reads it from its files again."""
+        return ChatTokenizer, self._made_of
 
     def encode(self, text: str) -> list[int]:
         """Plain text to ids, nothing added. Raises DataError for a text with half of a surrogate pair in it."""

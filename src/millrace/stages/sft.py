@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 from millrace.algorithms.aggregation import token_weights
 from millrace.algorithms.losses import sft_loss_fn
@@ -43,8 +44,11 @@ def run_sft(stage: SftStage, ctx: StageContext, progress: Progress) -> None:
         ctx.end_step(stage, Progress(progress.stage, step + 1, sampler.state_dict()), steps, metrics)
 
 
-def open_conversations(stage: SftStage, tokenizer: ChatTokenizer, say: Callable[[str], object]) -> ConversationDataset:
-    """The stage's data, every row of which is rendered; says how far it is from time to time."""
+def open_conversations(
+    stage: SftStage, tokenizer: ChatTokenizer, say: Callable[[str], object], index: Path | None = None
+) -> ConversationDataset:
+    """The stage's data, every row of which is rendered unless `index` keeps what that showed; says how far it is from
+    time to time."""
     told = time.monotonic()
 
     def on_row(done: int, rows: int) -> None:
@@ -59,6 +63,7 @@ def open_conversations(stage: SftStage, tokenizer: ChatTokenizer, say: Callable[
         max_length=stage.max_length,
         drop_overlong=stage.drop_overlong,
         thinking=stage.thinking,
+        index=index,
         on_row=on_row,
     )
 
