@@ -27,7 +27,7 @@ def recipe(cascade_file: Path) -> str:
     """A recipe of three domains, one of them compared by a judge, and of one SFT stage, all of whose data are right."""
     write_tokenizer(cascade_file.parent / "base")
     write("sft.jsonl", TALK, TALK)
-    rows = [{"prompt": f"{RULE}: {n}", "answer": "99", "reference": "r", **TOLD} for n in ("1", "12", "1234")]
+    rows = [{"prompt": f"{RULE}: {n}", "answer": "nowhere", "reference": "r", **TOLD} for n in ("1", "12", "1234")]
     write("math.jsonl", *rows)
     write("held-out.jsonl", rows[0])
     return cascade_file.name
@@ -58,7 +58,7 @@ def test_right_data_are_shown_as_a_run_reads_them(recipe: str) -> None:
     assert "math.jsonl:1; kept from the policy: answer\n" in told
     assert "kept from the policy: instruction_id_list, kwargs\n" in told
     assert f"    | <|im_start|>user\n    | {RULE}: 1<|im_end|>\n    | <|im_start|>assistant\n" in told
-    assert "99" not in told, "an answer is no part of a prompt"
+    assert "nowhere" not in told, "an answer is no part of a prompt"
     assert "2 training sequences" in told and "2<|im_end|>" in told
 
 
