@@ -77,7 +77,7 @@ def test_a_stop_while_conversations_are_read_ends_the_run_at_once_and_in_order(w
     process.send_signal(signal.SIGINT)
     asked = time.monotonic()
     assert finish(process, recipe) == 130, output(recipe)
-    assert time.monotonic() - asked < 10, output(recipe)
+    assert time.monotonic() - asked < 30, output(recipe)
     assert "stopped as asked while the data were read" in output(recipe) and "Traceback" not in output(recipe)
     assert not (run_dir / "data-index").exists() and psutil.wait_procs(tree, timeout=5)[1] == []
 

@@ -11,6 +11,7 @@ CPU ranks is `fp8_emulation`'s; to Megatron-Core it is no FP8 at all.
 from __future__ import annotations
 
 import importlib
+import importlib.util
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import metadata
@@ -175,7 +176,8 @@ def _require_engine(fp8: Fp8Recipe) -> None:
 def _require_kernels(fp8: Fp8Recipe) -> None:
     """Ask Transformer Engine itself: what it computes depends on its release and on CUDA's besides."""
     asked = {"blockwise": "check_fp8_block_scaling_support", "mxfp8": "check_mxfp8_support"}
-    engine = importlib.import_module("transformer_engine.pytorch.fp8")
+    new, old = "transformer_engine.pytorch.quantization", "transformer_engine.pytorch.fp8"
+    engine = importlib.import_module(new if importlib.util.find_spec(new) else old)
     able, reason = getattr(engine, asked.get(fp8, "check_fp8_support"))()
     if not able:
         raise PrecisionError(
