@@ -40,7 +40,7 @@ def hold_port(host: str, port: int | None = None) -> socket.socket:
 
 
 def free_port(host: str = "127.0.0.1") -> int:
-    """A port of `host` that nobody has now. Held by nobody either, so for what listens soon or on another port's fate.
+    """A port of `host` that nobody has now, held for nobody: for what listens soon, or is told it on another node.
 
     Raises OSError for a host that is not this machine.
     """

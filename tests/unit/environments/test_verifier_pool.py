@@ -4,11 +4,16 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
+import waiting
+from waiting import is_running
 
 from millrace.environments.verifier_pool import VerifierPool, VerifierStartError
+
+wait_until = partial(waiting.wait_until, limit=10.0)
 
 
 def run(verifier, items, **options):
@@ -29,13 +34,6 @@ def run(verifier, items, **options):
 def is_alive(pid):
     """Also true of a zombie."""
     return Path(f"/proc/{pid}").exists()
-
-
-def wait_until(condition, limit_s=10.0):
-    deadline = time.monotonic() + limit_s
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
 
 
 def test_results_keep_the_order_of_the_items():
@@ -135,11 +133,3 @@ def test_workers_end_when_their_owner_is_killed_even_in_the_middle_of_an_item():
     pids = [int(pid) for pid in owner.stdout.split()]
     assert len(pids) == 2
     wait_until(lambda: not any(is_running(pid) for pid in pids))
-
-
-def is_running(pid):
-    """False for a zombie: who adopts an orphan may take its time to reap it."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except (FileNotFoundError, ProcessLookupError):
-        return False

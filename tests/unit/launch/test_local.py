@@ -5,12 +5,17 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
+import waiting
+from waiting import is_running
 
 from millrace.config.schema import TrainerConfig
 from millrace.launch.local import STOPPED, RankFailed, run_ranks, trainer_environment
+
+wait_until = partial(waiting.wait_until, limit=10.0)
 
 Ranks = Callable[..., int]
 
@@ -25,20 +30,6 @@ def ranks(tmp_path: Path) -> Ranks:
         return run_ranks("trial", [str(tmp_path)], count, environment, tmp_path / "logs")
 
     return run
-
-
-def wait_for(condition: Callable[[], bool], limit: float = 10.0) -> None:
-    end = time.monotonic() + limit
-    while not condition():
-        assert time.monotonic() < end, "waited too long"
-        time.sleep(0.02)
-
-
-def is_running(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
 
 
 def test_ranks_find_each_other_over_gloo(ranks: Ranks, tmp_path: Path) -> None:
@@ -95,7 +86,7 @@ except KeyboardInterrupt:
 """
 
     def stop() -> None:
-        wait_for(lambda: all((tmp_path / f"ready-{rank}").exists() for rank in (0, 1)))
+        wait_until(lambda: all((tmp_path / f"ready-{rank}").exists() for rank in (0, 1)))
         os.kill(os.getpid(), signal.SIGINT)
 
     stopper = threading.Thread(target=stop)
@@ -120,7 +111,7 @@ sys.exit(130)
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_stop_reaches_every_rank_exactly_once(ranks: Ranks, tmp_path: Path, number: signal.Signals) -> None:
     def stop() -> None:
-        wait_for(lambda: all((tmp_path / f"ready-{rank}").exists() for rank in (0, 1)))
+        wait_until(lambda: all((tmp_path / f"ready-{rank}").exists() for rank in (0, 1)))
         os.kill(os.getpid(), number)
 
     stopper = threading.Thread(target=stop)
@@ -140,7 +131,7 @@ while True: time.sleep(60)
 
     def stop() -> None:
         for sign in ("ready", "asked"):
-            wait_for(lambda sign=sign: all((tmp_path / f"{sign}-{rank}").exists() for rank in (0, 1)))  # type: ignore[misc]
+            wait_until(lambda sign=sign: all((tmp_path / f"{sign}-{rank}").exists() for rank in (0, 1)))  # type: ignore[misc]
             os.kill(os.getpid(), signal.SIGINT)
 
     stopper = threading.Thread(target=stop)
@@ -156,7 +147,7 @@ child = subprocess.Popen(["sleep", "60"])
 open(f"{sys.argv[1]}/child-{os.environ['RANK']}", "w").write(str(child.pid))
 """
     assert ranks(program) == 0
-    wait_for(lambda: not any(is_running(int((tmp_path / f"child-{rank}").read_text())) for rank in (0, 1)))
+    wait_until(lambda: not any(is_running(int((tmp_path / f"child-{rank}").read_text())) for rank in (0, 1)))
 
 
 def test_no_rank_outlives_a_killed_launcher(tmp_path: Path) -> None:
@@ -175,10 +166,10 @@ def test_no_rank_outlives_a_killed_launcher(tmp_path: Path) -> None:
         ]
     )
     files = [tmp_path / "pid-0", tmp_path / "pid-1"]
-    wait_for(lambda: all(file.exists() and file.read_text() for file in files))
+    wait_until(lambda: all(file.exists() and file.read_text() for file in files))
     launcher.kill()
     launcher.wait()
-    wait_for(lambda: not any(is_running(int(file.read_text())) for file in files))
+    wait_until(lambda: not any(is_running(int(file.read_text())) for file in files))
 
 
 def test_the_threads_of_a_rank_are_its_share_of_the_cores() -> None:

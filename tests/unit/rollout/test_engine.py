@@ -6,11 +6,12 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
 import pytest
+from waiting import is_running, wait_until
 
 TREE = """
 import pathlib, subprocess, sys, time
@@ -19,20 +20,6 @@ child = subprocess.Popen([sys.executable, "-c", stubborn])
 pathlib.Path(sys.argv[1]).write_text(f"{child.pid}")
 time.sleep(60)
 """
-
-
-def wait_until(condition: Callable[[], bool], limit: float = 20.0) -> None:
-    end = time.monotonic() + limit
-    while not condition():
-        assert time.monotonic() < end, "it did not happen in time"
-        time.sleep(0.02)
-
-
-def alive(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
 
 
 def supervise(parent: int, *command: str) -> "subprocess.Popen[bytes]":
@@ -61,7 +48,7 @@ def test_sigterm_ends_the_whole_tree_even_what_ignores_it(tree: tuple["subproces
     supervisor, grandchild = tree
     supervisor.terminate()
     supervisor.wait(20)
-    assert not alive(grandchild)
+    assert not is_running(grandchild)
 
 
 def test_the_tree_ends_when_the_thread_that_started_it_ends(tmp_path: Path) -> None:

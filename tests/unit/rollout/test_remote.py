@@ -3,11 +3,11 @@
 import os
 import sys
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from waiting import is_running, wait_until
 
 from millrace.config.placement import NodeRanks, Placement, ServerPlace, write_placement
 from millrace.config.schema import FleetConfig, ModelConfig, Recipe, RlStage
@@ -30,20 +30,6 @@ import os, sys, time
 print("serving at", sys.argv[1], "with a token of", len(os.environ["MILLRACE_FLEET_TOKEN"]), flush=True)
 time.sleep(60)
 """
-
-
-def wait_for(condition: Callable[[], bool], limit: float = 20.0) -> None:
-    end = time.monotonic() + limit
-    while not condition():
-        assert time.monotonic() < end, "it did not happen in time"
-        time.sleep(0.02)
-
-
-def alive(pid: int | None) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
 
 
 @pytest.fixture
@@ -88,25 +74,25 @@ def test_an_engine_is_started_watched_killed_started_anew_and_stopped_on_its_nod
 ) -> None:
     engine = engine_of(tmp_path, meeting)
     engine.spawn()
-    wait_for(lambda: "serving" in engine.log_tail())
-    wait_for(lambda: alive(engine.pid))
+    wait_until(lambda: "serving" in engine.log_tail())
+    wait_until(lambda: is_running(engine.pid))
     first, url = engine.pid, engine.url
     assert engine.exit_code() is None
     assert engine.log_tail() == f"serving at {url.removeprefix('http://')} with a token of {len(meeting.token())}"
     assert url.startswith("http://127.0.0.12:") and engine.name == f"engine 0 ({url})"
 
     engine.kill()
-    wait_for(lambda: engine.exit_code() is not None)
-    assert not alive(first)
+    wait_until(lambda: engine.exit_code() is not None)
+    assert not is_running(first)
 
     engine.spawn()
     assert engine.exit_code() is None  # what is known of the first is not taken for the second
-    wait_for(lambda: "serving" in engine.log_tail())
+    wait_until(lambda: "serving" in engine.log_tail())
     assert engine.url != url and engine.log_tail().count("serving") == 1
-    wait_for(lambda: alive(engine.pid))
+    wait_until(lambda: is_running(engine.pid))
     second = engine.pid
     engine.stop()
-    assert engine.exit_code() is not None and not alive(second)
+    assert engine.exit_code() is not None and not is_running(second)
 
 
 def test_a_later_user_of_a_place_follows_on_the_one_before(
@@ -115,18 +101,18 @@ def test_a_later_user_of_a_place_follows_on_the_one_before(
     engine_of(tmp_path, meeting).spawn()
     other = engine_of(tmp_path, meeting)
     other.spawn()
-    wait_for(lambda: other.pid is not None)
+    wait_until(lambda: other.pid is not None)
     assert other.exit_code() is None
 
 
 def test_the_servers_end_when_the_job_fails(tmp_path: Path, meeting: Rendezvous, agent: threading.Thread) -> None:
     engine = engine_of(tmp_path, meeting)
     engine.spawn()
-    wait_for(lambda: alive(engine.pid) and "serving" in engine.log_tail())
+    wait_until(lambda: is_running(engine.pid) and "serving" in engine.log_tail())
     pid = engine.pid
     meeting.fail(Failure(node=0, host="n0", component="trainer", reason="it ended"))
     agent.join(20)
-    assert not agent.is_alive() and not alive(pid)
+    assert not agent.is_alive() and not is_running(pid)
 
 
 def test_an_engine_of_a_silent_node_counts_as_dead(
@@ -136,7 +122,7 @@ def test_an_engine_of_a_silent_node_counts_as_dead(
     engine = engine_of(tmp_path, meeting)
     engine.spawn()
     assert engine.exit_code() is None
-    wait_for(lambda: engine.exit_code() == LOST, 5.0)
+    wait_until(lambda: engine.exit_code() == LOST, 5.0)
     assert engine.log_tail() == "node 1 gives no sign of life any more"
 
 

@@ -5,25 +5,21 @@ import signal
 import socket
 import sys
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from urllib.parse import urlsplit
 
 import httpx
 import pytest
+import waiting
 
 from millrace.config.schema import FleetConfig
 from millrace.rollout.auth import TOKEN_VARIABLE
 from millrace.rollout.member import FleetError
 from millrace.rollout.serve import StandingFleet
 
-
-def wait_until(condition: Callable[[], bool], limit: float = 30.0) -> None:
-    end = time.monotonic() + limit
-    while not condition():
-        assert time.monotonic() < end, "it did not happen in time"
-        time.sleep(0.02)
+wait_until = partial(waiting.wait_until, limit=30.0)
 
 
 def answers(address: str) -> bool:
